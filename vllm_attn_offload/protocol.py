@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compute and memory nodes say to each other: control messages and frame headers.
+
+Control messages are msgpack structs behind a 4-byte length. Tensors travel in frames:
+a 32-byte header, then raw bytes. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Annotated, Literal
+
+import msgspec
+
+#: One line per version: what changed on the wire.
+PROTOCOL_HISTORY = (
+    (1, "Hello, reservation, session, STEP / LAYER / OUT frames with row-fused q|k|v"),
+)
+PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
+
+MAX_CONTROL_BYTES = 4 << 20
+HANDSHAKE_BYTES = 4 << 10
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Token = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Message(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"
+):
+    """Base of every control message."""
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """First message on every connection; its fields never change."""
+
+    protocol_version: int
+    compatibility_hash: Token
+    peer: Text
+
+
+class NodeInfo(_Message, frozen=True, tag="node_info"):
+    """Answer to Hello.
+
+    ``kv_bytes_total`` is the node's budget, ``kv_bytes_free`` what no engine holds.
+    """
+
+    device: Text
+    attention_kernel: Text
+    pid: int
+    kv_bytes_total: int
+    kv_bytes_free: int
+
+
+class KVGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers that share one block table (vLLM: KVCacheGroupSpec)."""
+
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One attention layer as a memory node sees it.
+
+    ``storage`` names the pool that holds the layer's blocks: layers of different
+    groups may alias one (vLLM: ``KVCacheTensor.layers``).
+    """
+
+    name: Text
+    group: Index
+    storage: Index
+    num_query_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    num_kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    head_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    v_head_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    softmax_scale: float
+
+
+class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shapes of one worker's attention layers; q, k, v, out and KV share a dtype."""
+
+    dtype: Dtype
+    groups: Annotated[list[KVGroup], msgspec.Meta(min_length=1, max_length=64)]
+    layers: Annotated[list[LayerGeometry], msgspec.Meta(min_length=1, max_length=4096)]
+
+    def digest(self) -> str:
+        """Hash that worker and node compare before a tensor is exchanged."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which part of an engine's attention a session serves."""
+
+    tp_rank: Index = 0
+    tp_size: Count = 1
+    node_index: Index = 0
+    num_nodes: Count = 1
+
+
+class ReserveCapacity(_Message, frozen=True, tag="reserve_capacity"):
+    """Ask for KV memory for one worker; ``kv_bytes`` is an upper bound."""
+
+    engine: Token
+    shard: Shard
+    geometry: SessionGeometry
+    kv_bytes: Bytes
+
+
+class CapacityReserved(_Message, frozen=True, tag="capacity_reserved"):
+    """``num_blocks`` blocks of every layer fit into the reserved bytes."""
+
+    reservation: Token
+    num_blocks: int
+    kv_bytes: int
+
+
+class OpenSession(_Message, frozen=True, tag="open_session"):
+    """Turn a reservation into a KV pool that a worker can attach to."""
+
+    reservation: Token
+    generation: Index
+    num_blocks: Count
+    max_num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    max_num_reqs: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    max_blocks_per_req: Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
+
+
+class SessionOpened(_Message, frozen=True, tag="session_opened"):
+    """``attach_token`` is what the worker shows to open its data channel."""
+
+    session: Token
+    attach_token: Token
+
+
+class AttachSession(_Message, frozen=True, tag="attach_session"):
+    """First message of a worker: its connection becomes the session's data channel."""
+
+    session: Token
+    attach_token: Token
+    generation: Index
+    geometry_digest: Token
+    worker_kv_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Attached(_Message, frozen=True, tag="attached"):
+    """The data channel is open; frames follow."""
+
+
+class CloseSession(_Message, frozen=True, tag="close_session"):
+    """Free a reservation and its session."""
+
+    reservation: Token
+
+
+class Closed(_Message, frozen=True, tag="closed"):
+    """The reservation and everything that it held are gone."""
+
+
+class GetStats(_Message, frozen=True, tag="get_stats"):
+    """Ask for counters of all sessions on the node."""
+
+
+class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Counters of one session since it was opened; times in seconds."""
+
+    engine: str
+    tp_rank: int
+    num_blocks: int
+    kv_bytes: int
+    worker_kv_bytes: int
+    num_steps: int
+    num_layer_calls: int
+    bytes_received: int
+    bytes_sent: int
+    receive_s: float
+    store_s: float
+    attend_s: float
+    send_s: float
+
+
+class Stats(_Message, frozen=True, tag="stats"):
+    """Counters of a node and its sessions."""
+
+    node: NodeInfo
+    sessions: list[SessionStats]
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    """Liveness check."""
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    """Answer to Ping."""
+
+
+class Error(_Message, frozen=True, tag="error"):
+    """A refusal: what was given, what is allowed, what to do."""
+
+    message: Text
+
+
+Request = ReserveCapacity | OpenSession | AttachSession | CloseSession | GetStats | Ping
+Reply = (
+    NodeInfo
+    | CapacityReserved
+    | SessionOpened
+    | Attached
+    | Closed
+    | Stats
+    | Pong
+    | Error
+)
+
+
+class FrameKind(IntEnum):
+    """What a frame carries."""
+
+    STEP = 1
+    LAYER = 2
+    OUT = 3
+    ERROR = 4
+
+
+class FrameFlag(IntFlag):
+    """Options of a LAYER frame."""
+
+    NONE = 0
+    WANT_LSE = 1
+
+
+FRAME_MAGIC = 0x4F415631
+FRAME_HEADER = struct.Struct("<IHHQHHIQ")
+FRAME_HEADER_BYTES = FRAME_HEADER.size
+STEP_PREFIX = struct.Struct("<IIII")
+
+
+@dataclass(slots=True)
+class FrameHeader:
+    """The 32 bytes in front of every tensor payload, little-endian.
+
+    Reused between frames, because one is read per layer.
+    """
+
+    kind: int = 0
+    layer: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    group: int = 0
+    flags: int = 0
+    num_bytes: int = 0
+
+    def pack_into(self, buffer: bytearray) -> None:
+        """Write the header to the front of ``buffer``."""
+        FRAME_HEADER.pack_into(
+            buffer,
+            0,
+            FRAME_MAGIC,
+            self.kind,
+            self.layer,
+            self.step,
+            self.micro_batch,
+            self.group,
+            self.flags,
+            self.num_bytes,
+        )
+
+    def unpack_from(self, buffer: bytes | bytearray | memoryview) -> bool:
+        """Read the header from the front of ``buffer``; False if it is not one."""
+        (
+            magic,
+            self.kind,
+            self.layer,
+            self.step,
+            self.micro_batch,
+            self.group,
+            self.flags,
+            self.num_bytes,
+        ) = FRAME_HEADER.unpack_from(buffer, 0)
+        return magic == FRAME_MAGIC
+
+
+def compatibility_hash() -> str:
+    """Hash of everything on which both sides must agree before they talk."""
+    schemas, components = msgspec.json.schema_components([Request, Reply])
+    layout = [
+        PROTOCOL_HISTORY,
+        FRAME_HEADER.format,
+        STEP_PREFIX.format,
+        [(kind.name, kind.value) for kind in FrameKind],
+        [(flag.name, flag.value) for flag in FrameFlag],
+        schemas,
+        components,
+    ]
+    return hashlib.sha256(msgspec.json.encode(layout, order="sorted")).hexdigest()[:32]
+
+
+def version_mismatch(ours: str, theirs: Hello) -> str:
+    """The sentence both sides show when their hashes differ."""
+    return (
+        f"protocol version {theirs.protocol_version} of {theirs.peer} does not match "
+        f"version {PROTOCOL_VERSION} of {ours}. Install the same vllm-attn-offload "
+        "release on the compute node and on every memory node."
+    )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a memory node listens: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORMS = "HOST:PORT, [IPV6]:PORT or unix:PATH"
+_MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, less its terminator
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A TCP host and port, or the path of a Unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read an address as users write it.
+
+        Raises:
+            ValueError: ``text`` has none of the three forms.
+        """
+        if text.startswith("unix:"):
+            return cls(path=_checked_path(text.removeprefix("unix:"), text))
+        host, separator, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(
+                f"{text!r} is not an address. Allowed: {_FORMS} with a port from 0 to "
+                "65535. Write for example 127.0.0.1:7600 or unix:/tmp/node.sock."
+            )
+        return cls(host=host, port=int(port))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only processes of this host can reach the address."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def connect(self, timeout_s: float) -> socket.socket:
+        """Open a connection to the address.
+
+        Raises:
+            OSError: Nobody listens there, or not within ``timeout_s`` seconds.
+        """
+        if self.path:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(timeout_s)
+                sock.connect(self.path)
+            except OSError:
+                sock.close()
+                raise
+            return sock
+        sock = socket.create_connection((self.host, self.port), timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def listen(self, backlog: int = 128) -> socket.socket:
+        """Bind and listen.
+
+        Raises:
+            OSError: The port or path is taken, or cannot be bound here.
+        """
+        if self.path:
+            return self._listen_unix(backlog)
+        family, _, _, _, endpoint = socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(
+            (str(endpoint[0]), int(endpoint[1])), family=family, backlog=backlog
+        )
+
+    def _listen_unix(self, backlog: int) -> socket.socket:
+        self._remove_stale_socket()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(self.path)
+            sock.listen(backlog)
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.umask(mask)
+        return sock
+
+    def _remove_stale_socket(self) -> None:
+        """Unlink the socket file of a dead process; leave anything else alone."""
+        if not Path(self.path).is_socket():
+            return
+        try:
+            self.connect(timeout_s=1.0).close()
+        except ConnectionRefusedError:
+            Path(self.path).unlink(missing_ok=True)
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _checked_path(path: str, text: str) -> str:
+    num_bytes = len(os.fsencode(path))
+    if not 0 < num_bytes <= _MAX_UNIX_PATH_BYTES:
+        raise ValueError(
+            f"{text!r} has a socket path of {num_bytes} bytes. Allowed: 1 to "
+            f"{_MAX_UNIX_PATH_BYTES}. Use a shorter path, such as /tmp/node.sock."
+        )
+    return path
