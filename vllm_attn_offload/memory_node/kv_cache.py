@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged KV cache of one session: memory for its blocks, and how many fit."""
+
+from __future__ import annotations
+
+import mmap
+
+from vllm_attn_offload.memory_node.decode_attention.base import BlockLayout
+from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+
+
+class PagedKVCache:
+    """KV blocks of all layers of a session, one region per storage.
+
+    Regions are anonymous mappings: untouched blocks cost no memory, and the kernel
+    hands out zeroed pages, so no block shows another engine's data.
+
+    Args:
+        geometry: Layers and groups of the session.
+        num_blocks: Blocks of every storage.
+        layout: Bytes of one block of a layer, chosen by the attention kernel.
+    """
+
+    def __init__(
+        self, geometry: SessionGeometry, num_blocks: int, layout: BlockLayout
+    ) -> None:
+        self.num_blocks = num_blocks
+        self._regions = {
+            storage: mmap.mmap(-1, num_blocks * num_bytes)
+            for storage, num_bytes in _block_bytes(geometry, layout).items()
+        }
+
+    def region(self, layer: LayerGeometry) -> mmap.mmap:
+        """Memory of the layer's storage, writable, page-aligned."""
+        return self._regions[layer.storage]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all regions."""
+        return sum(len(region) for region in self._regions.values())
+
+    def close(self) -> None:
+        """Return the memory to the operating system.
+
+        Raises:
+            BufferError: A tensor still views a region.
+        """
+        for region in self._regions.values():
+            region.close()
+
+
+def bytes_per_block(geometry: SessionGeometry, layout: BlockLayout) -> int:
+    """Bytes that one block id occupies over all storages of a session."""
+    return sum(_block_bytes(geometry, layout).values())
+
+
+def _block_bytes(geometry: SessionGeometry, layout: BlockLayout) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for layer in geometry.layers:
+        block_size = geometry.groups[layer.group].block_size
+        num_bytes = layout.block_bytes(layer, block_size, geometry.dtype)
+        sizes[layer.storage] = max(sizes.get(layer.storage, 0), num_bytes)
+    return sizes

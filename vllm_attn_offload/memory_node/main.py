@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Life of the ``vllm-memory-node`` process: check, listen, announce, wait, stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+
+import psutil
+
+from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.options import parse_options
+from vllm_attn_offload.memory_node.server import MemoryNode
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_SHARE = 0.5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one memory node until SIGTERM, SIGINT or the end of its parent."""
+    options = parse_options(argv)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if options.cpus:
+        os.sched_setaffinity(0, options.cpus)
+    try:
+        kv_bytes = _kv_bytes(options)
+        node = MemoryNode(
+            options.listen, _create_attention(), f"{options.device}", kv_bytes
+        )
+    except OSError as error:
+        logger.error(
+            "cannot listen on %s: %s. Choose a free address with --listen, or stop "
+            "the process that holds this one.",
+            options.listen,
+            error.strerror or error,
+        )
+        return 1
+    except MemoryError as error:
+        logger.error("%s", error)
+        return 1
+    if options.metrics_port is not None:
+        _serve_metrics(node, options.metrics_port)
+    node.start()
+    _announce(node, options)
+    if options.parent_fd is not None:
+        _stop_with_parent(options.parent_fd, stop)
+    stop.wait()
+    logger.info("stopping")
+    node.stop()
+    return 0
+
+
+def _kv_bytes(options: argparse.Namespace) -> int:
+    available = psutil.virtual_memory().available
+    if options.kv_cache_gib is None:
+        return int(available * _DEFAULT_SHARE)
+    kv_bytes = int(options.kv_cache_gib * GIB)
+    if kv_bytes > available:
+        raise MemoryError(
+            f"--kv-cache-gib {options.kv_cache_gib:g} is more than the "
+            f"{available / GIB:.2f} GiB of memory that are available. Lower it or "
+            "stop other processes."
+        )
+    return kv_bytes
+
+
+def _create_attention() -> DecodeAttention:
+    # Late: torch takes most of the start-up time, and wrong options need none of it.
+    import torch
+
+    from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
+        TorchDecodeAttention,
+    )
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_grad_enabled(False)
+    return TorchDecodeAttention()
+
+
+def _serve_metrics(node: MemoryNode, port: int) -> None:
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from vllm_attn_offload.metrics import StatsCollector
+
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(lambda: {str(node.address): node.stats()}))
+    start_http_server(port, addr="127.0.0.1", registry=registry)
+
+
+def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
+    info = node.info()
+    logger.info(
+        "ready on %s: device %s, attention kernel %s, %.2f GiB for KV blocks, CPUs %s",
+        node.address,
+        info.device,
+        info.attention_kernel,
+        info.kv_bytes_total / GIB,
+        ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    )
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, f"{node.address}\n".encode())
+        os.close(options.ready_fd)
+
+
+def _stop_with_parent(parent_fd: int, stop: threading.Event) -> None:
+    """The parent holds the other end of a pipe: end of file means that it is gone."""
+
+    def watch() -> None:
+        while os.read(parent_fd, 1):
+            continue
+        logger.info("the process that started this node has ended")
+        stop.set()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the ``vllm-memory-node`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vllm_attn_offload import __version__
+from vllm_attn_offload.transport.address import Address
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with 2 and a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-memory-node",
+        description="Own the paged KV cache of vLLM engines and run their decode "
+        "attention.",
+    )
+    parser.add_argument(
+        "--listen",
+        type=_address,
+        default=Address.parse("127.0.0.1:7600"),
+        metavar="HOST:PORT|unix:PATH",
+        help="where engines connect (default: %(default)s; port 0 picks a free one)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu"],
+        help="what holds the blocks and attends (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache-gib",
+        type=_positive,
+        metavar="GIB",
+        help="memory for KV blocks of all engines together (default: half of the "
+        "memory that is available at start)",
+    )
+    parser.add_argument(
+        "--cpus",
+        type=cpu_list,
+        metavar="LIST",
+        help="CPUs to run on, such as 4-7 or 0,2 (default: all that are allowed)",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus metrics on this port of 127.0.0.1",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def cpu_list(text: str) -> frozenset[int]:
+    """Read CPU numbers as ``taskset`` does: ``0-3,8``.
+
+    Raises:
+        argparse.ArgumentTypeError: Not such a list, or a CPU is not allowed here.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        cpus = frozenset(
+            cpu
+            for part in text.split(",")
+            for cpu in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)
+        )
+    except ValueError:
+        cpus = frozenset()
+    if not cpus or not cpus <= allowed:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of usable CPUs. Allowed here: "
+            f"{','.join(map(str, sorted(allowed)))}. Write for example 0-1."
+        )
+    return cpus
+
+
+def _address(text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size. Allowed: a number above 0, in GiB."
+        )
+    return value

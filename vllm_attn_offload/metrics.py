@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics of memory nodes, on the node and on vLLM's own /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from vllm_attn_offload.protocol import SessionStats, Stats
+
+_SESSION_LABELS = ("node", "engine", "tp_rank")
+# Name, help, field of SessionStats. "attn_offload:" and not "vllm:", because vLLM
+# unregisters every collector with its own prefix.
+_GAUGES = (
+    (
+        "attn_offload:memory_node_kv_blocks",
+        "KV blocks that the memory node holds for the engine.",
+        "num_blocks",
+    ),
+    (
+        "attn_offload:memory_node_kv_bytes",
+        "Bytes of KV blocks that the memory node holds for the engine.",
+        "kv_bytes",
+    ),
+    (
+        "attn_offload:compute_worker_kv_bytes",
+        "Bytes of KV cache that the compute worker allocated.",
+        "worker_kv_bytes",
+    ),
+)
+_COUNTERS = (
+    (
+        "attn_offload:bytes_sent",
+        "Bytes of metadata and q, k, v that the compute node sent.",
+        "bytes_received",
+    ),
+    (
+        "attn_offload:bytes_received",
+        "Bytes of attention output that the compute node received.",
+        "bytes_sent",
+    ),
+    ("attn_offload:steps", "Scheduler steps that were served.", "num_steps"),
+    (
+        "attn_offload:layer_calls",
+        "Attention calls (one per layer and step).",
+        "num_layer_calls",
+    ),
+    (
+        "attn_offload:remote_attention_seconds",
+        "Time the memory node spent in its attention kernel.",
+        "attend_s",
+    ),
+    (
+        "attn_offload:remote_store_seconds",
+        "Time the memory node spent on storing k and v.",
+        "store_s",
+    ),
+)
+
+
+class StatsCollector(Collector):
+    """Turns node statistics into metric families whenever Prometheus scrapes.
+
+    Args:
+        read_stats: Returns the current statistics by node address; nodes that do not
+            answer are left out.
+    """
+
+    def __init__(self, read_stats: Callable[[], Mapping[str, Stats]]) -> None:
+        self._read_stats = read_stats
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not contact a node."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family per metric."""
+        stats = self._read_stats()
+        free = GaugeMetricFamily(
+            "attn_offload:memory_node_kv_bytes_free",
+            "Bytes of the node's KV budget that no engine holds.",
+            labels=("node",),
+        )
+        for node, node_stats in stats.items():
+            free.add_metric((node,), node_stats.node.kv_bytes_free)
+        yield free
+        sessions = [
+            (node, session)
+            for node, node_stats in stats.items()
+            for session in node_stats.sessions
+        ]
+        for name, text, field in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=_SESSION_LABELS)
+            yield _filled(gauge, sessions, field)
+        for name, text, field in _COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=_SESSION_LABELS)
+            yield _filled(counter, sessions, field)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily,
+    sessions: list[tuple[str, SessionStats]],
+    field: str,
+) -> Metric:
+    for node, session in sessions:
+        labels = (node, session.engine, str(session.tp_rank))
+        family.add_metric(labels, getattr(session, field))
+    return family
