@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``--attention-offload`` flags: parse them, fold them in, configure the engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
+
+from .patch import Patch
+
+_MODULE = "vllm.engine.arg_utils"
+_REASON = "general plugins cannot add engine flags; only a platform gets the parser"
+_REMOVE_WHEN = "vLLM gives general plugins a hook for flags"
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="AttentionOffloadConfig", description=AttentionOffloadConfig.__doc__
+        )
+        group.add_argument(
+            "--attention-offload",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="Keep the KV cache on memory nodes and run attention there. With no "
+            "other option, one memory node is started on this host.",
+        )
+        group.add_argument(
+            "--attention-offload-config",
+            type=_json_object,
+            default=None,
+            help="Options of attention offloading as a JSON object, or dotted: "
+            "--attention-offload-config.kv_cache_gib 4. Implies --attention-offload.\n"
+            + _options_help(),
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        # Frontends may build namespaces without our flags.
+        flag = vars(args).get("attention_offload", False)
+        options = vars(args).get("attention_offload_config")
+        if flag or options is not None:
+            engine_args.additional_config = with_options(
+                engine_args.additional_config, options or {}
+            )
+        return engine_args
+
+    return from_cli_args
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = AttentionOffloadConfig.from_additional_config(self.additional_config)
+        if config is None:
+            return original(self, *args, **kwargs)
+        # Late: plain vLLM must not pay for what it does not use.
+        from vllm_attn_offload.engine_config import apply_to_engine_args
+        from vllm_attn_offload.frontend_metrics import export_node_metrics
+        from vllm_attn_offload.support import check_supported
+
+        apply_to_engine_args(self)
+        vllm_config = original(self, *args, **kwargs)
+        check_supported(vllm_config)
+        export_node_metrics(vllm_config, config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def with_options(
+    additional_config: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge options over those that ``additional_config`` has; checks them.
+
+    Raises:
+        ValueError: An unknown option or a bad value.
+    """
+    merged = {**additional_config.get(CONFIG_KEY, {}), **options}
+    AttentionOffloadConfig.from_dict(merged)
+    return {**additional_config, CONFIG_KEY: merged}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}). Give an object, such as "
+            """'{"kv_cache_gib": 4}'."""
+        ) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object. Write for example "
+            """'{"kv_cache_gib": 4}'."""
+        )
+    return value
+
+
+def _options_help() -> str:
+    fields: dict[str, FieldInfo] = vars(AttentionOffloadConfig)["__pydantic_fields__"]
+    return "\n".join(
+        f"- {name}: {' '.join((field.description or '').split())}"
+        for name, field in fields.items()
+    )
+
+
+PATCHES = (
+    Patch(
+        name="engine_args.add_cli_args",
+        module=_MODULE,
+        owner="EngineArgs",
+        attribute="add_cli_args",
+        parameters=("parser",),
+        wrap=_add_cli_args,
+        reason=_REASON,
+        remove_when=_REMOVE_WHEN,
+    ),
+    Patch(
+        name="engine_args.from_cli_args",
+        module=_MODULE,
+        owner="EngineArgs",
+        attribute="from_cli_args",
+        parameters=("cls", "args"),
+        wrap=_from_cli_args,
+        reason="it copies dataclass fields only, so our flags would be dropped",
+        remove_when=_REMOVE_WHEN,
+    ),
+    Patch(
+        name="engine_args.create_engine_config",
+        module=_MODULE,
+        owner="EngineArgs",
+        attribute="create_engine_config",
+        parameters=("self", "usage_context", "headless"),
+        wrap=_create_engine_config,
+        reason="no hook sees the engine arguments before and the config after it",
+        remove_when="vLLM lets a general plugin check and complete a VllmConfig",
+    ),
+)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows the memory nodes' counters on vLLM's own ``/metrics``."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine_config import run_dir
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.logger import get_logger
+from vllm_attn_offload.memory_node.launcher import local_address
+from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.protocol import Stats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+_SCRAPE_TIMEOUT_S = 1.0
+_collector: StatsCollector | None = None
+
+
+class NodeStatsReader:
+    """Asks memory nodes for their counters whenever Prometheus scrapes.
+
+    It lives in the frontend's process, which has no channel to the workers, so it
+    opens its own control connections.
+
+    Args:
+        addresses: Memory nodes of the engine.
+    """
+
+    def __init__(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+        self._clients: dict[str, ControlClient] = {}
+        self._lock = threading.Lock()
+
+    def read(self) -> dict[str, Stats]:
+        """Statistics by address; nodes that do not answer are left out."""
+        with self._lock:
+            answers = {address: self._read_node(address) for address in self._addresses}
+        return {address: stats for address, stats in answers.items() if stats}
+
+    def _read_node(self, address: str) -> Stats | None:
+        try:
+            if address not in self._clients:
+                self._clients[address] = ControlClient(address, _SCRAPE_TIMEOUT_S)
+            return self._clients[address].stats()
+        except MemoryNodeError as error:
+            if client := self._clients.pop(address, None):
+                client.close()
+            logger.warning_once("no metrics from a memory node: %s", error)
+            return None
+
+
+def export_node_metrics(
+    vllm_config: VllmConfig, config: AttentionOffloadConfig
+) -> None:
+    """Register the nodes of an engine with Prometheus, in place of an older engine's.
+
+    A stat-logger plugin would do the same but, by being installed, turns vLLM's
+    statistics on even where ``--disable-log-stats`` was given and nothing is offloaded
+    (vllm/v1/engine/async_llm.py).
+    """
+    global _collector
+    if _collector is not None:
+        REGISTRY.unregister(_collector)
+    directory = run_dir(vllm_config.parallel_config.data_parallel_rank)
+    reader = NodeStatsReader(list(config.memory_nodes) or [local_address(directory)])
+    _collector = StatsCollector(reader.read)
+    REGISTRY.register(_collector)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loggers that reach vLLM's handlers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.logger import _VllmLogger
+
+
+def get_logger(name: str) -> _VllmLogger:
+    """Logger for a module of the compute node.
+
+    vLLM attaches its handler to the logger called ``vllm`` only, so ours are its
+    children; a bare ``vllm_attn_offload.*`` logger prints nothing.
+    """
+    from vllm.logger import init_logger
+
+    return init_logger(f"vllm.{name}")
