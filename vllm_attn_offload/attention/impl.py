@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's attention: pack q, k, v, send them, receive the output."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.attention.qkv_rows import QKVRows
+from vllm_attn_offload.client.node_group import NodeGroup
+
+
+class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
+    """Attention of a layer whose KV blocks live on memory nodes.
+
+    Raises:
+        NotImplementedError: The layer needs a feature that this release refuses.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._nodes: NodeGroup | None = None
+        self._rows: QKVRows | None = None
+        self._layer_index = -1
+        refused = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "a logit soft cap": logits_soft_cap,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+            **extra,
+        }
+        if wanted := [name for name, value in refused.items() if value]:
+            raise NotImplementedError(
+                f"Attention offloading does not support {', '.join(wanted)}. Allowed: "
+                "causal decoder attention over the full context. Run this model "
+                "without --attention-offload."
+            )
+
+    def connect(self, nodes: NodeGroup, rows: QKVRows, layer_index: int) -> None:
+        """Say where the layer's blocks are.
+
+        Args:
+            nodes: Data channels, shared by all layers of the worker.
+            rows: Send buffer, shared by all layers of the worker.
+            layer_index: Index of the layer in the session's geometry.
+        """
+        self._nodes, self._rows, self._layer_index = nodes, rows, layer_index
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: AttentionOffloadMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend remotely.
+
+        Args:
+            layer: The vLLM layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``.
+            kv_cache: The one-block stub; never touched.
+            attn_metadata: The step, or None in profiling and warm-up runs.
+            output: ``[num_tokens, num_heads, v_head_size]``, filled in place; rows
+                that only pad the batch stay as they are.
+            output_scale: Fused output quantisation, refused.
+            output_block_scale: Fused output quantisation, refused.
+
+        Returns:
+            ``output``.
+
+        Raises:
+            MemoryNodeError: A memory node is gone, too slow, or refused the layer.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "Attention offloading does not support fused output quantisation. "
+                "Allowed: unquantised attention output. Disable fuse_attn_quant."
+            )
+        assert self._nodes is not None
+        assert self._rows is not None
+        step = attn_metadata.ensure_sent(self._nodes)
+        num_tokens = attn_metadata.num_tokens
+        started = time.perf_counter()
+        qkv = self._rows.pack(query[:num_tokens], key[:num_tokens], value[:num_tokens])
+        self._nodes.add_pack_time(time.perf_counter() - started)
+        out = self._rows.output_bytes(output[:num_tokens])
+        self._nodes.attend(step, self._layer_index, qkv, out)
+        self._rows.finish(output[:num_tokens])
+        return output

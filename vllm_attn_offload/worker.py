@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every offloading worker adds to vLLM's: no KV cache, but a session per node."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_attn_offload.attention.impl import AttentionOffloadImpl
+from vllm_attn_offload.attention.qkv_rows import QKVRows
+from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.protocol import (
+    AttachSession,
+    Dtype,
+    KVGroup,
+    LayerGeometry,
+    SessionGeometry,
+)
+from vllm_attn_offload.support import check_layers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_worker import Worker as _WorkerBase
+else:
+    _WorkerBase = object
+
+
+class AttentionOffloadWorker(_WorkerBase):
+    """Mixin over vLLM's workers: attention leaves, the KV cache never comes.
+
+    The base allocates one KV block per layer, because vLLM cannot allocate none;
+    nothing reads or writes it.
+    """
+
+    vllm_config: VllmConfig
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model with offloaded attention layers.
+
+        Raises:
+            ValueError: The model has attention that cannot be offloaded.
+        """
+        self._register_backend()
+        super().load_model(*args, **kwargs)
+        check_layers(self._layer_problems())
+
+    def session_geometry(self) -> SessionGeometry:
+        """Shapes of this worker's attention layers, in the order of their index."""
+        specs = self.get_kv_cache_spec()
+        block_sizes = {spec.block_size for spec in specs.values()}
+        if len(block_sizes) != 1:
+            raise ValueError(
+                f"Attention offloading does not support layers with different block "
+                f"sizes ({sorted(block_sizes)}). Allowed: one block size. Run this "
+                "model without --attention-offload."
+            )
+        dtype = cast(Dtype, str(self.model_config.dtype).removeprefix("torch."))
+        layers = [
+            _layer_geometry(index, name, layer)
+            for index, (name, layer) in enumerate(self._attention_layers().items())
+        ]
+        return SessionGeometry(dtype, [KVGroup(block_sizes.pop())], layers)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the one-block stub in place of the pool that the nodes hold."""
+        super().initialize_from_config(_stub(kv_cache_config))
+        self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+        self.model_runner.kv_cache_config.num_blocks = kv_cache_config.num_blocks
+
+    def attach_memory_nodes(self, attachments: list[list[Attachment]]) -> None:
+        """Open the data channels of this rank and hand them to its layers.
+
+        Args:
+            attachments: Per rank, one per memory node.
+
+        Raises:
+            MemoryNodeError: A node is gone or refuses the session.
+        """
+        config = AttentionOffloadConfig.from_additional_config(
+            self.vllm_config.additional_config
+        )
+        assert config is not None
+        digest = self.session_geometry().digest()
+        self._nodes = NodeGroup(
+            [
+                NodeClient(
+                    attachment.address,
+                    AttachSession(
+                        attachment.session,
+                        attachment.attach_token,
+                        attachment.generation,
+                        digest,
+                        self.kv_stub_bytes(),
+                    ),
+                    config.request_timeout_s,
+                )
+                for attachment in attachments[self.rank]
+            ]
+        )
+        rows = QKVRows()
+        for index, layer in enumerate(self._attention_layers().values()):
+            cast(AttentionOffloadImpl, layer.impl).connect(self._nodes, rows, index)
+
+    def kv_stub_bytes(self) -> int:
+        """Bytes of KV cache that this worker holds itself."""
+        storages = [
+            layer.kv_cache.untyped_storage()
+            for layer in self._attention_layers().values()
+        ]
+        by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(by_address.values())
+
+    def exchange_times(self) -> dict[str, float]:
+        """Sums of the worker's time in pack, send and wait since it was attached."""
+        return self._nodes.times()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run a step.
+
+        Raises:
+            RuntimeError: The scheduler asks for work on KV blocks that are not here.
+        """
+        if (
+            scheduler_output.new_block_ids_to_zero
+            or scheduler_output.kv_cache_block_copies
+        ):
+            raise RuntimeError(
+                "Attention offloading does not support zeroing or copying KV blocks on "
+                "the compute node. Allowed: models with full attention only. Run this "
+                "model without --attention-offload."
+            )
+        return super().execute_model(scheduler_output)
+
+    def shutdown(self) -> None:
+        """Close the data channels, then shut the worker down."""
+        if hasattr(self, "_nodes"):
+            self._nodes.close()
+        super().shutdown()
+
+    def _register_backend(self) -> None:
+        """Make vLLM's selector return the offloading backend in this process."""
+        raise NotImplementedError
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return {
+            name: layer
+            for name, layer in context.items()
+            if isinstance(layer, Attention)
+        }
+
+    def _layer_problems(self) -> list[str]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return [
+            f"{name} ({type(layer).__name__})"
+            for name, layer in context.items()
+            if isinstance(layer, AttentionLayerBase)
+            and not (
+                isinstance(layer, Attention)
+                and isinstance(layer.impl, AttentionOffloadImpl)
+            )
+        ]
+
+
+def _layer_geometry(index: int, name: str, layer: Attention) -> LayerGeometry:
+    return LayerGeometry(
+        name=name,
+        group=0,
+        storage=index,
+        num_query_heads=layer.num_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        v_head_size=layer.head_size_v,
+        softmax_scale=layer.impl.scale,
+    )
+
+
+def _stub(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The same configuration with one block; the scheduler keeps its own copy."""
+    stub = copy.deepcopy(kv_cache_config)
+    num_blocks = kv_cache_config.num_blocks
+    stub.num_blocks = 1
+    stub.kv_cache_tensors = [
+        replace(
+            tensor,
+            size=tensor.size // num_blocks,
+            offset=tensor.offset // num_blocks,
+            # Layer-outermost layouts give each layer a region of num_blocks pages.
+            layer_stride=tensor.layer_stride // num_blocks
+            if tensor.layer_stride > tensor.block_stride
+            else tensor.layer_stride,
+        )
+        for tensor in kv_cache_config.kv_cache_tensors
+    ]
+    return stub
