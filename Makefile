@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+BIN := .venv/bin
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## Create .venv with vLLM's CPU build and the plugin
+	@.ci/install
+
+demo: install ## Serve a small real model with attention offloading and ask it a question
+	@$(BIN)/python benchmarks/demo.py
+
+test: install lint ## Check style and types, then run the whole test suite
+	$(BIN)/pytest tests --durations=15
+
+# mypy does not follow an editable install to vllm_attn_offload.triton_kernels and
+# .patches, so it checks a copy of the modules laid out as installed.
+lint: install ## Check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typed
+	@$(BIN)/python setup.py --quiet build_py --build-lib build/typed
+	$(BIN)/mypy build/typed/vllm_attn_offload benchmarks
+
+clean: ## Remove what builds and tests leave; the virtual environment stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
