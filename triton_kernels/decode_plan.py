@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Once per step: cut the KV of every request into work items of about equal length.
+
+The items are rows of a device tensor, so a captured CUDA graph replays with new ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .tiles import (
+    DecodeTile,
+    architecture_of,
+    choose_decode_tile,
+    split_head_size,
+)
+
+# Rows of the work list: what one CTA per KV head does.
+WORK_FIELDS = 9  # q_start, q_len, seq_len, seq, row, column, column end, partial, first
+MERGE_FIELDS = 5  # q_start, q_len, row, first partial, number of partials
+COUNT_FIELDS = 2  # work items, split tiles
+
+_MAX_WAVES = 4
+# At 3.35 TB/s over 264 CTAs one CTA reads about 25 tokens of 512 bytes (K and V in
+# bf16 at head size 128) per microsecond; starting and ending a CTA is taken as 2 us,
+# the merge launch as 4 us. Estimates: no GPU has been timed yet.
+_ITEM_OVERHEAD_TOKENS = 48
+_MERGE_OVERHEAD_TOKENS = 96
+
+
+class DecodeAttentionPlan:
+    """Geometry and preallocated buffers of ``paged_decode_attention`` for one KV group.
+
+    Args:
+        max_num_seqs: most requests in one step.
+        max_query_len: most query rows of one request in one step.
+        num_query_heads: query heads attended with this plan.
+        num_kv_heads: KV heads attended with this plan; divides ``num_query_heads``.
+        head_size: size of a key.
+        v_head_size: size of a value.
+        block_size: slots of one block.
+        query_dtype: dtype of queries and outputs.
+        kv_cache_dtype: ``query_dtype`` or ``torch.float8_e4m3fn``.
+        device: where the kernels run.
+        sliding_window: keys that a row sees, itself included; None means all.
+        tile: launch shape; None takes the one of ``tiles.py``.
+        num_slots: CTAs that run at once; None means SMs x CTAs per SM.
+        fixed_grid: launch for the largest possible plan, as CUDA graphs need.
+
+    Raises:
+        ValueError: a size that the kernels cannot do.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        query_dtype: torch.dtype,
+        kv_cache_dtype: torch.dtype,
+        device: torch.device,
+        max_query_len: int = 1,
+        v_head_size: int | None = None,
+        sliding_window: int | None = None,
+        tile: DecodeTile | None = None,
+        num_slots: int | None = None,
+        fixed_grid: bool = False,
+    ) -> None:
+        if num_query_heads % num_kv_heads:
+            raise ValueError(
+                f"num_query_heads={num_query_heads} is not a multiple of "
+                f"num_kv_heads={num_kv_heads}. Pass the heads of whole groups."
+            )
+        if kv_cache_dtype not in (query_dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype} with query_dtype={query_dtype}. "
+                "Use a cache of the query's dtype or of torch.float8_e4m3fn."
+            )
+        for size in {head_size, v_head_size or head_size}:
+            split_head_size(size)
+        self.max_num_seqs = max_num_seqs
+        self.max_query_len = max_query_len
+        self.num_query_heads = num_query_heads
+        self.num_kv_heads = num_kv_heads
+        self.group_size = num_query_heads // num_kv_heads
+        self.head_size = head_size
+        self.v_head_size = head_size if v_head_size is None else v_head_size
+        self.block_size = block_size
+        self.query_dtype = query_dtype
+        self.kv_cache_dtype = kv_cache_dtype
+        self.device = device
+        self.sliding_window = sliding_window
+        self.fixed_grid = fixed_grid
+        self.tile = tile or choose_decode_tile(
+            architecture_of(device),
+            max(head_size, self.v_head_size),
+            max_query_len * self.group_size,
+            kv_cache_dtype.itemsize,
+        )
+        if num_slots is None:
+            num_slots = _count_slots(device, self.tile)
+        self.items_at_once = max(1, num_slots // num_kv_heads)
+        self.num_seqs = self.num_tokens = self.num_items = self.num_merges = 0
+        self.num_columns = 0
+        self.is_subset = False
+        self._allocate()
+
+    def _allocate(self) -> None:
+        tiles_per_seq = -(-self.max_query_len * self.group_size // self.tile.block_m)
+        self.max_merges = self.max_num_seqs * tiles_per_seq
+        self.max_items = self.max_merges + _MAX_WAVES * self.items_at_once
+        sizes = (
+            COUNT_FIELDS,
+            WORK_FIELDS * self.max_items,
+            MERGE_FIELDS * self.max_merges,
+        )
+        flat = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+        self._flat = flat
+        self.counts, work, merges = flat.split(sizes)
+        self.work = work.view(WORK_FIELDS, self.max_items)
+        self.merges = merges.view(MERGE_FIELDS, self.max_merges)
+        on_gpu = self.device.type == "cuda"
+        # Filled by the host while the copy of the step before may still be running:
+        # pinned, and guarded by an event.
+        self._staging = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self.part_rows = min(self.tile.block_m, self.max_query_len * self.group_size)
+        rows = (self.max_items, self.num_kv_heads, self.part_rows)
+        self.partial_out = torch.empty((*rows, self.v_head_size), device=self.device)
+        self.partial_lse = torch.empty(rows, device=self.device)
+
+    def write(self, work: torch.Tensor, merges: torch.Tensor) -> None:
+        """Copy the lists of one step to the device, on the current stream."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        counts, work_rows, merge_rows = self._staging.split(
+            (COUNT_FIELDS, self.work.numel(), self.merges.numel())
+        )
+        self.num_items, self.num_merges = work.shape[1], merges.shape[1]
+        counts[0], counts[1] = self.num_items, self.num_merges
+        work_rows.view(self.work.shape)[:, : self.num_items] = work
+        merge_rows.view(self.merges.shape)[:, : self.num_merges] = merges
+        self._flat.copy_(self._staging, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
+def _count_slots(device: torch.device, tile: DecodeTile) -> int:
+    if device.type == "cpu":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count) * tile.ctas_per_sm
+
+
+def plan_decode_attention(
+    plan: DecodeAttentionPlan,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_blocks: torch.Tensor | None = None,
+) -> DecodeAttentionPlan:
+    """Fill ``plan`` for one step; every layer of the step then uses it.
+
+    Args:
+        plan: preallocated buffers; overwritten.
+        query_start_loc: ``[num_seqs + 1]`` int32 on the CPU, prefix sum of query rows.
+        seq_lens: ``[num_seqs]`` int32 on the CPU, tokens including the query rows.
+        num_blocks: ``[num_seqs]`` int32 on the CPU, blocks of each request that this
+            device holds; needed with ``block_positions``. None: all of them.
+
+    Returns:
+        ``plan``.
+
+    Raises:
+        ValueError: the step does not fit the plan's buffers.
+    """
+    starts, lens = query_start_loc.long(), seq_lens.long()
+    query_lens = starts.diff()
+    _check_step(plan, query_lens, lens)
+    first_column = torch.zeros_like(lens)
+    if num_blocks is not None:
+        end_column = num_blocks.long()
+    else:
+        end_column = _ceil_div(lens, plan.block_size)
+        if plan.sliding_window is not None:
+            oldest = (lens - query_lens - plan.sliding_window + 1).clamp(min=0)
+            first_column = torch.minimum(oldest // plan.block_size, end_column)
+    tiles_per_seq = _ceil_div(query_lens * plan.group_size, plan.tile.block_m)
+    seq = torch.repeat_interleave(tiles_per_seq)
+    row = plan.tile.block_m * _position_in_run(tiles_per_seq)
+    columns = (end_column - first_column)[seq]
+    splits, step = _split_evenly(columns, _choose_columns_per_item(columns, plan))
+
+    tile = torch.repeat_interleave(splits)
+    part = _position_in_run(splits)
+    is_split = splits > 1
+    partial = torch.where(is_split[tile], is_split[tile].cumsum(0) - 1, -1)
+    owner = seq[tile]
+    begin = first_column[owner] + part * step[tile]
+    end = torch.minimum(begin + step[tile], end_column[owner])
+    work = torch.stack(
+        [
+            *(starts[owner], query_lens[owner], lens[owner], owner, row[tile]),
+            *(begin, end, partial, part == 0),
+        ]
+    )
+    # Longest first: the hardware starts CTAs in order, and short ones fill the tail.
+    work = work[:, torch.argsort(begin - end, stable=True)]
+    first_partial = (splits * is_split).cumsum(0) - splits
+    merges = torch.stack([starts[seq], query_lens[seq], row, first_partial, splits])
+    plan.num_seqs, plan.num_tokens = lens.numel(), int(starts[-1])
+    plan.num_columns = int(end_column.max()) if lens.numel() else 0
+    plan.is_subset = num_blocks is not None
+    plan.write(work, merges[:, is_split])
+    return plan
+
+
+def _check_step(
+    plan: DecodeAttentionPlan, query_lens: torch.Tensor, seq_lens: torch.Tensor
+) -> None:
+    if seq_lens.numel() > plan.max_num_seqs:
+        raise ValueError(
+            f"{seq_lens.numel()} requests; the plan holds {plan.max_num_seqs}. "
+            "Create it with a larger max_num_seqs."
+        )
+    if query_lens.numel() != seq_lens.numel() or bool((query_lens < 0).any()):
+        raise ValueError(
+            f"query_start_loc describes {query_lens.numel()} requests, seq_lens "
+            f"{seq_lens.numel()}. Pass one more start than requests, in rising order."
+        )
+    longest = int(query_lens.max()) if query_lens.numel() else 0
+    if longest > plan.max_query_len:
+        raise ValueError(
+            f"{longest} query rows in one request; the plan holds "
+            f"{plan.max_query_len}. Create it with a larger max_query_len."
+        )
+
+
+def _ceil_div(number: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
+    return -(-number // divisor)
+
+
+def _position_in_run(lengths: torch.Tensor) -> torch.Tensor:
+    """``[2, 0, 3] -> [0, 1, 0, 1, 2]``."""
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return torch.arange(starts.numel()) - starts
+
+
+def _split_evenly(
+    columns: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts per tile and columns per part: 65 in parts of 64 become 33 + 32."""
+    splits = _ceil_div(columns, longest).clamp(min=1)
+    step = _ceil_div(columns, splits).clamp(min=1)
+    return _ceil_div(columns, step).clamp(min=1), step
+
+
+def _choose_columns_per_item(columns: torch.Tensor, plan: DecodeAttentionPlan) -> int:
+    """Longest item, in table columns, of the split with the shortest estimated time.
+
+    CTAs of one wave take as long as the longest of them; with items sorted by length
+    that is every ``items_at_once``-th one. An upper bound: near the end fewer CTAs
+    share the bandwidth and each runs faster.
+    """
+    granule = max(1, plan.tile.block_n // plan.block_size)
+    total = int(columns.sum())
+    best_step, best_time = granule, math.inf
+    for waves in range(1, _MAX_WAVES + 1):
+        longest = -(-total // (plan.items_at_once * waves))
+        longest = max(granule, -(-longest // granule) * granule)
+        splits, step = _split_evenly(columns, longest)
+        lengths = step.repeat_interleave(splits).sort(descending=True).values
+        critical = lengths[:: plan.items_at_once]
+        time = int(critical.sum()) * plan.block_size
+        time += _ITEM_OVERHEAD_TOKENS * critical.numel()
+        time += _MERGE_OVERHEAD_TOKENS * (lengths.numel() > columns.numel())
+        if time < best_time:
+            best_step, best_time = longest, time
+    return best_step
