@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cost model needs to know of a model: weights, KV and wire sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers with equal attention geometry.
+
+    All element counts are per token and layer. `window` is the number of cached tokens
+    a query sees (None: all). `flops_per_kv_token` is the work of one query token on one
+    cached token, QK^T and PV together.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    q_elements: int
+    kv_elements: int
+    out_elements: int
+    flops_per_kv_token: int
+    window: int | None = None
+
+    def visible(self, context: float) -> float:
+        """Cached tokens that a query at `context` reads."""
+        return context if self.window is None else min(context, self.window)
+
+
+def gqa_group(
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    v_head_size: int | None = None,
+    window: int | None = None,
+) -> LayerGroup:
+    """Multi-head or grouped-query attention."""
+    v_size = head_size if v_head_size is None else v_head_size
+    return LayerGroup(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        q_elements=num_heads * head_size,
+        kv_elements=num_kv_heads * (head_size + v_size),
+        out_elements=num_heads * v_size,
+        flops_per_kv_token=2 * num_heads * (head_size + v_size),
+        window=window,
+    )
+
+
+def mla_group(
+    num_layers: int, num_heads: int, kv_lora_rank: int, rope_head_dim: int
+) -> LayerGroup:
+    """Multi-head latent attention in its absorbed decode form.
+
+    The cache holds one latent row for all heads, so there is one KV head, while q and
+    the output stay `num_heads` latent rows wide (DeepSeek-V2, arXiv 2405.04434).
+    """
+    latent = kv_lora_rank + rope_head_dim
+    return LayerGroup(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=1,
+        q_elements=num_heads * latent,
+        kv_elements=latent,
+        out_elements=num_heads * kv_lora_rank,
+        flops_per_kv_token=2 * num_heads * (latent + kv_lora_rank),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one model. Bytes are of the whole model, not of a tensor-parallel rank.
+
+    `dense_*` are weights that every decode step reads, `expert_*` the routed experts,
+    `embedding_bytes` input embeddings that a step only looks up.
+    """
+
+    name: str
+    hidden_size: int
+    groups: tuple[LayerGroup, ...]
+    dense_params: float
+    dense_bytes: float
+    expert_params: float = 0.0
+    expert_bytes: float = 0.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    embedding_params: float = 0.0
+    embedding_bytes: float = 0.0
+    activation_bytes: float = 2.0
+    kv_element_bytes: float = 2.0
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers of all groups."""
+        return sum(group.num_layers for group in self.groups)
+
+    @property
+    def num_params(self) -> float:
+        """All parameters."""
+        return self.dense_params + self.expert_params + self.embedding_params
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes that the weights occupy."""
+        return self.dense_bytes + self.expert_bytes + self.embedding_bytes
+
+    @property
+    def flops_per_token(self) -> float:
+        """Non-attention flops of one token: two per parameter used."""
+        share = self.experts_per_token / self.num_experts if self.num_experts else 0.0
+        return 2 * (self.dense_params + self.expert_params * share)
+
+    def streamed_bytes(self, rows: float) -> float:
+        """Weight bytes one step with `rows` tokens reads.
+
+        Experts: E (1 - (1 - k/E)^rows) of E are touched if routing is uniform.
+        """
+        if not self.num_experts:
+            return self.dense_bytes
+        miss = (1 - self.experts_per_token / self.num_experts) ** rows
+        return self.dense_bytes + self.expert_bytes * (1 - miss)
+
+    def kv_bytes(self, context: float) -> float:
+        """KV bytes of one request with `context` cached tokens, windows respected."""
+        elements = sum(
+            g.num_layers * g.kv_elements * g.visible(context) for g in self.groups
+        )
+        return elements * self.kv_element_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """KV bytes that one more token adds while no window is full."""
+        return self.kv_bytes(1)
+
+    def attention_flops(self, context: float) -> float:
+        """Flops of one query token over `context` cached tokens, all layers."""
+        return sum(
+            g.num_layers * g.flops_per_kv_token * g.visible(context)
+            for g in self.groups
+        )
+
+    def wire_bytes(self, num_nodes: int = 1, partition: str = "heads") -> float:
+        """Bytes one token exchanges with all memory nodes, both directions.
+
+        Head partition: q, k, v and out once each, split over the nodes; for one node
+        this is Lamina's (2 + 2/G) e d L (arXiv 2405.01814 section 3). Block partition:
+        every node gets q and answers with out and an fp32 log-sum-exp per head.
+        """
+        total = 0.0
+        for g in self.groups:
+            q = g.q_elements * self.activation_bytes
+            kv = g.kv_elements * self.activation_bytes
+            out = g.out_elements * self.activation_bytes
+            if partition == "blocks" and num_nodes > 1:
+                lse = 4 * g.num_heads
+                total += g.num_layers * (num_nodes * (q + out + lse) + kv)
+            else:
+                total += g.num_layers * (q + kv + out)
+        return total

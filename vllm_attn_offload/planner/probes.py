@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `calibrate` measures. A probe times one thing and returns TOML entries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from statistics import median
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+
+# Weights and KV must not sit in a cache: a step reads them once.
+WORKING_SET_BYTES = 256 << 20
+
+Entry = float | list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Entries for [device.NAME] and for [network.NAME]."""
+
+    device: dict[str, Entry] = field(default_factory=dict)
+    network: dict[str, Entry] = field(default_factory=dict)
+
+
+class Probe(Protocol):
+    """One measurement of at most about `budget_s` seconds."""
+
+    title: str
+
+    def run(self, budget_s: float) -> ProbeResult:
+        """Measure."""
+
+
+def time_call(
+    call: Callable[[], object], device: torch.device, budget_s: float
+) -> float:
+    """Median seconds of `call`, after one warm-up, at least three times."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    end = time.perf_counter() + budget_s
+    times = [once() for _ in range(3)]
+    while time.perf_counter() < end:
+        times.append(once())
+    return median(times)
+
+
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Fixed seconds and bytes per second of t = fixed + size / bandwidth.
+
+    Weighted by 1 / t, so that small sizes, which carry the fixed part, count. Noise can
+    make one part negative: a fixed part becomes 0; without a visible slope, the best
+    size is a lower bound on the bandwidth.
+    """
+    weight = 1 / np.asarray(seconds)
+    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes)], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(
+        columns * weight[:, None], np.ones(len(sizes)), rcond=None
+    )
+    per_byte = np.asarray(seconds) / np.asarray(sizes)
+    if slope <= 0:
+        fixed, slope = min(seconds), per_byte.min()
+    elif fixed < 0:
+        fixed, slope = 0.0, np.median(per_byte)
+    return float(fixed), float(1 / slope)
+
+
+@dataclass(slots=True)
+class MemoryProbe:
+    """Capacity and read bandwidth."""
+
+    device: torch.device
+    title: str = "memory"
+
+    def run(self, budget_s: float) -> ProbeResult:
+        """Sum a tensor far larger than the caches."""
+        data = torch.ones(WORKING_SET_BYTES // 4, device=self.device)
+        seconds = time_call(data.sum, self.device, budget_s)
+        if self.device.type == "cpu":
+            total = psutil.virtual_memory().total
+        else:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+        return ProbeResult(
+            {"memory_gb": total / 1e9, "memory_gbps": WORKING_SET_BYTES / seconds / 1e9}
+        )
+
+
+@dataclass(slots=True)
+class GemmProbe:
+    """Seconds per 1e9 bytes of weights over rows: the efficiency curve of a model.
+
+    `shapes` are (out, in) of one layer's weight matrices; copies of the layer fill the
+    working set and are used in turn.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    title: str = "GEMM rates"
+
+    def run(self, budget_s: float) -> ProbeResult:
+        """One layer's matrices, at each number of rows."""
+        layer_params = sum(n * k for n, k in self.shapes)
+        layer_bytes = layer_params * self.dtype.itemsize
+        copies = max(WORKING_SET_BYTES // layer_bytes, 1)
+        layers = [[self._weight(n, k) for n, k in self.shapes] for _ in range(copies)]
+        turn = cycle(layers)
+        curve, tflops = [], 0.0
+        for rows in self.rows:
+            inputs = [self._weight(rows, k) for _, k in self.shapes]
+
+            def step(inputs: list[torch.Tensor] = inputs) -> None:
+                for x, w in zip(inputs, next(turn), strict=True):
+                    torch.nn.functional.linear(x, w)
+
+            seconds = time_call(step, self.device, budget_s / len(self.rows))
+            curve.append([float(rows), seconds / layer_bytes * 1e9])
+            tflops = max(tflops, 2 * layer_params * rows / seconds / 1e12)
+        return ProbeResult({"gemm_curve": curve, "tflops": tflops})
+
+    def _weight(self, rows: int, columns: int) -> torch.Tensor:
+        weight = torch.randn(rows, columns, device=self.device) / columns**0.5
+        return weight.to(self.dtype)
+
+
+# q [batch, heads, 1, size], k and v [batch, kv heads, tokens, size] -> like q
+DecodeAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def sdpa_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """torch's own attention, where no node kernel is given."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@dataclass(slots=True)
+class AttentionProbe:
+    """Decode attention: bytes of KV per second, and the fixed cost of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    attention: DecodeAttention = sdpa_decode
+    title: str = "local attention"
+
+    def run(self, budget_s: float) -> ProbeResult:
+        """Batches and contexts from 128 tokens to half of the working set."""
+        cases = [(1, 128), (1, 1024), (4, 512), (4, 2048), (8, 4096)]
+        sizes, seconds = [], []
+        for batch, tokens in cases:
+            shape = batch, self.num_kv_heads, tokens, self.head_size
+            kv_bytes = 2 * torch.Size(shape).numel() * self.dtype.itemsize
+            copies = max(WORKING_SET_BYTES // 2 // kv_bytes, 1)
+            # A few thousand small copies would only measure the allocator.
+            caches = cycle([self._cache(shape) for _ in range(min(copies, 64))])
+            q = torch.randn(batch, self.num_heads, 1, self.head_size).to(
+                self.device, self.dtype
+            )
+
+            def call(
+                q: torch.Tensor = q,
+                caches: cycle[tuple[torch.Tensor, torch.Tensor]] = caches,
+            ) -> None:
+                self.attention(q, *next(caches))
+
+            sizes.append(kv_bytes)
+            seconds.append(time_call(call, self.device, budget_s / len(cases)))
+        fixed_s, bandwidth = fit_line(sizes, seconds)
+        return ProbeResult(
+            {"attention_gbps": bandwidth / 1e9, "attention_call_us": fixed_s * 1e6}
+        )
+
+    def _cache(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = torch.randn((2, *shape)).to(self.device, self.dtype).unbind()
+        return k, v
+
+
+@dataclass(slots=True)
+class ExchangeProbe:
+    """Round trip and bandwidth of one exchange with a memory node.
+
+    `exchange(sent, received)` performs one with that many bytes each way and returns
+    when the reply is complete. The caller owns the connection.
+    """
+
+    exchange: Callable[[int, int], object]
+    sizes: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+    title: str = "exchange with the memory node"
+
+    def run(self, budget_s: float) -> ProbeResult:
+        """Sizes from 1 KiB to 4 MiB each way."""
+        host = torch.device("cpu")
+        seconds = [
+            time_call(
+                lambda size=size: self.exchange(size, size),  # type: ignore[misc]
+                host,
+                budget_s / len(self.sizes),
+            )
+            for size in self.sizes
+        ]
+        fixed_s, bandwidth = fit_line([2 * size for size in self.sizes], seconds)
+        return ProbeResult(
+            network={
+                "gbps": bandwidth * 8 / 1e9,
+                "latency_us": fixed_s * 1e6,
+                "efficiency": 1.0,
+            }
+        )
