@@ -68,8 +68,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         # Late: plain vLLM must not pay for what it does not use.
         from vllm_attn_offload.engine_config import apply_to_engine_args
         from vllm_attn_offload.frontend_metrics import export_node_metrics
-        from vllm_attn_offload.support import check_supported
+        from vllm_attn_offload.support import check_arguments, check_supported
 
+        check_arguments(self)
         apply_to_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
@@ -87,7 +88,9 @@ def with_options(
     Raises:
         ValueError: An unknown option or a bad value.
     """
-    merged = {**additional_config.get(CONFIG_KEY, {}), **options}
+    given = additional_config.get(CONFIG_KEY) or {}
+    AttentionOffloadConfig.from_dict(given)
+    merged = {**given, **options}
     AttentionOffloadConfig.from_dict(merged)
     return {**additional_config, CONFIG_KEY: merged}
 

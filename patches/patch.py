@@ -49,6 +49,7 @@ class Patch:
     reason: str
     remove_when: str
     _original: Any = field(default=None, repr=False)
+    _installed: Any = field(default=None, repr=False)
 
     @property
     def target(self) -> str:
@@ -88,7 +89,7 @@ class Patch:
         if isinstance(descriptor, staticmethod | classmethod):
             wrapper = type(descriptor)(wrapper)
         setattr(self._owner(), self.attribute, wrapper)
-        self._original = descriptor
+        self._original, self._installed = descriptor, wrapper
 
     def revert(self) -> None:
         """Put the original back.
@@ -98,13 +99,14 @@ class Patch:
         """
         if self._original is None:
             return
-        if not self.is_applied():
+        # The mark does not tell: functools.wraps copies it to whoever wraps us.
+        if self._descriptor() is not self._installed:
             raise PatchError(
                 f"{self.target} was wrapped again after patch {self.name!r}. Undo that "
                 "wrapper first."
             )
         setattr(self._owner(), self.attribute, self._original)
-        self._original = None
+        self._original = self._installed = None
 
     def _owner(self) -> type:
         return getattr(importlib.import_module(self.module), self.owner)

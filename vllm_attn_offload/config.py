@@ -60,6 +60,12 @@ class AttentionOffloadConfig:
                 allowed.
         """
         allowed = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"attention offloading was given {options!r} as its options. Allowed: "
+                "an object; write {} for the defaults. Valid options: "
+                f"{', '.join(allowed)}."
+            )
         unknown = sorted(set(options) - set(allowed))
         if unknown:
             raise ValueError(

@@ -43,8 +43,8 @@ def run_dir(data_parallel_rank: int) -> Path:
     The frontend names it and the engine's process inherits the name, so that both find
     the nodes without an address in the (hashed) configuration.
     """
-    base = os.environ.get(_RUN_DIR_VARIABLE)
-    return (Path(base) if base else _new_run_dir()) / str(data_parallel_rank)
+    base = os.environ.get(_RUN_DIR_VARIABLE) or _new_run_dir()
+    return Path(f"{base}-{data_parallel_rank}")
 
 
 def _new_run_dir() -> Path:

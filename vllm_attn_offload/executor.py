@@ -138,8 +138,11 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self._control.refresh_info()
 
     def shutdown(self) -> None:
-        """Stop workers first, then let go of the memory nodes."""
+        """Let go of the memory nodes and stop the workers; no step is in flight."""
         self._is_closing = True
+        if self._process is not None:
+            # Ends while the workers do: the engine has few seconds for both.
+            self._process.request_stop()
         super().shutdown()
         self._leave_memory_node()
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_SettingsT = TypeVar("_SettingsT")
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Generic[_SettingsT]):
     """A feature that this release does not support.
 
     Args:
         feature: Name in the README's table.
-        given: What the configuration asks for, or "" where it does not.
+        given: What the settings ask for, or "" where they do not.
         allowed: What works instead.
         advice: What to do.
     """
 
     feature: str
-    given: Callable[[VllmConfig], str]
+    given: Callable[[_SettingsT], str]
     allowed: str
     advice: str
 
@@ -38,17 +40,38 @@ class Refusal:
         )
 
 
+def check_arguments(engine_args: EngineArgs) -> None:
+    """Refuse what vLLM would refuse for another reason, or ignore.
+
+    Raises:
+        ValueError: As ``check_supported``.
+    """
+    _refuse(_problems(PARALLEL_REFUSALS, engine_args))
+
+
 def check_supported(vllm_config: VllmConfig) -> None:
     """Refuse a configuration before any process starts.
 
     Raises:
         ValueError: Names every feature that is not supported, what is, and what to do.
     """
-    problems = [
+    _refuse(
+        _problems(CONFIG_REFUSALS, vllm_config)
+        + _problems(PARALLEL_REFUSALS, vllm_config.parallel_config)
+    )
+
+
+def _problems(
+    refusals: Iterable[Refusal[_SettingsT]], settings: _SettingsT
+) -> list[str]:
+    return [
         refusal.message(given)
-        for refusal in REFUSALS
-        if (given := refusal.given(vllm_config))
+        for refusal in refusals
+        if (given := refusal.given(settings))
     ]
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -119,7 +142,57 @@ def _runner(config: VllmConfig) -> str:
 _NO_OFFLOAD = "Run this model without --attention-offload."
 _DROP = "Drop the option, or run without --attention-offload."
 
-REFUSALS = (
+# EngineArgs and ParallelConfig share these names. Both are checked: vLLM blames the
+# executor for some of them before a config exists, and drops some on CPU.
+PARALLEL_REFUSALS: tuple[Refusal[EngineArgs | ParallelConfig], ...] = (
+    Refusal(
+        "Pipeline parallelism",
+        lambda p: _above_one(p.pipeline_parallel_size, "pipeline_parallel_size"),
+        "pipeline_parallel_size=1",
+        "Use tensor parallelism.",
+    ),
+    Refusal(
+        "Data parallelism",
+        lambda p: _above_one(p.data_parallel_size, "data_parallel_size"),
+        "data_parallel_size=1",
+        "Start one engine per replica; they may share a memory node.",
+    ),
+    Refusal(
+        "Context parallelism",
+        lambda p: (
+            _above_one(
+                p.decode_context_parallel_size,
+                "decode_context_parallel_size",
+            )
+            or _above_one(
+                p.prefill_context_parallel_size,
+                "prefill_context_parallel_size",
+            )
+        ),
+        "decode_context_parallel_size=1 and prefill_context_parallel_size=1",
+        "Drop both; memory nodes already spread the context.",
+    ),
+    Refusal(
+        "Engines over several hosts",
+        lambda p: _above_one(p.nnodes, "nnodes"),
+        "nnodes=1",
+        _DROP,
+    ),
+    Refusal(
+        "Dual-batch overlap",
+        lambda p: _flag(p.enable_dbo, "enable_dbo"),
+        "enable_dbo unset",
+        _DROP,
+    ),
+    Refusal(
+        "Elastic expert parallelism",
+        lambda p: _flag(p.enable_elastic_ep, "enable_elastic_ep"),
+        "enable_elastic_ep unset",
+        _DROP,
+    ),
+)
+
+CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
     Refusal(
         "Sliding-window layers",
         lambda c: _flag(
@@ -131,6 +204,12 @@ REFUSALS = (
         "without --attention-offload.",
     ),
     Refusal("Logit soft cap", _soft_cap, "no soft cap", _NO_OFFLOAD),
+    Refusal(
+        "ALiBi",
+        lambda c: _flag(c.model_config.uses_alibi, "ALiBi"),
+        "attention without position biases",
+        _NO_OFFLOAD,
+    ),
     Refusal(
         "MLA",
         lambda c: _flag(c.model_config.use_mla, "multi-head latent attention (MLA)"),
@@ -179,43 +258,6 @@ REFUSALS = (
     ),
     Refusal("Speculative decoding", _speculative, "plain decoding", _DROP),
     Refusal(
-        "Pipeline parallelism",
-        lambda c: _above_one(
-            c.parallel_config.pipeline_parallel_size, "pipeline_parallel_size"
-        ),
-        "pipeline_parallel_size=1",
-        "Use tensor parallelism.",
-    ),
-    Refusal(
-        "Data parallelism",
-        lambda c: _above_one(
-            c.parallel_config.data_parallel_size, "data_parallel_size"
-        ),
-        "data_parallel_size=1",
-        "Start one engine per replica; they may share a memory node.",
-    ),
-    Refusal(
-        "Context parallelism",
-        lambda c: (
-            _above_one(
-                c.parallel_config.decode_context_parallel_size,
-                "decode_context_parallel_size",
-            )
-            or _above_one(
-                c.parallel_config.prefill_context_parallel_size,
-                "prefill_context_parallel_size",
-            )
-        ),
-        "decode_context_parallel_size=1 and prefill_context_parallel_size=1",
-        "Drop both; memory nodes already spread the context.",
-    ),
-    Refusal(
-        "Engines over several hosts",
-        lambda c: _above_one(c.parallel_config.nnodes, "nnodes"),
-        "nnodes=1",
-        _DROP,
-    ),
-    Refusal(
         "KV connectors, disaggregated prefill",
         lambda c: _flag(c.kv_transfer_config, "a KV connector (kv_transfer_config)"),
         "no KV connector: the KV cache is not on the compute node",
@@ -251,21 +293,11 @@ REFUSALS = (
         _DROP,
     ),
     Refusal(
-        "Dual-batch overlap",
-        lambda c: _flag(c.parallel_config.enable_dbo, "enable_dbo"),
-        "enable_dbo unset",
-        _DROP,
-    ),
-    Refusal(
-        "Elastic expert parallelism",
-        lambda c: _flag(c.parallel_config.enable_elastic_ep, "enable_elastic_ep"),
-        "enable_elastic_ep unset",
-        _DROP,
-    ),
-    Refusal(
         "Batch invariance",
         _batch_invariant,
         "VLLM_BATCH_INVARIANT=0",
         "Unset VLLM_BATCH_INVARIANT.",
     ),
 )
+
+REFUSALS: tuple[Refusal[Any], ...] = (*CONFIG_REFUSALS, *PARALLEL_REFUSALS)

@@ -18,7 +18,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
     """Attention of a layer whose KV blocks live on memory nodes.
 
     Raises:
-        NotImplementedError: The layer needs a feature that this release refuses.
+        ValueError: The layer needs a feature that this release refuses.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             **extra,
         }
         if wanted := [name for name, value in refused.items() if value]:
-            raise NotImplementedError(
+            raise ValueError(
                 f"Attention offloading does not support {', '.join(wanted)}. Allowed: "
                 "causal decoder attention over the full context. Run this model "
                 "without --attention-offload."
@@ -99,11 +99,12 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
 
         Raises:
             MemoryNodeError: A memory node is gone, too slow, or refused the layer.
+            ValueError: Output quantisation was fused into attention.
         """
         if attn_metadata is None:
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 "Attention offloading does not support fused output quantisation. "
                 "Allowed: unquantised attention output. Disable fuse_attn_quant."
             )

@@ -97,11 +97,15 @@ class MemoryNodeProcess:
                 "check kv_cache_gib and local_node_cpus.",
             )
 
-    def stop(self) -> None:
-        """End the node and remove its directory. Safe to call twice."""
+    def request_stop(self) -> None:
+        """Ask the node to end, without waiting for it."""
         if self._parent_write >= 0:
             os.close(self._parent_write)
             self._parent_write = -1
+
+    def stop(self) -> None:
+        """End the node and remove its directory. Safe to call twice."""
+        self.request_stop()
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:

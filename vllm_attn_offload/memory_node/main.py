@@ -4,22 +4,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import psutil
+from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.memory_node.capacity import GIB
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.options import parse_options
 from vllm_attn_offload.memory_node.server import MemoryNode
+from vllm_attn_offload.metrics import StatsCollector
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_SHARE = 0.5
+
+
+class _StartError(RuntimeError):
+    """The node cannot start; the message says why and what to do."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,23 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
     try:
-        kv_bytes = _kv_bytes(options)
-        node = MemoryNode(
-            options.listen, _create_attention(), f"{options.device}", kv_bytes
-        )
-    except OSError as error:
-        logger.error(
-            "cannot listen on %s: %s. Choose a free address with --listen, or stop "
-            "the process that holds this one.",
-            options.listen,
-            error.strerror or error,
-        )
-        return 1
-    except MemoryError as error:
+        node = _create_node(options)
+    except _StartError as error:
         logger.error("%s", error)
         return 1
-    if options.metrics_port is not None:
-        _serve_metrics(node, options.metrics_port)
     node.start()
     _announce(node, options)
     if options.parent_fd is not None:
@@ -60,7 +55,33 @@ def main(argv: list[str] | None = None) -> int:
     stop.wait()
     logger.info("stopping")
     node.stop()
+    if options.parent_fd is not None and options.listen.path:
+        # Made for the socket by a parent that may be gone.
+        with contextlib.suppress(OSError):
+            Path(options.listen.path).parent.rmdir()
     return 0
+
+
+def _create_node(options: argparse.Namespace) -> MemoryNode:
+    """Claim memory, the metrics port and the address.
+
+    Raises:
+        _StartError: One of them cannot be had.
+    """
+    kv_bytes = _kv_bytes(options)
+    registry = CollectorRegistry()
+    if options.metrics_port is not None:
+        _serve_metrics(options.metrics_port, registry)
+    attention = _create_attention()
+    try:
+        node = MemoryNode(options.listen, attention, options.device, kv_bytes)
+    except OSError as error:
+        raise _StartError(
+            f"cannot listen on {options.listen}: {error.strerror or error}. Choose a "
+            "free address with --listen, or stop the process that holds this one."
+        ) from error
+    registry.register(StatsCollector(lambda: {str(node.address): node.stats()}))
+    return node
 
 
 def _kv_bytes(options: argparse.Namespace) -> int:
@@ -69,7 +90,7 @@ def _kv_bytes(options: argparse.Namespace) -> int:
         return int(available * _DEFAULT_SHARE)
     kv_bytes = int(options.kv_cache_gib * GIB)
     if kv_bytes > available:
-        raise MemoryError(
+        raise _StartError(
             f"--kv-cache-gib {options.kv_cache_gib:g} is more than the "
             f"{available / GIB:.2f} GiB of memory that are available. Lower it or "
             "stop other processes."
@@ -90,14 +111,14 @@ def _create_attention() -> DecodeAttention:
     return TorchDecodeAttention()
 
 
-def _serve_metrics(node: MemoryNode, port: int) -> None:
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    from vllm_attn_offload.metrics import StatsCollector
-
-    registry = CollectorRegistry()
-    registry.register(StatsCollector(lambda: {str(node.address): node.stats()}))
-    start_http_server(port, addr="127.0.0.1", registry=registry)
+def _serve_metrics(port: int, registry: CollectorRegistry) -> None:
+    try:
+        start_http_server(port, addr="127.0.0.1", registry=registry)
+    except (OSError, OverflowError) as error:
+        raise _StartError(
+            f"cannot serve metrics on 127.0.0.1:{port}: {error}. Choose a free "
+            "--metrics-port, or leave it out."
+        ) from error
 
 
 def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
@@ -111,7 +132,9 @@ def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
         ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     )
     if options.ready_fd is not None:
-        os.write(options.ready_fd, f"{node.address}\n".encode())
+        # A parent that is gone already is noticed by its other pipe.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(options.ready_fd, f"{node.address}\n".encode())
         os.close(options.ready_fd)
 
 

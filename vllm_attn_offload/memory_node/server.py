@@ -290,18 +290,20 @@ class MemoryNode:
         )
 
     def _serve_data_channel(self, sock: socket.socket, request: AttachSession) -> None:
-        entry = self._reservations.get(request.session)
-        problem = _attach_problem(entry, request)
-        if problem or entry is None or entry.session is None:
+        with self._lock:
+            entry = self._reservations.get(request.session)
+            problem = _attach_problem(entry, request)
+            if entry is not None and not problem:
+                entry.attach_token = ""
+        if problem or entry is None or (session := entry.session) is None:
             logger.warning("refused a data channel: %s", problem)
             send_message(sock, Error(problem), _MESSAGE_TIMEOUT_S)
             return
-        entry.attach_token = ""
-        entry.session.worker_kv_bytes = request.worker_kv_bytes
+        session.worker_kv_bytes = request.worker_kv_bytes
         send_message(sock, Attached(), _MESSAGE_TIMEOUT_S)
         transport = TcpTransport(sock, stall_timeout_s=_STALL_TIMEOUT_S)
         try:
-            entry.session.serve(transport)
+            session.serve(transport)
         finally:
             transport.close()
 
@@ -309,7 +311,8 @@ class MemoryNode:
 def _attach_problem(entry: _Reservation | None, request: AttachSession) -> str:
     if entry is None or entry.session is None:
         return f"there is no open session {request.session!r}"
-    if not hmac.compare_digest(entry.attach_token, request.attach_token):
+    ours, theirs = entry.attach_token.encode(), request.attach_token.encode()
+    if not hmac.compare_digest(ours, theirs):
         return "the attach token is wrong or was used before"
     if entry.session.generation != request.generation:
         return (

@@ -121,9 +121,11 @@ class Session:
         A frame that the protocol does not allow is answered with an ERROR frame, and
         the channel is closed; other sessions do not notice.
         """
-        self._transport = transport
         header = FrameHeader()
         try:
+            with self._compute_lock:
+                self._raise_if_closed()
+                self._transport = transport
             while True:
                 transport.receive_header(header, None)
                 self._serve_frame(transport, header)
@@ -135,12 +137,17 @@ class Session:
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
-        if self._transport is not None:
-            self._transport.close()
         with self._compute_lock:
             self._pools.clear()
             self._steps.clear()
             self._cache.close()
+            transport = self._transport
+        if transport is not None:
+            transport.close()
+
+    def _raise_if_closed(self) -> None:
+        if not self._pools:
+            raise ConnectionResetError("the session was closed")
 
     def _serve_frame(self, transport: Transport, header: FrameHeader) -> None:
         started = time.perf_counter()
@@ -192,14 +199,7 @@ class Session:
             lse_bytes = planned.num_tokens * num_heads * 4
         reply = self._reply_buffer(out_bytes + lse_bytes)
         out, lse = reply[:out_bytes], reply[out_bytes:] if lse_bytes else None
-        with self._compute_lock:
-            if not self._pools:
-                raise ConnectionResetError("the session was closed")
-            turn = time.perf_counter()
-            pool = self._pools[header.layer]
-            self._attention.store(pool, planned.plan, qkv)
-            stored = time.perf_counter()
-            self._attention.attend(pool, planned.plan, qkv, out, lse)
+        self._compute(header.layer, planned.plan, qkv, out, lse)
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes
         transport.send(header, reply)
@@ -208,9 +208,28 @@ class Session:
         counters.bytes_received += expected
         counters.bytes_sent += reply.nbytes
         counters.receive_s += received - started
-        counters.store_s += stored - turn
-        counters.attend_s += attended - stored
         counters.send_s += time.perf_counter() - attended
+
+    def _compute(
+        self,
+        layer: int,
+        plan: object,
+        qkv: memoryview,
+        out: memoryview,
+        lse: memoryview | None,
+    ) -> None:
+        """Store and attend, in turn with other sessions.
+
+        No reference to a pool outlives the lock: ``close`` unmaps it next.
+        """
+        with self._compute_lock:
+            self._raise_if_closed()
+            started = time.perf_counter()
+            self._attention.store(self._pools[layer], plan, qkv)
+            stored = time.perf_counter()
+            self._attention.attend(self._pools[layer], plan, qkv, out, lse)
+            self._counters.store_s += stored - started
+            self._counters.attend_s += time.perf_counter() - stored
 
     def _planned_step(self, header: FrameHeader) -> _PlannedStep:
         if header.layer >= len(self.geometry.layers):

@@ -129,7 +129,8 @@ def _check_range(what: str, value: int, low: int, high: int) -> None:
 
 def _check_step(step: AttentionStep, limits: StepLimits) -> None:
     starts = step.query_start_loc
-    query_lens = np.diff(starts)
+    # In int64: differences of hostile int32 values would wrap around.
+    query_lens = np.diff(starts.astype(np.int64))
     if starts[0] != 0 or starts[-1] != step.num_tokens or (query_lens < 0).any():
         raise ProtocolError(
             "query_start_loc must rise from 0 to the number of tokens of the step"

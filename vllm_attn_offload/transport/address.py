@@ -32,7 +32,10 @@ class Address:
         if text.startswith("unix:"):
             return cls(path=_checked_path(text.removeprefix("unix:"), text))
         host, separator, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            host = ""  # an IPv6 address without brackets: where does its port begin?
         if not separator or not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError(
                 f"{text!r} is not an address. Allowed: {_FORMS} with a port from 0 to "

@@ -87,6 +87,10 @@ class TorchDecodeAttention(DecodeAttention):
 
     def plan(self, group: int, geometry: SessionGeometry, step: AttentionStep) -> _Plan:
         block_size = geometry.groups[group].block_size
+        dtype = _TORCH_DTYPES[geometry.dtype]
+        # Layers of a group share a mask, so they share the heads per KV head, too.
+        layer = next(item for item in geometry.layers if item.group == group)
+        heads_per_kv_head = layer.num_query_heads // layer.num_kv_heads
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
         return _Plan(
@@ -94,7 +98,7 @@ class TorchDecodeAttention(DecodeAttention):
             stored_rows=stored,
             stored_slots=slots[stored],
             requests=tuple(
-                _plan_request(step, index, block_size)
+                _plan_request(step, index, block_size, dtype, heads_per_kv_head)
                 for index in range(step.num_reqs)
                 if step.query_start_loc[index] < step.query_start_loc[index + 1]
             ),
@@ -137,18 +141,33 @@ def _rows(pool: _Pool, plan: _Plan, qkv: memoryview) -> torch.Tensor:
     return torch.frombuffer(qkv, dtype=pool.dtype).view(plan.num_tokens, -1)
 
 
-def _plan_request(step: AttentionStep, index: int, block_size: int) -> _Request:
+def _plan_request(
+    step: AttentionStep, index: int, block_size: int, dtype: torch.dtype, group: int
+) -> _Request:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
     seq_len = int(step.seq_lens[index])
     blocks = torch.from_numpy(step.block_table[index].copy()).long()
     offsets = torch.arange(block_size)
     slots = (blocks[:, None] * block_size + offsets).flatten()[:seq_len]
-    num_rows = end - begin
-    mask = None
-    if num_rows > 1:
-        positions = torch.arange(seq_len - num_rows, seq_len)
-        mask = torch.arange(seq_len)[None, :] <= positions[:, None]
-    return _Request(begin, end, slots, mask)
+    return _Request(begin, end, slots, _causal_mask(end - begin, seq_len, dtype, group))
+
+
+def _causal_mask(
+    num_rows: int, seq_len: int, dtype: torch.dtype, group: int
+) -> torch.Tensor | None:
+    """Additive mask for the last ``num_rows`` tokens, once per query head of a group.
+
+    torch's own causal flag aligns at the first token and not at the last.
+    """
+    if num_rows == 1:
+        return None
+    hidden = torch.ones(num_rows, seq_len, dtype=torch.bool).triu(
+        seq_len - num_rows + 1
+    )
+    mask = torch.zeros(num_rows, seq_len, dtype=dtype).masked_fill_(
+        hidden, float("-inf")
+    )
+    return mask.repeat(group, 1)
 
 
 def _attend_request(
@@ -165,17 +184,17 @@ def _attend_request(
         .permute(1, 2, 0, 3)
         .reshape(num_kv_heads, group * num_rows, head_size)
     )
-    scores = torch.matmul(folded.float(), key.transpose(1, 2).float())
-    scores *= pool.layer.softmax_scale
-    if request.mask is not None:
-        scores = scores.view(num_kv_heads, group, num_rows, -1)
-        scores = scores.masked_fill(~request.mask, float("-inf"))
-        scores = scores.view(num_kv_heads, group * num_rows, -1)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.matmul((scores - lse[..., None]).exp(), value.float())
-    out = out.view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
-    lse = lse.view(num_kv_heads, group, num_rows).permute(2, 0, 1)
+    # The only CPU attention of torch that returns the log-sum-exp.
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        folded[None],
+        key[None],
+        value[None],
+        attn_mask=request.mask,
+        scale=pool.layer.softmax_scale,
+    )
+    out = out[0].view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
+    lse = lse[0].view(num_kv_heads, group, num_rows).permute(2, 0, 1)
     return (
-        out.reshape(num_rows, num_heads, -1).to(pool.dtype),
+        out.reshape(num_rows, num_heads, -1),
         lse.reshape(num_rows, num_heads),
     )

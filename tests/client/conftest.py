@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory node, started as the node's own tests do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory_node"))
+
+from node_process import NodeProcess  # noqa: E402
+
+OPTIONS = ("--kv-cache-gib", "0.1", "--cpus", str(max(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node on TCP that all tests share."""
+    log = tmp_path_factory.mktemp("node") / "node.log"
+    process = NodeProcess("127.0.0.1:0", log, *OPTIONS)
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def mortal_node(tmp_path: Path) -> Iterator[NodeProcess]:
+    """A node that the test may kill."""
+    process = NodeProcess("127.0.0.1:0", tmp_path / "node.log", *OPTIONS)
+    yield process
+    process.kill()

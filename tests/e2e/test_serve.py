@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve --attention-offload`` against stock vLLM, and how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+import workload
+from equality import assert_close_bf16, assert_identical
+from serve import ServeProcess, leftovers
+
+Generated = Callable[[str, str], dict[str, Any]]
+Server = Callable[[str], ServeProcess]
+
+
+def _greedy(server: ServeProcess, dtype: str) -> list[dict[str, Any]]:
+    first, second = workload.prompts(server.model, dtype)
+    choices = [
+        choice
+        for prompts in (first, second)
+        for choice in server.complete(prompts, workload.NUM_TOKENS)
+    ]
+    return [
+        {
+            "tokens": choice["token_ids"],
+            "logprobs": choice["logprobs"]["token_logprobs"],
+        }
+        for choice in choices
+    ]
+
+
+def test_serve_float32_is_identical(server: Server, generated: Generated) -> None:
+    assert_identical(
+        generated("float32", "stock")["greedy"], _greedy(server("float32"), "float32")
+    )
+
+
+def test_serve_exports_metrics(server: Server) -> None:
+    """vLLM's /metrics shows the remote pool and what was exchanged."""
+    text = server("float32").metrics()
+    values = {
+        name: float(value)
+        for name, value in re.findall(r"^(attn_offload:\w+)\{.*\} (\S+)$", text, re.M)
+    }
+    block_bytes = 30 * 2 * workload.BLOCK_TOKENS * 3 * 64 * 4
+    num_blocks = int(workload.SERVE_KV_GIB * (1 << 30)) // block_bytes
+    assert values["attn_offload:memory_node_kv_blocks"] == num_blocks
+    assert values["attn_offload:compute_worker_kv_bytes"] == block_bytes
+    assert values["attn_offload:bytes_sent_total"] > 0
+    assert values["attn_offload:bytes_received_total"] > 0
+    assert re.search(rf'num_gpu_blocks="{num_blocks}"', text)
+
+
+def test_serve_pool_is_larger_than_stock_accepts(server: Server) -> None:
+    """Limits of the compute host do not limit the pool that the node holds."""
+    server("float32")
+    limit = workload.SERVE_MEMORY_UTILIZATION * psutil.virtual_memory().total
+    assert limit < workload.SERVE_KV_GIB * (1 << 30)
+
+
+def test_serve_ends_on_interrupt(server: Server) -> None:
+    """Ctrl-C leaves no process, socket or shared memory behind."""
+    running = server("float32")
+    assert running.memory_node().is_running()
+    assert running.end(signal.SIGINT) == []
+    assert not {path for path in leftovers() if "attn-offload-" in path}
+
+
+def test_serve_bfloat16_is_close(
+    server: Server, generated: Generated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = generated("bfloat16", "stock")["greedy"]
+    report = assert_close_bf16(stock, _greedy(server("bfloat16"), "bfloat16"))
+    with capsys.disabled():
+        print(f"\nvllm serve, {report}")  # noqa: T201
+
+
+def test_serve_ends_on_kill(server: Server) -> None:
+    """kill -9 of the API server leaves nothing behind either."""
+    running = server("bfloat16")
+    before = leftovers()
+    assert any("attn-offload-" in path for path in before)
+    assert running.end(signal.SIGKILL) == []
+    deadline = time.monotonic() + 5
+    while left := {path for path in leftovers() if "attn-offload-" in path}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_serve_dies_with_its_memory_node(
+    smollm2: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A lost KV cache stops the engine with a sentence, and requests fail loudly."""
+    log = tmp_path_factory.mktemp("lost") / "serve.log"
+    running = ServeProcess(
+        smollm2,
+        log,
+        *("--attention-offload", "--enforce-eager", "--max-model-len", "512"),
+        *("--attention-offload-config.kv_cache_gib", "0.5"),
+        *("--load-format", "dummy"),
+    )
+    try:
+        running.memory_node().kill()
+        running.process.wait(30)
+        assert "it was lost, and its KV cache with it" in log.read_text("utf-8")
+        _, alive = psutil.wait_procs(running.children, timeout=30)
+        assert alive == []
+    finally:
+        running.kill_all()

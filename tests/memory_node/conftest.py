@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One memory node for all tests that leave it running."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Tests are imported by path (importlib mode); their helpers lie beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from node_process import NodeProcess  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node with 0.25 GiB; sessions that a test opens are freed when it closes."""
+    directory = tmp_path_factory.mktemp("node")
+    process = NodeProcess(
+        f"unix:{directory / 'node.sock'}",
+        directory / "node.log",
+        # One CPU: threads that spin against those of the tests cost most of the time.
+        *("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0)))),
+    )
+    yield process
+    process.kill()

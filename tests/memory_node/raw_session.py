@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session driven frame by frame, as a correct or a broken worker would."""
+
+from __future__ import annotations
+
+import itertools
+import select
+
+import torch
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.handshake import call, connect
+from vllm_attn_offload.memory_node.step import (
+    AttentionStep,
+    step_num_bytes,
+    write_step,
+)
+from vllm_attn_offload.protocol import (
+    Attached,
+    AttachSession,
+    Dtype,
+    FrameFlag,
+    FrameHeader,
+    FrameKind,
+    KVGroup,
+    LayerGeometry,
+    OpenSession,
+    ReserveCapacity,
+    SessionGeometry,
+    SessionOpened,
+    Shard,
+)
+from vllm_attn_offload.transport.tcp import TcpTransport
+
+TIMEOUT_S = 10.0
+_names = itertools.count()
+
+
+def make_geometry(
+    *,
+    num_query_heads: int = 9,
+    num_kv_heads: int = 3,
+    head_size: int = 64,
+    block_size: int = 16,
+    num_layers: int = 2,
+    dtype: Dtype = "float32",
+) -> SessionGeometry:
+    """Equal layers in one KV group, each with its own storage."""
+    layers = [
+        LayerGeometry(
+            name=f"layers.{index}.attn",
+            group=0,
+            storage=index,
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            v_head_size=head_size,
+            softmax_scale=head_size**-0.5,
+        )
+        for index in range(num_layers)
+    ]
+    return SessionGeometry(dtype, [KVGroup(block_size)], layers)
+
+
+def reservation(
+    geometry: SessionGeometry, kv_bytes: int, *, num_nodes: int = 1
+) -> ReserveCapacity:
+    """A request for KV memory by an engine with a name of its own."""
+    shard = Shard(num_nodes=num_nodes)
+    return ReserveCapacity(f"engine-{next(_names)}", shard, geometry, kv_bytes)
+
+
+def session_of(reserved: str, num_blocks: int) -> OpenSession:
+    """A session with limits that the tests stay within."""
+    return OpenSession(
+        reservation=reserved,
+        generation=0,
+        num_blocks=num_blocks,
+        max_num_tokens=2048,
+        max_num_reqs=64,
+        max_blocks_per_req=64,
+    )
+
+
+def attach_request(opened: SessionOpened, geometry: SessionGeometry) -> AttachSession:
+    """What a worker shows to open its data channel."""
+    return AttachSession(opened.session, opened.attach_token, 0, geometry.digest(), 0)
+
+
+class RawSession:
+    """A reserved, opened and attached session.
+
+    Args:
+        address: The memory node.
+        geometry: Layers of the session.
+        num_blocks: Blocks of its pool.
+    """
+
+    def __init__(
+        self, address: str, geometry: SessionGeometry, num_blocks: int
+    ) -> None:
+        self.geometry = geometry
+        self.num_blocks = num_blocks
+        self.control = ControlClient(address, TIMEOUT_S)
+        kv_bytes = num_blocks * _block_bytes(geometry)
+        reserved = self.control.reserve(reservation(geometry, kv_bytes))
+        assert reserved.num_blocks == num_blocks
+        opened = self.control.open_session(session_of(reserved.reservation, num_blocks))
+        self._sock, _ = connect(address, TIMEOUT_S)
+        call(self._sock, address, attach_request(opened, geometry), Attached, TIMEOUT_S)
+        self.transport = TcpTransport(self._sock, stall_timeout_s=TIMEOUT_S)
+        self._step = 0
+
+    def send(self, header: FrameHeader, payload: bytes | memoryview = b"") -> None:
+        """Send any frame, with the byte count that the header claims."""
+        self.transport.send(header, memoryview(payload))
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes that need not be a frame."""
+        self._sock.sendall(data)
+
+    def send_step(self, step: AttentionStep) -> None:
+        """Send a STEP frame with the next number."""
+        self._step += 1
+        payload = encode_step(step)
+        header = FrameHeader(FrameKind.STEP, step=self._step, num_bytes=payload.nbytes)
+        self.send(header, payload)
+
+    def layer_header(self, layer: int, qkv: torch.Tensor) -> FrameHeader:
+        """Header of a LAYER frame of the last step."""
+        return FrameHeader(
+            FrameKind.LAYER, layer=layer, step=self._step, num_bytes=qkv.nbytes
+        )
+
+    def attend(
+        self, layer: int, qkv: torch.Tensor, *, want_lse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Exchange a layer.
+
+        Args:
+            layer: Index in the geometry.
+            qkv: ``[num_tokens, q + k + v]`` in the session's dtype.
+            want_lse: Ask for the log-sum-exp, too.
+
+        Returns:
+            ``[num_tokens, num_query_heads, v_head_size]`` and ``[num_tokens,
+            num_query_heads]`` float32.
+        """
+        header = self.layer_header(layer, qkv)
+        header.flags = FrameFlag.WANT_LSE if want_lse else FrameFlag.NONE
+        self.send(header, qkv.view(torch.uint8).numpy().data.cast("B"))
+        kind, payload = self.receive()
+        assert kind == FrameKind.OUT, payload
+        heads = self.geometry.layers[layer].num_query_heads
+        v_head_size = self.geometry.layers[layer].v_head_size
+        num_bytes = qkv.shape[0] * heads * v_head_size * qkv.element_size()
+        out = torch.frombuffer(bytearray(payload[:num_bytes]), dtype=qkv.dtype)
+        lse = None
+        if want_lse:
+            rest = bytearray(payload[num_bytes:])
+            lse = torch.frombuffer(rest, dtype=torch.float32).view(-1, heads)
+        return out.view(qkv.shape[0], heads, v_head_size), lse
+
+    def has_reply(self) -> bool:
+        """Whether the node begins to answer in time; reads nothing."""
+        return bool(select.select([self._sock], [], [], TIMEOUT_S)[0])
+
+    def receive(self) -> tuple[int, bytes]:
+        """Kind and payload of the node's next frame."""
+        header = FrameHeader()
+        self.transport.receive_header(header, TIMEOUT_S)
+        return header.kind, bytes(self.transport.receive_payload(header.num_bytes))
+
+    def close(self) -> None:
+        """End both channels."""
+        self.transport.close()
+        self.control.close()
+
+
+def encode_step(step: AttentionStep) -> memoryview:
+    """Payload of a STEP frame."""
+    num_reqs, width = step.block_table.shape
+    buffer = memoryview(bytearray(step_num_bytes(num_reqs, step.num_tokens, width)))
+    write_step(step, buffer)
+    return buffer
+
+
+def _block_bytes(geometry: SessionGeometry) -> int:
+    item_bytes = 4 if geometry.dtype == "float32" else 2
+    return sum(
+        layer.num_kv_heads
+        * (layer.head_size + layer.v_head_size)
+        * geometry.groups[layer.group].block_size
+        * item_bytes
+        for layer in geometry.layers
+    )

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node that another process starts: it ends with that process, however it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from node_process import eventually
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+node = MemoryNodeProcess(
+    Path(sys.argv[1]), kv_cache_gib=0.1, cpus="", startup_timeout_s=30
+)
+print(node.pid, node.address, flush=True)
+time.sleep(600)
+"""
+
+
+def is_gone(pid: int) -> bool:
+    # Orphans of a container without an init stay zombies.
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_start_and_stop(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    cpu = min(os.sched_getaffinity(0))
+    node = MemoryNodeProcess(
+        directory, kv_cache_gib=0.5, cpus=str(cpu), startup_timeout_s=30
+    )
+    assert directory.stat().st_mode & 0o777 == 0o700
+    client = ControlClient(node.address, 5)
+    assert client.info.pid == node.pid
+    assert client.info.kv_bytes_total == 1 << 29
+    assert psutil.Process(node.pid).cpu_affinity() == [cpu]
+    client.close()
+    node.stop()
+    node.stop()
+    assert is_gone(node.pid)
+    assert not directory.exists()
+
+
+def test_parent_is_killed(tmp_path: Path) -> None:
+    """kill -9 of the parent leaves neither process nor socket nor directory."""
+    directory = tmp_path / "run"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    pid, address = parent.stdout.readline().split()
+    client = ControlClient(address, 5)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    client.wait_until_lost()
+    client.close()
+    assert eventually(lambda: is_gone(int(pid)))
+    assert not directory.exists()
+
+
+def test_node_ends_at_start(tmp_path: Path) -> None:
+    with pytest.raises(MemoryNodeError, match=r"exit code 1\. .*check kv_cache_gib"):
+        MemoryNodeProcess(
+            tmp_path / "run", kv_cache_gib=1e6, cpus="", startup_timeout_s=30
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_node_is_late(tmp_path: Path) -> None:
+    with pytest.raises(MemoryNodeError, match=r"not ready within 0\.01 s\. Raise"):
+        MemoryNodeProcess(
+            tmp_path / "run", kv_cache_gib=0.1, cpus="", startup_timeout_s=0.01
+        )
+    assert not (tmp_path / "run").exists()

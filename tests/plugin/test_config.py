@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options: defaults, what is refused, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from vllm_attn_offload import AttentionOffloadConfig
+from vllm_attn_offload.config import CONFIG_KEY
+
+OPTIONS = [field.name for field in dataclasses.fields(AttentionOffloadConfig)]
+
+
+def test_defaults() -> None:
+    config = AttentionOffloadConfig.from_dict({})
+    assert config == AttentionOffloadConfig()
+    assert (config.memory_nodes, config.num_local_nodes) == ((), 1)
+    assert config.kv_cache_gib is None
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.7:7600", "node-3:7600", "[fd00::7]:7600", "unix:/run/node.sock"]
+)
+def test_memory_nodes(address: str) -> None:
+    config = AttentionOffloadConfig.from_dict({"memory_nodes": [address]})
+    assert config.memory_nodes == (address,)
+
+
+def test_is_frozen() -> None:
+    config = AttentionOffloadConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.kv_cache_gib = 1.0  # type: ignore[misc]
+
+
+def test_unknown_options() -> None:
+    with pytest.raises(ValueError, match="no option kv_cache_gb, nodes") as error:
+        AttentionOffloadConfig.from_dict({"nodes": 1, "kv_cache_gb": 4})
+    assert str(error.value).endswith(f"Valid options: {', '.join(OPTIONS)}.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_gib": 0}, r"kv_cache_gib: .*greater than 0 \(given: 0\)"),
+        ({"kv_cache_gib": "much"}, r"kv_cache_gib: .*valid number.*\(given: 'much'\)"),
+        ({"num_local_nodes": 0}, r"num_local_nodes: .*greater than or equal to 1"),
+        ({"num_local_nodes": 1.5}, r"num_local_nodes: .*\(given: 1\.5\)"),
+        ({"memory_nodes": "host:1"}, r"memory_nodes: .*valid tuple"),
+        ({"memory_nodes": ["host"]}, r"'host' is not an address\. Allowed: HOST:PORT"),
+        ({"memory_nodes": [7600]}, r"memory_nodes\.0: .*valid string"),
+        ({"request_timeout_s": -1}, r"request_timeout_s: .*greater than 0"),
+        ({"startup_timeout_s": None}, r"startup_timeout_s: .*\(given: None\)"),
+    ],
+)
+def test_bad_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        AttentionOffloadConfig.from_dict(options)
+    assert "Valid options: memory_nodes, " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_local_nodes": 2}, {"memory_nodes": ["a:1", "b:2"]}]
+)
+def test_more_than_one_node(options: dict[str, Any]) -> None:
+    message = "2 memory nodes were given; this release .* exactly 1. Give one address"
+    with pytest.raises(ValueError, match=message):
+        AttentionOffloadConfig.from_dict(options)
+
+
+@pytest.mark.parametrize("options", [True, "memory_nodes", 4, ["memory_nodes"]])
+def test_options_that_are_no_object(options: object) -> None:
+    with pytest.raises(ValueError, match=r"Allowed: an object; write \{\} for"):
+        AttentionOffloadConfig.from_additional_config({CONFIG_KEY: options})
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {CONFIG_KEY: None}])
+def test_additional_config_without_options(additional_config: dict[str, Any]) -> None:
+    assert AttentionOffloadConfig.from_additional_config(additional_config) is None
+
+
+def test_additional_config_with_options() -> None:
+    found = AttentionOffloadConfig.from_additional_config(
+        {CONFIG_KEY: {"kv_cache_gib": 4}, "other": 1}
+    )
+    assert found == AttentionOffloadConfig(kv_cache_gib=4)

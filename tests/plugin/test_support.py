@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused: when the engine is configured, with three parts in a message."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm_attn_offload.patches import apply_patches
+
+from vllm_attn_offload import LLM
+from vllm_attn_offload.attention.impl import AttentionOffloadImpl
+from vllm_attn_offload.engine_config import CPU_WORKER_CLS, EXECUTOR_CLS
+from vllm_attn_offload.support import REFUSALS, check_layers
+
+OFFLOAD: dict[str, Any] = {"attention_offload": {}}
+Refused = Callable[..., str]
+ModelDir = Callable[..., str]
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(autouse=True)
+def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply_patches()
+    # Restored afterwards: configuring an engine names its directory there.
+    monkeypatch.setenv("ATTN_OFFLOAD_RUN_DIR", "unused")
+
+
+@pytest.fixture
+def model_dir(smollm2: str, tmp_path: Path) -> ModelDir:
+    """SmolLM2's configuration with changes, or another architecture's, on disk."""
+
+    def make(**config: Any) -> str:
+        if "architectures" not in config:
+            config = json.loads(Path(smollm2, "config.json").read_text()) | config
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return make
+
+
+def create(model: str, **arguments: Any) -> VllmConfig:
+    return EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        additional_config=OFFLOAD,
+        **arguments,
+    ).create_engine_config()
+
+
+def refusal(model: str, **arguments: Any) -> str:
+    """The message of the refusal, of which every line has three parts."""
+    with pytest.raises(ValueError, match="Attention offloading") as error:
+        create(model, **arguments)
+    assert error.type is ValueError
+    message = str(error.value)
+    for line in message.splitlines():
+        assert re.fullmatch(
+            r"Attention offloading does not support .+\. Allowed: .+\. .+\.", line
+        )
+    assert not [child.name() for child in psutil.Process().children(recursive=True)]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ({"runner": "pooling"}, "runner='pooling'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_"),
+        (
+            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+            "kv_cache_dtype='bfloat16' with dtype='float32'",
+        ),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 2,
+                }
+            },
+            "speculative decoding (ngram)",
+        ),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2"),
+        (
+            {"tensor_parallel_size": 9, "decode_context_parallel_size": 3},
+            "decode_context_parallel_size=3",
+        ),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
+        ({"nnodes": 2, "tensor_parallel_size": 3}, "nnodes=2"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "a KV connector (kv_transfer_config)",
+        ),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"enable_dbo": True}, "enable_dbo"),
+        ({"enable_elastic_ep": True}, "enable_elastic_ep"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
+            "backend_per_kind",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_arguments(smollm2: str, arguments: dict[str, Any], given: str) -> None:
+    assert f"does not support {given}" in refusal(smollm2, **arguments)
+
+
+def test_refused_batch_invariance(
+    smollm2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert "VLLM_BATCH_INVARIANT=1" in refusal(smollm2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"sliding_window": 128}, "a sliding window of 128 tokens"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"is_encoder_decoder": True}, "encoder-decoder models"),
+    ],
+)
+def test_refused_model_configs(
+    model_dir: ModelDir, changes: dict[str, Any], given: str
+) -> None:
+    assert f"does not support {given}" in refusal(model_dir(**changes))
+
+
+@pytest.mark.parametrize(
+    ("module", "architecture", "config", "given"),
+    [
+        (
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            {
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "multi-head latent attention (MLA)",
+        ),
+        ("mamba", "MambaForCausalLM", {"state_size": 16}, "attention-free models"),
+        ("jamba", "JambaForCausalLM", {}, "hybrid models"),
+        ("bloom", "BloomForCausalLM", {"n_head": 4, "n_layer": 2}, "ALiBi"),
+    ],
+)
+def test_refused_architectures(
+    model_dir: ModelDir,
+    module: str,
+    architecture: str,
+    config: dict[str, Any],
+    given: str,
+) -> None:
+    # vLLM looks at classes it has not loaded in a process that takes many seconds.
+    loaded = importlib.import_module(f"vllm.model_executor.models.{module}")
+    ModelRegistry.register_model(architecture, getattr(loaded, architecture))
+    model = model_dir(architectures=[architecture], model_type=module, **TINY, **config)
+    assert f"does not support {given}" in refusal(model)
+
+
+def test_every_problem_is_named(model_dir: ModelDir) -> None:
+    message = refusal(model_dir(sliding_window=128), kv_cache_dtype="fp8")
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("distributed_executor_backend", "ray", EXECUTOR_CLS),
+        ("distributed_executor_backend", "external_launcher", EXECUTOR_CLS),
+        ("worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER_CLS),
+    ],
+)
+def test_refused_classes(smollm2: str, name: str, value: str, ours: str) -> None:
+    """What the user chose is never replaced silently."""
+    message = f"{name}={value!r} was given together with attention offloading, which "
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        create(smollm2, **{name: value})
+    assert str(error.value).endswith(f"needs {ours}. Drop one of the two.")
+
+
+def test_llm_refuses_before_any_process(smollm2: str) -> None:
+    with pytest.raises(ValueError, match="does not support kv_cache_dtype='fp8'"):
+        LLM(smollm2, attention_offload=True, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="no option kv_cache_gb. Valid options: "):
+        LLM(smollm2, attention_offload_config={"kv_cache_gb": 1})
+    assert not psutil.Process().children(recursive=True)
+
+
+@pytest.mark.parametrize("backend", [None, "mp", "uni", EXECUTOR_CLS])
+def test_supported_engine(smollm2: str, backend: str | None) -> None:
+    config = create(smollm2, distributed_executor_backend=backend, dtype="bfloat16")
+    assert config.parallel_config.distributed_executor_backend == EXECUTOR_CLS
+    assert config.parallel_config.worker_cls == CPU_WORKER_CLS
+    # Hashed into the key of the compile cache: nothing that changes per run.
+    assert config.additional_config == OFFLOAD
+    assert config.compute_hash() == create(smollm2, dtype="bfloat16").compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("extra", "given"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"sliding_window": 64}, "a sliding window"),
+        ({"logits_soft_cap": 50.0}, "a logit soft cap"),
+        ({"sinks": [0.0]}, "sinks"),
+        ({"kv_sharing_target_layer_name": "layer.0"}, "KV sharing between layers"),
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+    ],
+)
+def test_refused_layers(extra: dict[str, Any], given: str) -> None:
+    """What no configuration shows is refused when the layer is built."""
+    message = f"does not support {given}. Allowed: .*Run this model without"
+    with pytest.raises(ValueError, match=message):
+        AttentionOffloadImpl(4, 64, 0.125, num_kv_heads=2, **extra)
+    AttentionOffloadImpl(4, 64, 0.125, num_kv_heads=2, alibi_slopes=None, sinks=None)
+
+
+def test_check_layers() -> None:
+    check_layers([])
+    names = [f"layers.{i} (MLAAttention)" for i in range(5)]
+    with pytest.raises(ValueError, match=r"5 layer\(s\) of this model: layers\.0 .*;"):
+        check_layers(names)
+
+
+def test_readme_lists_every_refusal(root: Path) -> None:
+    table = (root / "README.md").read_text().partition("## What is supported")[2]
+    assert not [r.feature for r in REFUSALS if r.feature not in table]
