@@ -6,12 +6,35 @@ vLLM imports a top-level package called ``triton_kernels`` (OpenAI's MoE kernels
 ours under that name would break MXFP4 models.
 """
 
+from glob import glob
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 PACKAGE = "vllm_attn_offload"
 NESTED = ("triton_kernels", "patches")
+CPU_KERNELS = f"{PACKAGE}/memory_node/cpu_kernels"
+
+
+class BuildLibrary(build_ext):
+    """Names the library so that no Python version takes it for a module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.native.so"
+
+
+# A plain shared library that ctypes loads. Without a C++ compiler the package installs
+# all the same, and CPU memory nodes attend with torch.
+cpu_kernels = Extension(
+    f"{PACKAGE}.memory_node._cpu_kernels",
+    sources=sorted(glob(f"{CPU_KERNELS}/*.cpp")),
+    depends=sorted(glob(f"{CPU_KERNELS}/*.h")),
+    language="c++",
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
 
 setup(
     name="vllm-attn-offload",
@@ -28,6 +51,8 @@ setup(
     ],
     package_dir={f"{PACKAGE}.{name}": name for name in NESTED},
     package_data={PACKAGE: ["py.typed", "README.md", "planner/*.toml"]},
+    ext_modules=[cpu_kernels],
+    cmdclass={"build_ext": BuildLibrary},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from decode_providers import PROVIDERS, Inputs, Workload, draw_inputs
+from gpu_system import measure_transports, run_end_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -216,11 +217,21 @@ def _best_other(row: dict[str, Any]) -> float:
     return min(others, default=math.inf)
 
 
+def step_transport(bench: Bench) -> dict[str, Any]:
+    return measure_transports(bench.device, is_dry=bench.is_dry)
+
+
+def step_end_to_end(bench: Bench) -> dict[str, Any]:
+    return run_end_to_end(bench.device)
+
+
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "environment": step_environment,
     "kernel-correctness": step_kernel_correctness,
     "copy-bandwidth": step_copy_bandwidth,
     "kernel-bandwidth": step_kernel_bandwidth,
+    "transport": step_transport,
+    "end-to-end": step_end_to_end,
 }
 
 

@@ -15,6 +15,7 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine_config import run_dir
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.frontend_watch import end_with_frontend
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.capacity import GIB
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
@@ -50,6 +51,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
 
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
+        end_with_frontend()
         # Also the patch-free command line ends here, possibly without options.
         self._offload_config = (
             AttentionOffloadConfig.from_additional_config(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,9 @@ class ServeProcess:
     def __init__(self, model: str, log: Path, *options: str) -> None:
         self.model = model
         self.log = log
+        # Short, because sockets lie in it: their paths may have 107 bytes.
+        self.directory = Path(tempfile.mkdtemp(prefix="serve-"))
+        self._shared_memory = _shared_memory()
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         vllm = Path(sys.executable).with_name("vllm")
@@ -34,6 +39,7 @@ class ServeProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
+                env=os.environ | {"TMPDIR": str(self.directory)},
                 start_new_session=True,
             )
         try:
@@ -86,13 +92,23 @@ class ServeProcess:
         return node
 
     def end(self, signum: signal.Signals) -> list[str]:
-        """Send a signal to the API server; returns what is left of the rest."""
+        """Send a signal to the API server; returns what is left after a while."""
         self.process.send_signal(signum)
         self.process.wait(STOP_DEADLINE_S)
-        _, alive = psutil.wait_procs(self.children, timeout=STOP_DEADLINE_S)
-        left = [f"process {child.pid} {child.cmdline()}" for child in alive]
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.2)
         self.kill_all()
         return left
+
+    def leftovers(self) -> list[str]:
+        """Processes, sockets and shared memory that this server made."""
+        _, alive = psutil.wait_procs(self.children, timeout=0)
+        return [
+            *(f"process {child.pid} {child.name()}" for child in alive),
+            *(str(path) for path in self.directory.glob("attn-offload-*")),
+            *sorted(_shared_memory() - self._shared_memory),
+        ]
 
     def kill_all(self) -> None:
         """End everything that may still run."""
@@ -105,19 +121,15 @@ class ServeProcess:
             if child.is_running():
                 child.kill()
         self.process.wait(STOP_DEADLINE_S)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def log_tail(self) -> str:
         """The end of the log, for messages."""
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-60:])
 
 
-def leftovers() -> set[str]:
-    """Sockets and shared-memory objects that an engine or a node may have made."""
-    temporary = Path(tempfile.gettempdir())
-    return {
-        str(path)
-        for path in (*temporary.glob("attn-offload-*"), *Path("/dev/shm").iterdir())
-    }
+def _shared_memory() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir()}
 
 
 def _free_port() -> int:

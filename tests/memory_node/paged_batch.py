@@ -11,7 +11,11 @@ import torch
 from vllm_attn_offload.memory_node.step import AttentionStep
 from vllm_attn_offload.protocol import SessionGeometry
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass

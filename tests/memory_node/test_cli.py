@@ -116,7 +116,7 @@ def test_memory_short(tmp_path: Path) -> None:
         (("--kv-cache-gib", "0"), "'0' is not a size. Allowed: a number above 0"),
         (("--kv-cache-gib", "nan"), "'nan' is not a size"),
         (("--cpus", "4096"), "'4096' is not a list of usable CPUs. Allowed here:"),
-        (("--device", "tpu"), "argument --device: invalid choice: 'tpu'"),
+        (("--device", "tpu"), "'tpu' is not a device"),
     ],
 )
 def test_wrong_options(options: tuple[str, str], message: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,6 +18,7 @@ from paged_batch import TORCH_DTYPES, PagedBatch
 from raw_session import RawSession, encode_step, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
 from vllm_attn_offload.protocol import FrameHeader, FrameKind, SessionGeometry
 
 NUM_BLOCKS = 40
@@ -24,6 +26,25 @@ NUM_BLOCKS = 40
 DECODE = [[15, 16, 17], *3 * [[1, 1, 1]]]
 RAGGED_PREFILL = [[1, 16, 130], [33, 1, 15], [1, 0, 1]]
 CHUNKED_PREFILL = [[31, 0, 1], [2, 64, 1], [64, 1, 0], [1, 1, 17], [1, 1, 1]]
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def node(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NodeProcess]:
+    """A node of its own for each kernel that attends on a CPU."""
+    if request.param == "cpp" and load_cpu_library() is None:
+        pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
+    directory = tmp_path_factory.mktemp("node")
+    process = NodeProcess(
+        f"unix:{directory / 'node.sock'}",
+        directory / "node.log",
+        *("--attention-kernel", request.param, "--kv-cache-gib", "0.25"),
+        # One CPU: threads that spin against those of the tests cost most of the time.
+        *("--cpus", str(max(os.sched_getaffinity(0)))),
+    )
+    yield process
+    process.kill()
 
 
 def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:

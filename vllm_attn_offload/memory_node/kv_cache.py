@@ -3,35 +3,34 @@
 
 from __future__ import annotations
 
-import mmap
-
-from vllm_attn_offload.memory_node.decode_attention.base import BlockLayout
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    BlockLayout,
+    DecodeAttention,
+    Region,
+)
 from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
 
 
 class PagedKVCache:
     """KV blocks of all layers of a session, one region per storage.
 
-    Regions are anonymous mappings: untouched blocks cost no memory, and the kernel
-    hands out zeroed pages, so no block shows another engine's data.
-
     Args:
         geometry: Layers and groups of the session.
         num_blocks: Blocks of every storage.
-        layout: Bytes of one block of a layer, chosen by the attention kernel.
+        attention: Lays out the blocks and allocates them where it attends.
     """
 
     def __init__(
-        self, geometry: SessionGeometry, num_blocks: int, layout: BlockLayout
+        self, geometry: SessionGeometry, num_blocks: int, attention: DecodeAttention
     ) -> None:
         self.num_blocks = num_blocks
         self._regions = {
-            storage: mmap.mmap(-1, num_blocks * num_bytes)
-            for storage, num_bytes in _block_bytes(geometry, layout).items()
+            storage: attention.allocate(num_blocks * num_bytes)
+            for storage, num_bytes in _block_bytes(geometry, attention).items()
         }
 
-    def region(self, layer: LayerGeometry) -> mmap.mmap:
-        """Memory of the layer's storage, writable, page-aligned."""
+    def region(self, layer: LayerGeometry) -> Region:
+        """Memory of the layer's storage, as the attention kernel allocated it."""
         return self._regions[layer.storage]
 
     @property
@@ -40,7 +39,7 @@ class PagedKVCache:
         return sum(len(region) for region in self._regions.values())
 
     def close(self) -> None:
-        """Return the memory to the operating system.
+        """Give the memory back.
 
         Raises:
             BufferError: A tensor still views a region.

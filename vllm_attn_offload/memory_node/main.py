@@ -23,7 +23,8 @@ from vllm_attn_offload.metrics import StatsCollector
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_SHARE = 0.5
+#: Of free memory: the host's is needed by others, a GPU serves nothing else.
+_DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 
 class _StartError(RuntimeError):
@@ -72,7 +73,7 @@ def _create_node(options: argparse.Namespace) -> MemoryNode:
     registry = CollectorRegistry()
     if options.metrics_port is not None:
         _serve_metrics(options.metrics_port, registry)
-    attention = _create_attention()
+    attention = _create_attention(options)
     try:
         node = MemoryNode(options.listen, attention, options.device, kv_bytes)
     except OSError as error:
@@ -85,9 +86,9 @@ def _create_node(options: argparse.Namespace) -> MemoryNode:
 
 
 def _kv_bytes(options: argparse.Namespace) -> int:
-    available = psutil.virtual_memory().available
+    available = _available_bytes(options.device)
     if options.kv_cache_gib is None:
-        return int(available * _DEFAULT_SHARE)
+        return int(available * _DEFAULT_SHARE[options.device.partition(":")[0]])
     kv_bytes = int(options.kv_cache_gib * GIB)
     if kv_bytes > available:
         raise _StartError(
@@ -98,17 +99,36 @@ def _kv_bytes(options: argparse.Namespace) -> int:
     return kv_bytes
 
 
-def _create_attention() -> DecodeAttention:
+def _available_bytes(device: str) -> int:
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    import torch
+
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device not in present:
+        raise _StartError(
+            f"--device {device} is not on this host. Allowed here: "
+            f"{', '.join(['cpu', *present])}. Choose one of them, or install torch "
+            "for CUDA and check nvidia-smi."
+        )
+    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
+    return int(free_bytes)
+
+
+def _create_attention(options: argparse.Namespace) -> DecodeAttention:
     # Late: torch takes most of the start-up time, and wrong options need none of it.
     import torch
 
-    from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
-        TorchDecodeAttention,
+    from vllm_attn_offload.memory_node.decode_attention.create import (
+        create_decode_attention,
     )
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
-    return TorchDecodeAttention()
+    try:
+        return create_decode_attention(options.attention_kernel, options.device)
+    except ValueError as error:
+        raise _StartError(str(error)) from error
 
 
 def _serve_metrics(port: int, registry: CollectorRegistry) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 
 from vllm_attn_offload import __version__
+from vllm_attn_offload.memory_node.decode_attention.create import KERNELS
 from vllm_attn_offload.transport.address import Address
 
 
@@ -26,16 +28,23 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
+        type=_device,
         default="cpu",
-        choices=["cpu"],
+        metavar="cpu|cuda:N",
         help="what holds the blocks and attends (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attention-kernel",
+        default="auto",
+        choices=KERNELS,
+        help="kernel that attends (default: %(default)s, the fastest that works here)",
     )
     parser.add_argument(
         "--kv-cache-gib",
         type=_positive,
         metavar="GIB",
         help="memory for KV blocks of all engines together (default: half of the "
-        "memory that is available at start)",
+        "memory that is available at start; 90 %% of a GPU's free memory)",
     )
     parser.add_argument(
         "--cpus",
@@ -76,6 +85,15 @@ def cpu_list(text: str) -> frozenset[int]:
             f"{','.join(map(str, sorted(allowed)))}. Write for example 0-1."
         )
     return cpus
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda:\d{1,3}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a device. Allowed: cpu and cuda:N. Write for example "
+            "cuda:0."
+        )
+    return text
 
 
 def _address(text: str) -> Address:

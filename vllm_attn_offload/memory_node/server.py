@@ -212,7 +212,7 @@ class MemoryNode:
                     return Pong()
                 case _:
                     return Error(f"{type(request).__name__} is not allowed here")
-        except CapacityError as error:
+        except (CapacityError, ValueError) as error:
             logger.warning("refused a reservation: %s", error)
             return Error(str(error))
 

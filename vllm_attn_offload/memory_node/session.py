@@ -228,8 +228,9 @@ class Session:
             self._attention.store(self._pools[layer], plan, qkv)
             stored = time.perf_counter()
             self._attention.attend(self._pools[layer], plan, qkv, out, lse)
-            self._counters.store_s += stored - started
-            self._counters.attend_s += time.perf_counter() - stored
+        self._attention.finish(plan, out, lse)
+        self._counters.store_s += stored - started
+        self._counters.attend_s += time.perf_counter() - stored
 
     def _planned_step(self, header: FrameHeader) -> _PlannedStep:
         if header.layer >= len(self.geometry.layers):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from vllm_attn_offload.memory_node.step import AttentionStep
 from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
@@ -50,6 +51,14 @@ class RowLayout:
         return self.q + self.k + self.v
 
 
+class Region(Protocol):
+    """Memory of one storage: bytes that no other session shares."""
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class DecodeAttention(BlockLayout):
     """Stores k, v into blocks and attends over them. One instance serves all sessions.
 
@@ -60,11 +69,25 @@ class DecodeAttention(BlockLayout):
     #: Shown in NodeInfo and in the log.
     name: str
 
+    def allocate(self, num_bytes: int) -> Region:
+        """Memory for one storage, all zero, so that it shows no other engine's data.
+
+        The default is an anonymous mapping: untouched blocks cost no memory, the
+        operating system hands out zeroed pages, and ``close`` gives them back.
+        """
+        return mmap.mmap(-1, num_bytes)
+
     @abstractmethod
     def bind(
-        self, geometry: SessionGeometry, layer: LayerGeometry, region: mmap.mmap
+        self, geometry: SessionGeometry, layer: LayerGeometry, region: Any
     ) -> object:
-        """Prepare a layer's pool; the result is passed to ``store`` and ``attend``."""
+        """Prepare a layer's pool; the result is passed to ``store`` and ``attend``.
+
+        Args:
+            geometry: Session.
+            layer: One of its layers.
+            region: Result of ``allocate`` for the layer's storage.
+        """
 
     @abstractmethod
     def plan(
@@ -100,4 +123,10 @@ class DecodeAttention(BlockLayout):
             out: ``[num_tokens, num_query_heads * v_head_size]``, session's dtype.
             lse: ``[num_tokens, num_query_heads]`` float32, natural logarithm; -inf
                 where a query sees no token.
+        """
+
+    def finish(self, plan: object, out: memoryview, lse: memoryview | None) -> None:
+        """Wait for what ``attend`` began; called without the node's lock.
+
+        Does nothing where ``attend`` returns with its results, as on a CPU.
         """

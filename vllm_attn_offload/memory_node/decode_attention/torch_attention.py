@@ -87,7 +87,6 @@ class TorchDecodeAttention(DecodeAttention):
 
     def plan(self, group: int, geometry: SessionGeometry, step: AttentionStep) -> _Plan:
         block_size = geometry.groups[group].block_size
-        dtype = _TORCH_DTYPES[geometry.dtype]
         # Layers of a group share a mask, so they share the heads per KV head, too.
         layer = next(item for item in geometry.layers if item.group == group)
         heads_per_kv_head = layer.num_query_heads // layer.num_kv_heads
@@ -98,7 +97,7 @@ class TorchDecodeAttention(DecodeAttention):
             stored_rows=stored,
             stored_slots=slots[stored],
             requests=tuple(
-                _plan_request(step, index, block_size, dtype, heads_per_kv_head)
+                _plan_request(step, index, block_size, heads_per_kv_head)
                 for index in range(step.num_reqs)
                 if step.query_start_loc[index] < step.query_start_loc[index + 1]
             ),
@@ -142,19 +141,17 @@ def _rows(pool: _Pool, plan: _Plan, qkv: memoryview) -> torch.Tensor:
 
 
 def _plan_request(
-    step: AttentionStep, index: int, block_size: int, dtype: torch.dtype, group: int
+    step: AttentionStep, index: int, block_size: int, group: int
 ) -> _Request:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
     seq_len = int(step.seq_lens[index])
     blocks = torch.from_numpy(step.block_table[index].copy()).long()
     offsets = torch.arange(block_size)
     slots = (blocks[:, None] * block_size + offsets).flatten()[:seq_len]
-    return _Request(begin, end, slots, _causal_mask(end - begin, seq_len, dtype, group))
+    return _Request(begin, end, slots, _causal_mask(end - begin, seq_len, group))
 
 
-def _causal_mask(
-    num_rows: int, seq_len: int, dtype: torch.dtype, group: int
-) -> torch.Tensor | None:
+def _causal_mask(num_rows: int, seq_len: int, group: int) -> torch.Tensor | None:
     """Additive mask for the last ``num_rows`` tokens, once per query head of a group.
 
     torch's own causal flag aligns at the first token and not at the last.
@@ -164,9 +161,7 @@ def _causal_mask(
     hidden = torch.ones(num_rows, seq_len, dtype=torch.bool).triu(
         seq_len - num_rows + 1
     )
-    mask = torch.zeros(num_rows, seq_len, dtype=dtype).masked_fill_(
-        hidden, float("-inf")
-    )
+    mask = torch.zeros(num_rows, seq_len).masked_fill_(hidden, float("-inf"))
     return mask.repeat(group, 1)
 
 
@@ -177,12 +172,14 @@ def _attend_request(
     num_rows, num_heads, head_size = query.shape
     num_kv_heads = pool.layer.num_kv_heads
     group = num_heads // num_kv_heads
-    key = pool.key[request.slots].transpose(0, 1)
-    value = pool.value[request.slots].transpose(0, 1)
+    # In fp32: rounding probabilities to bf16 would part from vLLM's own CPU kernel.
+    key = pool.key[request.slots].transpose(0, 1).float()
+    value = pool.value[request.slots].transpose(0, 1).float()
     folded = (
         query.view(num_rows, num_kv_heads, group, head_size)
         .permute(1, 2, 0, 3)
         .reshape(num_kv_heads, group * num_rows, head_size)
+        .float()
     )
     # The only CPU attention of torch that returns the log-sum-exp.
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -195,6 +192,6 @@ def _attend_request(
     out = out[0].view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
     lse = lse[0].view(num_kv_heads, group, num_rows).permute(2, 0, 1)
     return (
-        out.reshape(num_rows, num_heads, -1),
+        out.reshape(num_rows, num_heads, -1).to(pool.dtype),
         lse.reshape(num_rows, num_heads),
     )

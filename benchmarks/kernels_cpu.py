@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU decode attention: this package's kernel against vLLM's on the same cache content.
+
+Both read far more than the last-level cache holds, in interleaved runs, beside a loop
+that only reads. ``python benchmarks/kernels_cpu.py --output results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from cpu_attention_sides import Batch, Ours, Shape, Vllm
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_attn_offload.memory_node.cpu_library import (
+    CpuKernelLibrary,
+    load_cpu_library,
+)
+
+FILL_TOKENS = 8192
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("gqa-32-8-128-bf16", 32, 8, 128, torch.bfloat16),
+        Shape("mha-32-32-128-bf16", 32, 32, 128, torch.bfloat16),
+        Shape("gqa-64-8-128-bf16", 64, 8, 128, torch.bfloat16),
+        Shape("smollm2-9-3-64-bf16", 9, 3, 64, torch.bfloat16),
+        Shape("gqa-32-8-128-fp32", 32, 8, 128, torch.float32),
+    )
+}
+# Per shape, then the sweep over batch and context of the first one.
+MAIN_CASES = {
+    "gqa-32-8-128-bf16": (8, 4096),
+    "mha-32-32-128-bf16": (4, 2048),
+    "gqa-64-8-128-bf16": (8, 4096),
+    "smollm2-9-3-64-bf16": (64, 4096),
+    "gqa-32-8-128-fp32": (8, 2048),
+}
+SWEEP = [(1, 128), (1, 1024), (1, 16384), (4, 512), (8, 128), (8, 1024), (16, 4096)]
+SWEEP += [(64, 128), (64, 1024)]
+
+
+class Bench:
+    """One shape: both caches filled alike, and the timing of one batch."""
+
+    def __init__(
+        self, library: CpuKernelLibrary, shape: Shape, args: argparse.Namespace
+    ) -> None:
+        self.library, self.shape = library, shape
+        self.block_size = args.block_size
+        block_bytes = self.block_size * shape.token_bytes
+        self.num_blocks = (args.arena_mib << 20) // block_bytes
+        self.ours = Ours(library, shape, self.num_blocks, self.block_size, args.isa)
+        self.vllm = Vllm(shape, self.num_blocks, self.block_size)
+        size = (FILL_TOKENS, shape.num_kv_heads, shape.head_size)
+        self.key, self.value = (torch.randn(size).to(shape.dtype) for _ in range(2))
+        self._fill()
+
+    def _fill(self) -> None:
+        # The same tokens repeated: slot s holds token s % FILL_TOKENS.
+        num_slots = self.num_blocks * self.block_size
+        pool = self.library.create_pool(1)
+        for begin in range(0, num_slots, FILL_TOKENS):
+            slots = torch.arange(begin, min(begin + FILL_TOKENS, num_slots))
+            count = len(slots)
+            for side in (self.ours, self.vllm):
+                side.store(pool, self.key[:count], self.value[:count], slots)
+        self.library.destroy_pool(pool)
+
+    def reference(self, batch: Batch, sequence: int) -> torch.Tensor:
+        """Float64 ``[num_query_heads, head_size]`` of one sequence of layer 0."""
+        position = torch.arange(batch.lens[sequence])
+        block = batch.tables[0, sequence][position // self.block_size].long()
+        token = (block * self.block_size + position % self.block_size) % FILL_TOKENS
+        group = self.shape.num_query_heads // self.shape.num_kv_heads
+        key, value = (
+            x[token].double().repeat_interleave(group, dim=1)
+            for x in (self.key, self.value)
+        )
+        scores = torch.einsum("hd,nhd->hn", batch.query[sequence].double(), key)
+        probabilities = (scores * batch.scale).softmax(-1)
+        return torch.einsum("hn,nhd->hd", probabilities, value)
+
+    def check(self, batch: Batch, out: torch.Tensor, name: str) -> float:
+        """Largest error of two sequences; raises RuntimeError if it is not rounding."""
+        sequences = {0, batch.batch - 1}
+        error = max(
+            (out[i].double() - self.reference(batch, i)).abs().max().item()
+            for i in sequences
+        )
+        limit = 1e-5 if self.shape.dtype == torch.float32 else 1e-2
+        if not error <= limit:
+            raise RuntimeError(
+                f"{name} is off by {error:.2e} on {self.shape.name}; {limit:.0e} is "
+                "allowed. No number is printed for a wrong result."
+            )
+        return error
+
+    def run(self, case: tuple[int, int], num_threads: int, repeats: int) -> Result:
+        """Check, then time interleaved runs of one batch and context."""
+        cpu_ids = sorted(os.sched_getaffinity(0))[:num_threads]
+        pool = self.library.create_pool(num_threads, cpu_ids)
+        torch.set_num_threads(num_threads)
+        batch = Batch(self.shape, *case, self.num_blocks, self.block_size)
+        ours = self.ours.prepare(batch, pool)
+        vllm = self.vllm.prepare(batch, pool)
+        ours(0)
+        vllm(0)
+        errors = [
+            self.check(batch, self.ours.out, "ours"),
+            self.check(batch, self.vllm.out, "vLLM"),
+        ]
+        layers = len(batch.tables)
+        size = self.ours.memory.nbytes
+        samples: dict[str, list[float]] = {"read": [], "ours": [], "vllm": []}
+        for _ in range(repeats):
+            with pinned(cpu_ids[0]):
+                seconds = self.library.read_seconds(
+                    pool, self.ours.memory.data_ptr(), size
+                )
+                samples["read"].append(seconds / size * batch.kv_bytes)
+                samples["ours"].append(seconds_per_layer(ours, layers))
+            samples["vllm"].append(seconds_per_layer(vllm, layers))
+            time.sleep(0.02)  # OpenMP's threads spin for a while
+        self.ours.forget_plans()
+        self.library.destroy_pool(pool)
+        return Result.of(batch, num_threads, samples, errors)
+
+
+@contextlib.contextmanager
+def pinned(cpu_id: int) -> Iterator[None]:
+    """Pin the calling thread for a while."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu_id})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def seconds_per_layer(attend: Callable[[int], None], layers: int) -> float:
+    """Mean time of one call over whole rounds of the layers, at least 60 ms."""
+    calls = 0
+    started = time.perf_counter()
+    while True:
+        for layer in range(layers):
+            attend(layer)
+        calls += layers
+        elapsed = time.perf_counter() - started
+        if elapsed > 0.06:
+            return elapsed / calls
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Medians of one batch; rates in GB/s of keys and values."""
+
+    shape: str
+    batch: int
+    context: int
+    num_threads: int
+    read_gbps: float
+    ours_gbps: float
+    vllm_gbps: float
+    ours_us: list[float]
+    vllm_us: list[float]
+    ours_error: float
+    vllm_error: float
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        num_threads: int,
+        samples: dict[str, list[float]],
+        errors: list[float],
+    ) -> Result:
+        """Summarise seconds per layer; the ``_us`` lists are p20, median and p80."""
+        read, ours, vllm = (
+            batch.kv_bytes / statistics.median(samples[name]) / 1e9
+            for name in ("read", "ours", "vllm")
+        )
+        return cls(
+            shape=batch.shape.name,
+            batch=batch.batch,
+            context=batch.context,
+            num_threads=num_threads,
+            read_gbps=read,
+            ours_gbps=ours,
+            vllm_gbps=vllm,
+            ours_us=[1e6 * x for x in percentiles(samples["ours"])],
+            vllm_us=[1e6 * x for x in percentiles(samples["vllm"])],
+            ours_error=errors[0],
+            vllm_error=errors[1],
+        )
+
+    def row(self) -> str:
+        return (
+            f"{self.shape:20} {self.batch:3} x {self.context:<6} {self.num_threads:2} "
+            f"{self.read_gbps:7.1f} {self.ours_gbps:7.1f} {self.vllm_gbps:7.1f} "
+            f"{self.ours_gbps / self.vllm_gbps:6.2f}x "
+            f"{100 * self.ours_gbps / self.read_gbps:5.0f}% "
+            f"{self.ours_us[1]:10.1f} {self.vllm_us[1]:10.1f} "
+            f"{self.ours_error:8.1e} {self.vllm_error:8.1e}"
+        )
+
+
+HEADER = (
+    "shape                batch x ctx  thr    read    ours    vLLM  ratio of read    "
+    "ours us    vLLM us  err ours err vLLM"
+)
+
+
+def percentiles(samples: list[float]) -> list[float]:
+    """p20, median and p80."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return [deciles[1], deciles[4], deciles[7]]
+
+
+def environment(library: CpuKernelLibrary, isa: str | None) -> dict[str, object]:
+    """What a reader needs to compare results."""
+    import vllm
+
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": cpu_model(),
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "isa": isa or library.isa_names[0],
+        "load_average": os.getloadavg(),
+        "kernel": platform.release(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "revision": revision,
+        "command": sys.argv,
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def make_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5")
+    parser.add_argument("--arena-mib", type=int, default=512, help="per cache")
+    parser.add_argument("--block-size", type=int, default=32, help="multiple of 32")
+    parser.add_argument("--isa", help="one of the library's; default: the best")
+    parser.add_argument("--no-sweep", action="store_true", help="main cases only")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    library = load_cpu_library()
+    if library is None:
+        raise SystemExit(
+            "No built CPU kernel library. Install a C++ compiler and run "
+            "`pip install -e .` again."
+        )
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    about = environment(library, args.isa)
+    print(*(f"{key}: {value}" for key, value in about.items()), HEADER, sep="\n")
+    results = []
+    for name in args.shapes:
+        bench = Bench(library, SHAPES[name], args)
+        cases = [MAIN_CASES[name]]
+        if not args.no_sweep and name in (next(iter(SHAPES)), "smollm2-9-3-64-bf16"):
+            cases += SWEEP
+        for num_threads in args.threads:
+            for case in cases:
+                results.append(bench.run(case, num_threads, args.repeats))
+                print(results[-1].row(), flush=True)
+    about["load_average_after"] = os.getloadavg()
+    print(f"load average after: {about['load_average_after']}")
+    if args.output:
+        document = {"environment": about, "results": [asdict(x) for x in results]}
+        args.output.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

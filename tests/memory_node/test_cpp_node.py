@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node that attends with the compiled kernels on all CPUs, and one without them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from node_process import NodeProcess
+from paged_batch import TORCH_DTYPES, PagedBatch
+from raw_session import RawSession, encode_step, make_geometry, reservation
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
+from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
+    CppDecodeAttention,
+)
+from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
+from vllm_attn_offload.protocol import (
+    Dtype,
+    FrameHeader,
+    FrameKind,
+    SessionGeometry,
+)
+
+ROOT = Path(__file__).parents[2]
+NUM_BLOCKS = 64
+# Few long requests are split over the threads, whole ones of many are not.
+SPLIT = [[900], [1], [40], [1]]
+MANY = [[15, 16, 17, 1, 64, 65, 130, 3], 8 * [1], [1, 0, 5, 1, 1, 0, 1, 1]]
+CHOOSE_KERNEL = """
+import logging
+logging.basicConfig(format="%(levelname)s %(message)s")
+from vllm_attn_offload.memory_node.decode_attention.create import (
+    create_decode_attention,
+)
+print("kernel:", create_decode_attention("auto", "cpu").name)
+create_decode_attention("cpp", "cpu")
+"""
+
+needs_library = pytest.mark.skipif(
+    load_cpu_library() is None,
+    reason="the CPU kernel library is not built: no C++ compiler at install",
+)
+
+
+@pytest.fixture(scope="module")
+def cpp_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    directory = tmp_path_factory.mktemp("cpp-node")
+    process = NodeProcess(
+        f"unix:{directory / 'node.sock'}",
+        directory / "node.log",
+        *("--attention-kernel", "cpp", "--kv-cache-gib", "0.5"),
+    )
+    yield process
+    process.kill()
+
+
+def run_alone(
+    address: str, geometry: SessionGeometry, steps: list[list[int]], seed: int
+) -> list[torch.Tensor]:
+    """All outputs and LSEs of the steps on a session of its own."""
+    batch = PagedBatch(geometry, NUM_BLOCKS, len(steps[0]), seed)
+    results = []
+    with closing(RawSession(address, geometry, NUM_BLOCKS)) as session:
+        for num_new in steps:
+            step, qkv = batch.grow(num_new)
+            session.send_step(step)
+            for layer in range(len(geometry.layers)):
+                results += session.attend(layer, qkv, want_lse=True)
+    return [tensor for tensor in results if tensor is not None]
+
+
+def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).abs().max())
+
+
+@needs_library
+@pytest.mark.parametrize("steps", [SPLIT, MANY], ids=["split", "many"])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_size"),
+    [
+        ("float32", (4, 4), 64),
+        ("bfloat16", (9, 3), 64),
+        ("float16", (8, 2), 96),
+    ],
+)
+def test_cpp_attention_is_exact(
+    cpp_node: NodeProcess,
+    dtype: Dtype,
+    heads: tuple[int, int],
+    head_size: int,
+    steps: list[list[int]],
+) -> None:
+    """On all CPUs; every slot outside the requests' own tokens holds NaN."""
+    geometry = make_geometry(
+        num_query_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_size=head_size,
+        dtype=dtype,
+    )
+    batch = PagedBatch(geometry, NUM_BLOCKS, len(steps[0]))
+    item_error = torch.finfo(TORCH_DTYPES[dtype]).eps
+    with closing(RawSession(cpp_node.address, geometry, NUM_BLOCKS)) as session:
+        step, nans = batch.poison(NUM_BLOCKS)
+        session.send_step(step)
+        assert session.attend(1, nans)[0].isnan().all()
+        for num_new in steps:
+            step, qkv = batch.grow(num_new)
+            session.send_step(step)
+            out, lse = session.attend(1, qkv, want_lse=True)
+            exact, exact_lse = batch.expected(torch.float64)
+            assert lse is not None
+            torch.testing.assert_close(
+                out.double(), exact, atol=4e-6 + item_error, rtol=item_error
+            )
+            assert max_error(lse, exact_lse) < 3e-6
+
+
+def two_runs(address: str) -> list[partial[list[torch.Tensor]]]:
+    other = make_geometry(num_query_heads=8, num_kv_heads=1, dtype="bfloat16")
+    return [
+        partial(run_alone, address, make_geometry(), MANY, 1),
+        partial(run_alone, address, other, SPLIT, 2),
+    ]
+
+
+def assert_alike_together(
+    runs: list[partial[list[torch.Tensor]]], alone: list[list[torch.Tensor]]
+) -> None:
+    with ThreadPoolExecutor(len(runs)) as pool:
+        futures = [pool.submit(run) for run in runs]
+        for future, expected in zip(futures, alone, strict=True):
+            assert all(map(torch.equal, future.result(), expected))
+
+
+@needs_library
+def test_concurrent_sessions_do_not_mix(cpp_node: NodeProcess) -> None:
+    runs = two_runs(cpp_node.address)
+    alone = [run() for run in runs]
+    for _ in range(3):
+        assert_alike_together([*runs, *runs], [*alone, *alone])
+
+
+@needs_library
+@pytest.mark.slow
+def test_two_sessions_for_a_minute(cpp_node: NodeProcess) -> None:
+    runs = two_runs(cpp_node.address)
+    alone = [run() for run in runs]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert_alike_together(runs, alone)
+
+
+@needs_library
+def test_micro_batches_keep_their_plans(cpp_node: NodeProcess) -> None:
+    """Plans are reused, but never one that a micro-batch still needs."""
+    geometry = make_geometry()
+    batches = [PagedBatch(geometry, NUM_BLOCKS, 2, seed) for seed in (0, 1)]
+    with closing(RawSession(cpp_node.address, geometry, NUM_BLOCKS)) as session:
+        for number, num_new in enumerate([[20, 5], [1, 1], [1, 1], [3, 1]], 1):
+            rows = []
+            for index, batch in enumerate(batches):
+                step, qkv = batch.grow(num_new)
+                payload = encode_step(step)
+                header = FrameHeader(FrameKind.STEP, step=number, micro_batch=index)
+                header.num_bytes = payload.nbytes
+                session.send(header, payload)
+                rows.append(qkv)
+            # Each on its own layer, hence in blocks of its own.
+            for index, (batch, qkv) in enumerate(zip(batches, rows, strict=True)):
+                header = FrameHeader(FrameKind.LAYER, layer=index, step=number)
+                header.micro_batch, header.num_bytes = index, qkv.nbytes
+                session.send(header, qkv.view(torch.uint8).numpy().data.cast("B"))
+                kind, payload = session.receive()
+                assert kind == FrameKind.OUT
+                exact, _ = batch.expected(torch.float64)
+                found = torch.frombuffer(bytearray(payload), dtype=torch.float32)
+                assert max_error(found.view(exact.shape), exact) < 1e-5
+
+
+@needs_library
+def test_unsupported_heads_are_refused(cpp_node: NodeProcess) -> None:
+    with closing(ControlClient(cpp_node.address, 5)) as control:
+        assert control.info.attention_kernel.startswith("cpp (")
+        geometry = make_geometry(head_size=60)
+        with pytest.raises(MemoryNodeError, match="--attention-kernel torch"):
+            control.reserve(reservation(geometry, 1 << 20))
+        # The connection goes on.
+        control.refresh_info()
+
+
+@needs_library
+def test_layers_allocate_nothing() -> None:
+    library = load_cpu_library()
+    assert library is not None
+    attention = CppDecodeAttention(library, [0])
+    geometry = make_geometry(num_layers=4, dtype="bfloat16")
+    cache = PagedKVCache(geometry, NUM_BLOCKS, attention)
+    pools = [attention.bind(geometry, x, cache.region(x)) for x in geometry.layers]
+    step, rows = PagedBatch(geometry, NUM_BLOCKS, 3).grow([20, 5, 40])
+    qkv = rows.view(torch.uint8).numpy().data.cast("B")
+    out = memoryview(bytearray(step.num_tokens * 9 * 64 * 2))
+    lse = memoryview(bytearray(step.num_tokens * 9 * 4))
+    plan = attention.plan(0, geometry, step)
+
+    def run_layers() -> int:
+        for _ in range(50):
+            for pool in pools:
+                attention.store(pool, plan, qkv)
+                attention.attend(pool, plan, qkv, out, lse)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    run_layers()
+    before = run_layers()
+    after = run_layers()
+    tracemalloc.stop()
+    assert after <= before
+    # What the session drops when it ends; a leftover view would raise BufferError.
+    pools.clear()
+    cache.close()
+    with pytest.raises(ConnectionResetError):
+        attention.plan(0, geometry, replace(step))
+
+
+@pytest.fixture(scope="module")
+def installed_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that was built where no compiler works, unpacked."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("vllm_attn_offload", "triton_kernels", "patches"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index"]
+    result = subprocess.run(
+        [*command, "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."],
+        cwd=checkout,
+        env=os.environ | {"CC": "/bin/false", "CXX": "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as archive:
+        archive.extractall(directory)
+    return directory
+
+
+def test_install_without_compiler(installed_without_compiler: Path) -> None:
+    """The node falls back to torch and says so once; asking for the kernel fails."""
+    assert not list(installed_without_compiler.rglob("*.so"))
+    path = [str(installed_without_compiler), sysconfig.get_path("purelib")]
+    result = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", CHOOSE_KERNEL],
+        cwd=installed_without_compiler,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "kernel: torch\n", result.stderr
+    log, _, error = result.stderr.partition("Traceback")
+    assert log.count("WARNING") == 1
+    assert "the compiled CPU kernel is missing" in log
+    assert "ValueError: the compiled CPU kernel is missing" in error

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plain C interface of the memory node's CPU library. Python mirrors it in
+// cpu_library.py; every change here bumps AO_ABI_VERSION.
+#ifndef ATTN_OFFLOAD_ABI_H_
+#define ATTN_OFFLOAD_ABI_H_
+
+#include <stdint.h>
+
+#define AO_ABI_VERSION 1
+#define AO_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };
+
+enum AoStatus {
+  AO_OK = 0,
+  AO_NO_MEMORY = -1,
+  AO_BAD_GEOMETRY = -2,
+  AO_BAD_BLOCK = -3,
+  AO_BAD_LENGTH = -4,
+  AO_BAD_SLOT = -5,
+  AO_BAD_HEADS = -6,
+  AO_BAD_DTYPE = -7,
+  AO_BAD_ISA = -8,
+};
+
+struct AoGeometryInput {
+  int64_t num_blocks;
+  int32_t block_size;
+  int32_t num_kv_heads;
+  int32_t head_size;    // of K: a multiple of 8, 8..576
+  int32_t v_head_size;  // a multiple of 8, 8..576
+  int32_t dtype;        // AoDtype
+};
+
+struct AoStoreInput {
+  void* cache;        // the layer's blocks, num_blocks * ao_block_bytes
+  const void* key;    // [num_tokens, num_kv_heads, head_size]
+  const void* value;  // [num_tokens, num_kv_heads, v_head_size]
+  const int64_t* slot_mapping;
+  int64_t key_stride;  // bytes between tokens
+  int64_t value_stride;
+  int64_t num_tokens;
+};
+
+struct AoPlanInput {
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* seq_lens;         // [num_seqs], with this step's tokens
+  const int32_t* block_table;      // [num_seqs, max_blocks]
+  const int32_t* block_positions;  // like block_table, or null: i * block_size
+  const int32_t* block_lens;       // like block_table, or null: up to seq_lens
+  int64_t table_stride;            // elements between rows of these three
+  int32_t num_seqs;
+  int32_t max_blocks;
+  int32_t num_query_heads;
+  int32_t causal;
+  int32_t sliding_window;  // of most layers, balances the work only; 0: none
+};
+
+struct AoAttendInput {
+  const void* cache;          // as in AoStoreInput
+  const void* query;          // [num_tokens, num_query_heads, head_size]
+  void* out;                  // [num_tokens, num_query_heads, v_head_size]
+  float* lse;                 // [num_tokens, num_query_heads], or null
+  const float* sinks;         // [num_query_heads], or null: not counted here
+  const float* alibi_slopes;  // [num_query_heads], or null
+  int64_t query_stride;       // bytes between tokens
+  int64_t out_stride;
+  float softmax_scale;
+  float soft_cap;          // 0: none
+  int32_t sliding_window;  // keys a row sees, its own included; 0: all
+  int32_t query_dtype;     // AoDtype
+  int32_t out_dtype;       // AoDtype
+};
+
+struct AoPool;
+struct AoCache;
+struct AoPlan;
+
+AO_EXPORT int32_t ao_abi_version();
+AO_EXPORT const char* ao_error_text(int32_t status);
+// Instruction sets that run here, separated by spaces: best first, emulations last.
+AO_EXPORT const char* ao_isa_names();
+
+// cpu_ids[0] belongs to the calling threads, which take part in their own jobs; the
+// pool starts num_threads - 1 workers pinned to the others. cpu_ids may be null.
+AO_EXPORT AoPool* ao_pool_create(int32_t num_threads, const int32_t* cpu_ids,
+                                 int64_t spin_ns);
+AO_EXPORT void ao_pool_destroy(AoPool* pool);
+AO_EXPORT int32_t ao_pin_current_thread(int32_t cpu_id);
+
+// isa: null picks the best that runs here.
+AO_EXPORT int32_t ao_cache_create(const AoGeometryInput* input, const char* isa,
+                                  AoCache** cache);
+AO_EXPORT void ao_cache_destroy(AoCache* cache);
+AO_EXPORT const char* ao_cache_isa(const AoCache* cache);
+// Bytes of one block of one layer, keys and values, padding included.
+AO_EXPORT int64_t ao_block_bytes(const AoCache* cache);
+
+AO_EXPORT int32_t ao_store(AoPool* pool, const AoCache* cache,
+                           const AoStoreInput* input);
+
+AO_EXPORT AoPlan* ao_plan_create(const AoCache* cache);
+AO_EXPORT void ao_plan_destroy(AoPlan* plan);
+AO_EXPORT int32_t ao_plan_step(AoPlan* plan, const AoPool* pool,
+                               const AoPlanInput* input);
+// One attend at a time per plan; different plans may run on different threads.
+AO_EXPORT int32_t ao_attend(AoPool* pool, AoPlan* plan, const AoAttendInput* input);
+
+// Seconds to read `bytes` once with all threads of the pool.
+AO_EXPORT double ao_read_seconds(AoPool* pool, const void* data, int64_t bytes);
+
+AO_EXPORT int32_t ao_wait_u64(const uint64_t* address, uint64_t expected_min,
+                              int64_t spin_ns);
+AO_EXPORT void ao_store_u64(uint64_t* address, uint64_t value);
+
+#endif  // ATTN_OFFLOAD_ABI_H_

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// One step's work, split into chunks that threads take in turn. Reused between steps:
+// nothing is allocated once the vectors have grown.
+#ifndef ATTN_OFFLOAD_PLAN_H_
+#define ATTN_OFFLOAD_PLAN_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cache.h"
+#include "types.h"
+
+struct AoPlan {
+ public:
+  explicit AoPlan(const AoCache* cache) : cache_(cache) {}
+
+  // Copies what it needs of `input`. The plan is empty after an error.
+  int32_t build(const AoPlanInput& input, int num_threads);
+  int32_t attend(AoPool* pool, const AoAttendInput& input);
+
+ private:
+  struct Work;
+
+  void clear();
+  int32_t read_sequences(const AoPlanInput& input);
+  int32_t read_blocks(const AoPlanInput& input, int32_t sequence);
+  int64_t measure(int32_t sliding_window);
+  void split(int num_threads, int64_t total_cost);
+  void add_piece(const attn_offload::Rows& rows, int64_t cost, int64_t target);
+  void close_chunk(int64_t cost, int64_t target);
+  void reserve_partials();
+  attn_offload::Rows tile_of_rows(int32_t sequence, int32_t row) const;
+  int32_t block_tiles(const attn_offload::BlockRef& block,
+                      const attn_offload::Rows& rows, int32_t window) const;
+  int32_t tile_cost(const attn_offload::Rows& rows) const;
+  void work(Work& work, attn_offload::Scratch* scratch);
+
+  const AoCache* const cache_;
+  int32_t num_query_heads_ = 0;
+  int32_t group_ = 1;
+  bool causal_ = true;
+  int32_t sliding_window_ = 0;
+  std::vector<attn_offload::SequenceRef> sequences_;
+  std::vector<int32_t> block_begin_;  // of each sequence, and the end
+  std::vector<attn_offload::BlockRef> blocks_;
+  std::vector<int64_t> costs_;  // of each tile of rows, for one KV head
+  std::vector<attn_offload::Piece> pieces_;
+  std::vector<attn_offload::Merge> merges_;
+  std::vector<int32_t> chunk_begin_;  // first piece of each chunk, and the end
+  int64_t open_chunk_cost_ = 0;
+  int32_t num_partials_ = 0;
+  std::vector<float> partials_;
+  std::unique_ptr<std::atomic<int32_t>[]> pending_;  // partials a merge waits for
+  size_t pending_size_ = 0;
+};
+
+#endif  // ATTN_OFFLOAD_PLAN_H_

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// A persistent thread pool that runs one job at a time; concurrent callers queue.
+#ifndef ATTN_OFFLOAD_POOL_H_
+#define ATTN_OFFLOAD_POOL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "types.h"
+
+// The calling thread is thread 0 of its own job, so a pool of one starts no thread. A
+// worker that wakes up late is not waited for: the others take its share.
+struct AoPool {
+ public:
+  using Body = void (*)(void* context, int thread, attn_offload::Scratch* scratch);
+
+  AoPool(int num_threads, const int32_t* cpu_ids, int64_t spin_ns);
+  ~AoPool();
+  AoPool(const AoPool&) = delete;
+  AoPool& operator=(const AoPool&) = delete;
+
+  int num_threads() const { return int(workers_.size()) + 1; }
+
+  // Runs body on the caller and on up to max_threads - 1 workers; body takes its share
+  // from a counter in `context` and returns when nothing is left.
+  void run(Body body, void* context, int max_threads);
+
+ private:
+  void work(int thread, int cpu_id);
+  bool wait_for_job(uint64_t seen, bool may_spin);
+  void wait_for_workers();
+
+  const int64_t spin_ns_;
+  std::mutex callers_;  // held for the length of a job
+  std::mutex mutex_;    // guards what follows
+  std::condition_variable job_started_;
+  std::condition_variable worker_left_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> active_{0};  // workers inside body
+  bool is_open_ = false;        // whether workers may still join
+  bool is_stopping_ = false;
+  int max_workers_ = 0;
+  int joined_ = 0;
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  std::unique_ptr<attn_offload::Scratch[]> scratch_;  // one per thread
+  std::vector<std::thread> workers_;
+};
+
+namespace attn_offload {
+
+int64_t now_ns();
+bool pin_current_thread(int32_t cpu_id);
+
+inline void cpu_relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Calls is_done until it holds or spin_ns have passed; returns whether it held.
+template <class Predicate>
+bool spin_until(int64_t spin_ns, Predicate is_done) {
+  if (is_done()) return true;
+  if (spin_ns <= 0) return false;
+  const int64_t deadline = now_ns() + spin_ns;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      cpu_relax();
+      if (is_done()) return true;
+    }
+  } while (now_ns() < deadline);
+  return false;
+}
+
+}  // namespace attn_offload
+
+#endif  // ATTN_OFFLOAD_POOL_H_

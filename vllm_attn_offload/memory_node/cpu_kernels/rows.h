@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// Query rows in, output rows and LSE out, partial states merged.
+#ifndef ATTN_OFFLOAD_ROWS_H_
+#define ATTN_OFFLOAD_ROWS_H_
+
+#include <math.h>
+#include <string.h>
+
+#include "types.h"
+
+namespace attn_offload {
+namespace {
+
+static inline float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Round to nearest even, written without branches so that loops vectorise.
+static inline uint32_t to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x == x ? rounded : 0x7fc0u;
+}
+
+static inline float from_fp16(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  // 2^112 moves the exponent and scales subnormals alike.
+  uint32_t bits = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
+  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bits_to_float(bits | (uint32_t{half} & 0x8000u) << 16);
+}
+
+static inline uint16_t to_fp16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t size = bits & 0x7fffffffu;
+  // Adding 0.5 leaves the ten mantissa bits of a subnormal half, rounded, at the end.
+  const uint32_t small = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  uint32_t half = size < 0x38800000u ? small : normal;
+  half = size >= 0x477ff000u ? 0x7c00u : half;
+  half = size > 0x7f800000u ? 0x7e00u : half;
+  return uint16_t(half | sign);
+}
+
+struct RowAddress {
+  int64_t token;
+  int64_t head;
+};
+
+static inline RowAddress row_address(const Job& job, const Rows& rows, int32_t r) {
+  const int32_t row = rows.row_begin + r;
+  return {job.sequences[rows.sequence].query_begin + int64_t{row / job.group},
+          int64_t{rows.kv_head} * job.group + row % job.group};
+}
+
+static inline void load_row(const char* source, int32_t dtype, int32_t count,
+                            float* row) {
+  if (dtype == AO_FP32) {
+    memcpy(row, source, size_t(count) * sizeof *row);
+    return;
+  }
+  uint16_t halves[kMaxHeadSize];
+  memcpy(halves, source, size_t(count) * sizeof *halves);
+  if (dtype == AO_BF16) {
+    for (int i = 0; i < count; ++i) row[i] = bits_to_float(uint32_t{halves[i]} << 16);
+  } else {
+    for (int i = 0; i < count; ++i) row[i] = from_fp16(halves[i]);
+  }
+}
+
+static inline void store_row(const float* row, float factor, int32_t dtype,
+                             int32_t count, char* target) {
+  if (dtype == AO_FP32) {
+    float scaled[kMaxHeadSize];
+    for (int i = 0; i < count; ++i) scaled[i] = row[i] * factor;
+    memcpy(target, scaled, size_t(count) * sizeof *scaled);
+    return;
+  }
+  uint16_t halves[kMaxHeadSize];
+  if (dtype == AO_BF16) {
+    for (int i = 0; i < count; ++i) halves[i] = uint16_t(to_bf16(row[i] * factor));
+  } else {
+    for (int i = 0; i < count; ++i) halves[i] = to_fp16(row[i] * factor);
+  }
+  memcpy(target, halves, size_t(count) * sizeof *halves);
+}
+
+static inline void begin_rows(const Job& job, const Rows& rows, bool as_pairs,
+                              Scratch* scratch) {
+  const Geometry& g = *job.geometry;
+  const AoAttendInput& input = *job.input;
+  const int64_t row_bytes = int64_t{g.head_size} * element_bytes(input.query_dtype);
+  for (int32_t r = 0; r < rows.row_count; ++r) {
+    const RowAddress at = row_address(job, rows, r);
+    const char* source = static_cast<const char*>(input.query) +
+                         at.token * input.query_stride + at.head * row_bytes;
+    if (as_pairs) {
+      memcpy(scratch->query_pairs + r * (g.head_size / 2), source, size_t(row_bytes));
+    } else {
+      load_row(source, input.query_dtype, g.head_size,
+               scratch->query + r * g.head_size);
+    }
+    scratch->row_max[r] = -INFINITY;
+    scratch->row_sum[r] = 0.0f;
+  }
+  memset(scratch->out, 0, size_t(rows.row_count) * g.v_columns * sizeof(float));
+}
+
+// Divides by the sum, counts the sink and writes output and LSE.
+static inline void finish_rows(const Job& job, const Rows& rows,
+                               const Scratch* scratch) {
+  const Geometry& g = *job.geometry;
+  const AoAttendInput& input = *job.input;
+  const int64_t row_bytes = int64_t{g.v_head_size} * element_bytes(input.out_dtype);
+  for (int32_t r = 0; r < rows.row_count; ++r) {
+    const RowAddress at = row_address(job, rows, r);
+    float maximum = scratch->row_max[r];
+    float sum = scratch->row_sum[r];
+    float factor = 1.0f;
+    if (input.sinks != nullptr) {
+      const float sink = input.sinks[at.head];
+      const float larger = fmaxf(maximum, sink);
+      factor = maximum == -INFINITY ? 0.0f : expf(maximum - larger);
+      sum = sum * factor + (sink == -INFINITY ? 0.0f : expf(sink - larger));
+      maximum = larger;
+    }
+    const bool is_empty = sum == 0.0f;
+    store_row(scratch->out + int64_t{r} * g.v_columns, is_empty ? 0.0f : factor / sum,
+              input.out_dtype, g.v_head_size,
+              static_cast<char*>(input.out) + at.token * input.out_stride +
+                  at.head * row_bytes);
+    if (input.lse != nullptr)
+      input.lse[at.token * job.num_query_heads + at.head] =
+          is_empty ? -INFINITY : maximum + logf(sum);
+  }
+}
+
+// A partial is row_max, row_sum and the unnormalised output of kMaxRows rows at most.
+static inline float* partial_at(const Job& job, int32_t index) {
+  return job.partials + int64_t{index} * job.partial_stride;
+}
+
+static inline void save_partial(const Job& job, const Piece& piece,
+                                const Scratch* scratch) {
+  const int32_t count = piece.rows.row_count;
+  float* partial = partial_at(job, piece.partial);
+  memcpy(partial, scratch->row_max, size_t(count) * sizeof(float));
+  memcpy(partial + kMaxRows, scratch->row_sum, size_t(count) * sizeof(float));
+  memcpy(partial + 2 * kMaxRows, scratch->out,
+         size_t(count) * job.geometry->v_columns * sizeof(float));
+}
+
+static void merge_partials(const Job& job, const Merge& merge, Scratch* scratch) {
+  const int32_t columns = job.geometry->v_columns;
+  for (int32_t r = 0; r < merge.rows.row_count; ++r) {
+    float maximum = -INFINITY;
+    for (int32_t i = 0; i < merge.num_partials; ++i)
+      maximum = fmaxf(maximum, partial_at(job, merge.first_partial + i)[r]);
+    float* out = scratch->out + int64_t{r} * columns;
+    memset(out, 0, size_t(columns) * sizeof(float));
+    float sum = 0.0f;
+    for (int32_t i = 0; i < merge.num_partials; ++i) {
+      const float* partial = partial_at(job, merge.first_partial + i);
+      if (partial[r] == -INFINITY) continue;
+      const float factor = expf(partial[r] - maximum);
+      sum += partial[kMaxRows + r] * factor;
+      const float* part = partial + 2 * kMaxRows + int64_t{r} * columns;
+      for (int32_t c = 0; c < columns; ++c) out[c] += part[c] * factor;
+    }
+    scratch->row_max[r] = maximum;
+    scratch->row_sum[r] = sum;
+  }
+  finish_rows(job, merge.rows, scratch);
+}
+
+}  // namespace
+}  // namespace attn_offload
+
+#endif  // ATTN_OFFLOAD_ROWS_H_

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Data shared by the planner, the store and the kernels. Plain structs and static
+// functions only: each ISA compiles its own copy, and none may leak into another.
+#ifndef ATTN_OFFLOAD_TYPES_H_
+#define ATTN_OFFLOAD_TYPES_H_
+
+#include <stdint.h>
+
+#include "abi.h"
+
+namespace attn_offload {
+
+constexpr int kTile = 16;       // tokens of a K panel, columns of a V panel
+constexpr int kMacroTiles = 4;  // tiles that share one softmax update
+constexpr int kMacroTokens = kTile * kMacroTiles;
+constexpr int kMaxRows = 32;    // query rows (positions x heads) of one piece
+constexpr int kMaxHeadSize = 576;
+
+struct Geometry {
+  int64_t num_blocks;
+  int32_t block_size;
+  int32_t num_kv_heads;
+  int32_t head_size;
+  int32_t v_head_size;
+  int32_t v_columns;  // v_head_size rounded up to whole panels
+  int32_t dtype;
+  int64_t k_tile_bytes;
+  int64_t v_tile_bytes;
+  int64_t k_head_bytes;  // one KV head's K tiles within a block; its V tiles follow
+  int64_t head_bytes;
+  int64_t block_bytes;
+};
+
+// Tokens [position, position + length) of a request, at the start of a block.
+struct BlockRef {
+  int32_t block;
+  int32_t position;
+  int32_t length;
+};
+
+struct SequenceRef {
+  int32_t query_begin;  // row in the query tensor
+  int32_t query_len;
+  int32_t seq_len;
+};
+
+// Rows of one KV head of one request. Row r is query position r / group, head
+// r % group of the KV head's group.
+struct Rows {
+  int32_t sequence;
+  int32_t kv_head;
+  int32_t row_begin;
+  int32_t row_count;
+};
+
+// Rows against a range of the request's blocks; the unit of work.
+struct Piece {
+  Rows rows;
+  int32_t block_begin;
+  int32_t block_end;
+  int32_t partial;  // where a split piece leaves its state, else -1
+  int32_t merge;    // the merge it takes part in, else -1
+};
+
+struct Merge {
+  Rows rows;
+  int32_t first_partial;
+  int32_t num_partials;
+};
+
+// What the kernels need of a planned step and of one layer's call.
+struct Job {
+  const Geometry* geometry;
+  const AoAttendInput* input;
+  const SequenceRef* sequences;
+  const BlockRef* blocks;
+  const Piece* pieces;
+  float* partials;          // [num_partials, partial_stride]
+  int64_t partial_stride;
+  int32_t num_query_heads;
+  int32_t group;  // query heads per KV head
+  bool causal;
+};
+
+struct alignas(64) Scratch {
+  float query[kMaxRows * kMaxHeadSize];
+  float out[kMaxRows * kMaxHeadSize];
+  float scores[kMaxRows * kMacroTokens];
+  uint32_t query_pairs[kMaxRows * kMaxHeadSize / 2];  // bf16, low half first
+  uint32_t score_pairs[kMaxRows * kMacroTokens / 2];
+  float row_max[kMaxRows];
+  float row_sum[kMaxRows];
+  float rescale[kMaxRows];
+};
+
+struct KernelTable {
+  const char* name;
+  void (*run)(const Job& job, int32_t piece_begin, int32_t piece_end,
+              Scratch* scratch);
+  void (*merge)(const Job& job, const Merge& merge, Scratch* scratch);
+  float (*read)(const char* data, int64_t bytes);
+};
+
+const KernelTable* portable_kernels();
+const KernelTable* portable_pairs_kernels();
+#if defined(__x86_64__)
+const KernelTable* avx2_kernels();
+const KernelTable* avx2_pairs_kernels();
+const KernelTable* avx512_kernels();
+const KernelTable* avx512_bf16_kernels();
+#endif
+
+static inline int32_t element_bytes(int32_t dtype) { return dtype == AO_FP32 ? 4 : 2; }
+
+static inline int32_t clamp(int32_t x, int32_t low, int32_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Keys that row `row` of a request may see: logical positions [begin, end).
+struct Visible {
+  int32_t begin;
+  int32_t end;
+};
+
+static inline Visible visible_keys(const SequenceRef& sequence, int32_t query_index,
+                                   bool causal, int32_t window) {
+  const int32_t position = sequence.seq_len - sequence.query_len + query_index;
+  const int32_t begin = window > 0 ? position - window + 1 : 0;
+  return {begin > 0 ? begin : 0, causal ? position + 1 : INT32_MAX};
+}
+
+}  // namespace attn_offload
+
+#endif  // ATTN_OFFLOAD_TYPES_H_

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention by the compiled CPU kernels (``memory_node/cpu_kernels``).
+
+A step is planned once, into C objects that later steps reuse; per layer only pointers
+change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from collections.abc import Sequence
+from ctypes import addressof, c_char
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.memory_node.capacity import CapacityError
+from vllm_attn_offload.memory_node.cpu_library import (
+    DTYPES,
+    AttendInput,
+    CpuCache,
+    CpuKernelLibrary,
+    PlanInput,
+    StoreInput,
+)
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DTYPE_BYTES,
+    DecodeAttention,
+    RowLayout,
+)
+from vllm_attn_offload.memory_node.step import AttentionStep
+from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+
+_SPIN_US = 50
+
+
+class CppDecodeAttention(DecodeAttention):
+    """The kernels of the C++ library, on threads that all sessions share.
+
+    Args:
+        library: The built library.
+        cpu_ids: CPUs of the node. One thread works on each; the first is the thread of
+            the session that calls, the others are pinned.
+    """
+
+    def __init__(self, library: CpuKernelLibrary, cpu_ids: Sequence[int]) -> None:
+        self.name = f"cpp ({library.isa_names[0]})"
+        self._library = library
+        spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
+        self._threads = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
+        # By the identity of its geometry, which the value keeps alive.
+        self._sessions: weakref.WeakValueDictionary[int, _SessionCalls] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def block_bytes(self, layer: LayerGeometry, block_size: int, dtype: str) -> int:
+        """Bytes of K and V of one block of ``layer``, padding included.
+
+        Raises:
+            CapacityError: The kernels do not support the layer's head sizes.
+        """
+        try:
+            cache = _create_cache(self._library, layer, 1, block_size, dtype)
+        except ValueError as error:
+            raise CapacityError(
+                f"no block of layer {layer.name} can be held: {error} Or start the "
+                "node with --attention-kernel torch."
+            ) from error
+        self._library.destroy_cache(cache)
+        return cache.block_bytes
+
+    def allocate(self, num_bytes: int) -> mmap.mmap:
+        # The default is shared memory, which gets small pages.
+        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            region.madvise(mmap.MADV_HUGEPAGE)
+        return region
+
+    def bind(
+        self, geometry: SessionGeometry, layer: LayerGeometry, region: mmap.mmap
+    ) -> _Pool:
+        session = self._sessions.get(id(geometry))
+        if session is None:
+            session = _SessionCalls(self._library, geometry)
+            self._sessions[id(geometry)] = session
+        block_size = geometry.groups[layer.group].block_size
+        block_bytes = self.block_bytes(layer, block_size, geometry.dtype)
+        num_blocks = len(region) // block_bytes
+        rows = RowLayout.of(layer)
+        item_bytes = DTYPE_BYTES[geometry.dtype]
+        return _Pool(
+            session=session,
+            kind=session.add_kind(layer, num_blocks),
+            # The view ends at once: a region with views cannot be unmapped.
+            address=addressof(c_char.from_buffer(region)),
+            key_offset=rows.q * item_bytes,
+            value_offset=(rows.q + rows.k) * item_bytes,
+            softmax_scale=layer.softmax_scale,
+        )
+
+    def plan(
+        self, group: int, geometry: SessionGeometry, step: AttentionStep
+    ) -> _StepPlan:
+        session = self._sessions.get(id(geometry))
+        if session is None:
+            raise ConnectionResetError("the session was closed")
+        calls = session.take(group)
+        try:
+            calls.plan(self._threads, step)
+        except ValueError as error:
+            raise ProtocolError(f"a step that cannot be planned: {error}") from error
+        return _StepPlan(calls, session.free_calls[group])
+
+    def store(self, pool: object, plan: object, qkv: memoryview) -> None:
+        assert isinstance(pool, _Pool)
+        assert isinstance(plan, _StepPlan)
+        calls = plan.kinds[pool.kind]
+        address = addressof(c_char.from_buffer(qkv))
+        call = calls.store
+        call.cache = pool.address
+        call.key = address + pool.key_offset
+        call.value = address + pool.value_offset
+        self._library.store(self._threads, calls.cache, call)
+
+    def attend(
+        self,
+        pool: object,
+        plan: object,
+        qkv: memoryview,
+        out: memoryview,
+        lse: memoryview | None,
+    ) -> None:
+        assert isinstance(pool, _Pool)
+        assert isinstance(plan, _StepPlan)
+        calls = plan.kinds[pool.kind]
+        call = calls.attend
+        call.cache = pool.address
+        call.query = addressof(c_char.from_buffer(qkv))
+        call.out = addressof(c_char.from_buffer(out))
+        call.lse = None if lse is None else addressof(c_char.from_buffer(lse))
+        call.softmax_scale = pool.softmax_scale
+        self._library.attend(self._threads, calls.plan, call)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """One layer's blocks; ``kind`` counts within the layer's group."""
+
+    session: _SessionCalls
+    kind: int
+    address: int
+    key_offset: int
+    value_offset: int
+    softmax_scale: float
+
+
+class _LayerKind:
+    """Layers of a group that can share a plan, and their cache geometry."""
+
+    def __init__(
+        self,
+        library: CpuKernelLibrary,
+        layer: LayerGeometry,
+        num_blocks: int,
+        block_size: int,
+        dtype: str,
+    ) -> None:
+        self.rows = RowLayout.of(layer)
+        self.num_query_heads = layer.num_query_heads
+        self.dtype = dtype
+        self.cache = _create_cache(library, layer, num_blocks, block_size, dtype)
+        weakref.finalize(self, library.destroy_cache, self.cache).atexit = False
+
+
+class _KindCalls:
+    """The C plan of one step for one kind of layers, and the arguments of its calls."""
+
+    def __init__(self, library: CpuKernelLibrary, kind: _LayerKind) -> None:
+        item_bytes, dtype = DTYPE_BYTES[kind.dtype], DTYPES[_torch_dtype(kind.dtype)]
+        row_bytes = kind.rows.width * item_bytes
+        # Keeps the cache geometry alive, which the plan refers to.
+        self.kind = kind
+        self.cache = kind.cache
+        self.plan = library.create_plan(kind.cache)
+        self.store = StoreInput(key_stride=row_bytes, value_stride=row_bytes)
+        self.attend = AttendInput(
+            query_stride=row_bytes,
+            out_stride=kind.rows.out * item_bytes,
+            query_dtype=dtype,
+            out_dtype=dtype,
+        )
+        weakref.finalize(self, library.destroy_plan, self.plan).atexit = False
+
+
+class _GroupCalls:
+    """Calls of one step of one KV group; later steps reuse them."""
+
+    def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
+        self._library = library
+        self._slots = np.empty(0, np.int64)
+        self._input = PlanInput(causal=1)
+        self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
+
+    def plan(self, threads: int, step: AttentionStep) -> None:
+        """Plan a step, whose arrays may change afterwards.
+
+        Raises:
+            ValueError: The lengths or blocks of the step contradict the cache.
+        """
+        if self._slots.shape[0] < step.num_tokens:
+            self._slots = np.empty(step.num_tokens, np.int64)
+        self._slots[: step.num_tokens] = step.slot_mapping
+        call, width = self._input, step.block_table.shape[1]
+        call.query_start_loc = step.query_start_loc.ctypes.data
+        call.seq_lens = step.seq_lens.ctypes.data
+        call.block_table = step.block_table.ctypes.data
+        call.num_seqs, call.max_blocks, call.table_stride = step.num_reqs, width, width
+        for calls in self.kinds:
+            call.num_query_heads = calls.kind.num_query_heads
+            self._library.plan_step(threads, calls.plan, call)
+            calls.store.slot_mapping = self._slots.ctypes.data
+            calls.store.num_tokens = step.num_tokens
+
+
+class _StepPlan:
+    """A planned step; gives its calls back when the session drops it."""
+
+    def __init__(self, calls: _GroupCalls, free_calls: list[_GroupCalls]) -> None:
+        self.kinds = calls.kinds
+        weakref.finalize(self, free_calls.append, calls).atexit = False
+
+
+class _SessionCalls:
+    """What one session's pools share; ends with the last of them."""
+
+    def __init__(self, library: CpuKernelLibrary, geometry: SessionGeometry) -> None:
+        self._library = library
+        self._geometry = geometry
+        self._kinds: list[dict[tuple[RowLayout, int, int, int], _LayerKind]] = [
+            {} for _ in geometry.groups
+        ]
+        self.free_calls: list[list[_GroupCalls]] = [[] for _ in geometry.groups]
+
+    def add_kind(self, layer: LayerGeometry, num_blocks: int) -> int:
+        """Index of the layer's kind in its group."""
+        kinds = self._kinds[layer.group]
+        rows = RowLayout.of(layer)
+        key = (rows, layer.num_query_heads, layer.num_kv_heads, num_blocks)
+        if key not in kinds:
+            block_size = self._geometry.groups[layer.group].block_size
+            kinds[key] = _LayerKind(
+                self._library, layer, num_blocks, block_size, self._geometry.dtype
+            )
+        return list(kinds).index(key)
+
+    def take(self, group: int) -> _GroupCalls:
+        """Calls that no step uses."""
+        if self.free_calls[group]:
+            return self.free_calls[group].pop()
+        return _GroupCalls(self._library, list(self._kinds[group].values()))
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    return getattr(torch, dtype)
+
+
+def _create_cache(
+    library: CpuKernelLibrary,
+    layer: LayerGeometry,
+    num_blocks: int,
+    block_size: int,
+    dtype: str,
+) -> CpuCache:
+    return library.create_cache(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        v_head_size=layer.v_head_size,
+        dtype=_torch_dtype(dtype),
+    )
