@@ -121,9 +121,10 @@ def main() -> None:
         finally:
             for engine in engines:
                 engine.stop()
-    report = {"environment": environment.describe(), "rows": rows}
-    print_tables(console, rows, report["environment"])
+    facts = environment.describe()
+    print_tables(console, rows, facts)
     if arguments.output:
+        report = {"environment": facts, "rows": rows}
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 

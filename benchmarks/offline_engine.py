@@ -45,11 +45,11 @@ class Engine:
 
     def check(self, num_prompts: int, num_tokens: int) -> list[list[int]]:
         """Greedy tokens of fixed prompts, to compare both engines before timing."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
 
         prompts = _prompts(Point(num_prompts, 48, num_tokens, seed=0))
         outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True),
             use_tqdm=False,
         )
