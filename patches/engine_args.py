@@ -28,7 +28,7 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--attention-offload",
             action=argparse.BooleanOptionalAction,
-            default=False,
+            default=None,
             help="Keep the KV cache on memory nodes and run attention there. With no "
             "other option, one memory node is started on this host.",
         )
@@ -49,9 +49,9 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
         engine_args = original(cls, args)
         # Frontends may build namespaces without our flags.
-        flag = vars(args).get("attention_offload", False)
+        flag = vars(args).get("attention_offload")
         options = vars(args).get("attention_offload_config")
-        if flag or options is not None:
+        if options is not None if flag is None else flag:
             engine_args.additional_config = with_options(
                 engine_args.additional_config, options or {}
             )

@@ -13,18 +13,15 @@ import pytest
 # Tests are imported by path (importlib mode); their helpers lie beside them.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from node_process import NodeProcess  # noqa: E402
+from node_process import NodeProcess, running_node  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node with 0.25 GiB; sessions that a test opens are freed when it closes."""
-    directory = tmp_path_factory.mktemp("node")
-    process = NodeProcess(
-        f"unix:{directory / 'node.sock'}",
-        directory / "node.log",
+    with running_node(
+        tmp_path_factory.mktemp("node"),
         # One CPU: threads that spin against those of the tests cost most of the time.
         *("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0)))),
-    )
-    yield process
-    process.kill()
+    ) as process:
+        yield process

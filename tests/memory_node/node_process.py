@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 COMMAND = Path(sys.executable).with_name("vllm-memory-node")
@@ -60,6 +61,18 @@ class NodeProcess:
         """End it whatever happened before."""
         self.process.kill()
         self.process.wait()
+
+
+@contextmanager
+def running_node(directory: Path, *options: str) -> Iterator[NodeProcess]:
+    """A node on a Unix socket in a directory, ended with the context."""
+    process = NodeProcess(
+        f"unix:{directory / 'node.sock'}", directory / "node.log", *options
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> bool:

@@ -147,3 +147,8 @@ class PagedBatch:
         scores = scores.masked_fill(~visible, -torch.inf)
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
         return out, scores.logsumexp(-1).T
+
+
+def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute difference from the float64 reference."""
+    return float((found.double() - exact).abs().max())

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from node_process import NodeProcess
-from paged_batch import TORCH_DTYPES, PagedBatch
+from node_process import NodeProcess, running_node
+from paged_batch import TORCH_DTYPES, PagedBatch, max_error
 from raw_session import RawSession, encode_step, make_geometry, reservation
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -61,14 +61,11 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cpp_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    directory = tmp_path_factory.mktemp("cpp-node")
-    process = NodeProcess(
-        f"unix:{directory / 'node.sock'}",
-        directory / "node.log",
+    with running_node(
+        tmp_path_factory.mktemp("cpp-node"),
         *("--attention-kernel", "cpp", "--kv-cache-gib", "0.5"),
-    )
-    yield process
-    process.kill()
+    ) as process:
+        yield process
 
 
 def run_alone(
@@ -84,10 +81,6 @@ def run_alone(
             for layer in range(len(geometry.layers)):
                 results += session.attend(layer, qkv, want_lse=True)
     return [tensor for tensor in results if tensor is not None]
-
-
-def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).abs().max())
 
 
 @needs_library

@@ -72,6 +72,24 @@ def attach(address: str, request: AttachSession) -> socket.socket:
     return sock
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_reqs": 1 << 16, "max_blocks_per_req": 1 << 20},
+        {"max_num_tokens": 1 << 20},
+    ],
+    ids=["step", "layer"],
+)
+def test_frames_are_bounded(control: ControlClient, limits: dict[str, int]) -> None:
+    """A session cannot make the node allocate what its limits would allow."""
+    geometry = make_geometry()
+    reserved = control.reserve(reservation(geometry, 4 * BLOCK_BYTES))
+    request = msgspec.structs.replace(session_of(reserved.reservation, 4), **limits)
+    with pytest.raises(MemoryNodeError, match="frames of up to .* at most 1 GiB"):
+        control.open_session(request)
+    assert control.open_session(session_of(reserved.reservation, 4)).session
+
+
 def test_info(node: NodeProcess, control: ControlClient) -> None:
     assert control.info == NodeInfo(
         device="cpu",

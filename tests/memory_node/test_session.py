@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from node_process import NodeProcess, eventually
-from paged_batch import TORCH_DTYPES, PagedBatch
+from node_process import NodeProcess, eventually, running_node
+from paged_batch import TORCH_DTYPES, PagedBatch, max_error
 from raw_session import RawSession, encode_step, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -35,20 +35,13 @@ def node(
     """A node of its own for each kernel that attends on a CPU."""
     if request.param == "cpp" and load_cpu_library() is None:
         pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
-    directory = tmp_path_factory.mktemp("node")
-    process = NodeProcess(
-        f"unix:{directory / 'node.sock'}",
-        directory / "node.log",
+    with running_node(
+        tmp_path_factory.mktemp("node"),
         *("--attention-kernel", request.param, "--kv-cache-gib", "0.25"),
         # One CPU: threads that spin against those of the tests cost most of the time.
         *("--cpus", str(max(os.sched_getaffinity(0)))),
-    )
-    yield process
-    process.kill()
-
-
-def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).abs().max())
+    ) as process:
+        yield process
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from node_process import COMMAND, NodeProcess, eventually
-from paged_batch import TORCH_DTYPES, PagedBatch
+from node_process import COMMAND, NodeProcess, eventually, running_node
+from paged_batch import TORCH_DTYPES, PagedBatch, max_error
 from raw_session import RawSession, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -29,18 +29,11 @@ CHUNK_AFTER_DECODE = [[15, 30], [1, 0], [40, 1]]
 @pytest.fixture(scope="module")
 def triton_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node of its own: the interpreter is chosen for a whole process."""
-    directory = tmp_path_factory.mktemp("triton-node")
-    process = NodeProcess(
-        f"unix:{directory / 'node.sock'}",
-        directory / "node.log",
+    with running_node(
+        tmp_path_factory.mktemp("triton-node"),
         *("--device", "cpu", "--attention-kernel", "triton", "--kv-cache-gib", "1"),
-    )
-    yield process
-    process.kill()
-
-
-def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).abs().max())
+    ) as process:
+        yield process
 
 
 def assert_exact(session: RawSession, batch: PagedBatch, num_new: list[int]) -> None:

@@ -68,7 +68,15 @@ def test_options(
     assert additional_config(*arguments, cls=AsyncEngineArgs) == {CONFIG_KEY: options}
 
 
-@pytest.mark.parametrize("arguments", [(), ("--no-attention-offload",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--no-attention-offload",),
+        # An explicit no wins over options, as from a shared configuration file.
+        ("--no-attention-offload", f"{CONFIG}.kv_cache_gib", "4"),
+    ],
+)
 def test_without_the_flag(additional_config: Parse, arguments: tuple[str, ...]) -> None:
     assert additional_config(*arguments) == {}
 

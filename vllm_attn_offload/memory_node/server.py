@@ -15,9 +15,14 @@ from pathlib import Path
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import GIB, CapacityError, CapacityLedger
-from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DTYPE_BYTES,
+    DecodeAttention,
+    RowLayout,
+)
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
+from vllm_attn_offload.memory_node.step import step_num_bytes
 from vllm_attn_offload.protocol import (
     HANDSHAKE_BYTES,
     MAX_CONTROL_BYTES,
@@ -36,6 +41,7 @@ from vllm_attn_offload.protocol import (
     Reply,
     Request,
     ReserveCapacity,
+    SessionGeometry,
     SessionOpened,
     Stats,
     compatibility_hash,
@@ -55,6 +61,7 @@ _HANDSHAKE_TIMEOUT_S = 5.0
 _MESSAGE_TIMEOUT_S = 10.0
 _STALL_TIMEOUT_S = 30.0
 _MAX_CONNECTIONS = 512
+_MAX_FRAME_BYTES = 1 << 30
 
 _hello_decoder = message_decoder(Hello)
 _request_decoder = message_decoder(Request)
@@ -63,6 +70,8 @@ _request_decoder = message_decoder(Request)
 @dataclass(slots=True)
 class _Reservation:
     request: ReserveCapacity
+    num_blocks: int
+    kv_bytes: int
     attach_token: str = ""
     session: Session | None = None
 
@@ -227,32 +236,36 @@ class MemoryNode:
                 f"{block_bytes:,} bytes. Raise kv_cache_gib."
             )
         reservation = secrets.token_hex(8)
-        self._ledger.reserve(reservation, num_blocks * block_bytes)
+        kv_bytes = num_blocks * block_bytes
+        self._ledger.reserve(reservation, kv_bytes)
         with self._lock:
-            self._reservations[reservation] = _Reservation(request)
+            self._reservations[reservation] = _Reservation(
+                request, num_blocks, kv_bytes
+            )
         owned.append(reservation)
         logger.info(
             "reserved %.2f GiB (%d blocks) for engine %s rank %d; %.2f GiB stay free",
-            num_blocks * block_bytes / GIB,
+            kv_bytes / GIB,
             num_blocks,
             request.engine,
             request.shard.tp_rank,
             self._ledger.free_bytes / GIB,
         )
-        return CapacityReserved(reservation, num_blocks, num_blocks * block_bytes)
+        return CapacityReserved(reservation, num_blocks, kv_bytes)
 
     def _open(self, request: OpenSession, owned: list[str]) -> Reply:
         entry = self._reservations.get(request.reservation)
         if request.reservation not in owned or entry is None or entry.session:
             return Error("this connection has no such unopened reservation")
-        block_bytes = bytes_per_block(entry.request.geometry, self._attention)
-        asked, held = request.num_blocks * block_bytes, entry.request.kv_bytes
-        if asked > held:
+        if request.num_blocks > entry.num_blocks:
+            asked = request.num_blocks * entry.kv_bytes // entry.num_blocks
             return Error(
                 f"a pool of {request.num_blocks:,} blocks needs {asked / GIB:.2f} GiB, "
-                f"but {held / GIB:.2f} GiB are reserved. Raise kv_cache_gib or lower "
-                "num_gpu_blocks_override."
+                f"but {entry.kv_bytes / GIB:.2f} GiB are reserved. Raise kv_cache_gib "
+                "or lower num_gpu_blocks_override."
             )
+        if problem := _limits_problem(entry.request.geometry, request):
+            return Error(problem)
         entry.session = Session(
             entry.request, request, self._attention, self._compute_lock
         )
@@ -306,6 +319,24 @@ class MemoryNode:
             session.serve(transport)
         finally:
             transport.close()
+
+
+def _limits_problem(geometry: SessionGeometry, request: OpenSession) -> str:
+    """Frames may be as long as a session's limits allow, so these are bounded first."""
+    row_bytes = DTYPE_BYTES[geometry.dtype] * max(
+        RowLayout.of(layer).width for layer in geometry.layers
+    )
+    step_bytes = step_num_bytes(
+        request.max_num_reqs, request.max_num_tokens, request.max_blocks_per_req
+    )
+    longest = max(step_bytes, request.max_num_tokens * row_bytes)
+    if longest > _MAX_FRAME_BYTES:
+        return (
+            f"frames of up to {longest / GIB:.2f} GiB were asked for; at most "
+            f"{_MAX_FRAME_BYTES / GIB:.0f} GiB are allowed. Lower max_num_seqs, "
+            "max_num_batched_tokens or max_model_len."
+        )
+    return ""
 
 
 def _attach_problem(entry: _Reservation | None, request: AttachSession) -> str:
