@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vllm_attn_offload.transport.address import Address
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 #: Key of ``VllmConfig.additional_config`` that carries the options.
 CONFIG_KEY = "attention_offload"
@@ -94,3 +97,11 @@ class AttentionOffloadConfig:
             return None
         options = additional_config.get(CONFIG_KEY)
         return None if options is None else cls.from_dict(options)
+
+    @classmethod
+    def of_engine(cls, vllm_config: VllmConfig) -> AttentionOffloadConfig:
+        """Options of an engine that offloads.
+
+        The patch-free command line may name executor and worker and no options.
+        """
+        return cls.from_additional_config(vllm_config.additional_config) or cls()

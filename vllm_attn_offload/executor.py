@@ -52,13 +52,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()
-        # Also the patch-free command line ends here, possibly without options.
-        self._offload_config = (
-            AttentionOffloadConfig.from_additional_config(
-                self.vllm_config.additional_config
-            )
-            or AttentionOffloadConfig()
-        )
+        self._offload_config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._engine_name = f"{self.vllm_config.instance_id or uuid.uuid4().hex[:8]}"
         self._process: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None

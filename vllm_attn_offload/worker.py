@@ -85,10 +85,7 @@ class AttentionOffloadWorker(_WorkerBase):
         Raises:
             MemoryNodeError: A node is gone or refuses the session.
         """
-        config = AttentionOffloadConfig.from_additional_config(
-            self.vllm_config.additional_config
-        )
-        assert config is not None
+        config = AttentionOffloadConfig.of_engine(self.vllm_config)
         digest = self.session_geometry().digest()
         self._nodes = NodeGroup(
             [

@@ -24,7 +24,7 @@ STOP_DEADLINE_S = 30.0
 class ServeProcess:
     """``vllm serve`` on a free port; its log stands in ``log``."""
 
-    def __init__(self, model: str, log: Path, *options: str) -> None:
+    def __init__(self, model: str, log: Path, *options: str, **variables: str) -> None:
         self.model = model
         self.log = log
         # Short, because sockets lie in it: their paths may have 107 bytes.
@@ -39,7 +39,7 @@ class ServeProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"TMPDIR": str(self.directory)},
+                env=os.environ | {"TMPDIR": str(self.directory)} | variables,
                 start_new_session=True,
             )
         try:

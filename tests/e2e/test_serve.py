@@ -14,6 +14,8 @@ import workload
 from equality import assert_close_bf16, assert_identical
 from serve import ServeProcess
 
+from vllm_attn_offload.engine_config import CPU_WORKER_CLS, EXECUTOR_CLS
+
 Generated = Callable[[str, str], dict[str, Any]]
 Server = Callable[[str], ServeProcess]
 
@@ -86,19 +88,23 @@ def test_serve_ends_on_kill(server: Server) -> None:
     assert running.end(signal.SIGKILL) == []
 
 
-def test_serve_dies_with_its_memory_node(
+def test_serve_without_patches_dies_with_its_memory_node(
     smollm2: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A lost KV cache stops the engine with a sentence, and requests fail loudly."""
+    """The README's patch-free command line; a lost KV cache ends it with a sentence."""
     log = tmp_path_factory.mktemp("lost") / "serve.log"
     running = ServeProcess(
         smollm2,
         log,
-        *("--attention-offload", "--enforce-eager", "--max-model-len", "512"),
-        *("--attention-offload-config.kv_cache_gib", "0.5"),
-        *("--load-format", "dummy"),
+        *("--distributed-executor-backend", EXECUTOR_CLS),
+        *("--worker-cls", CPU_WORKER_CLS),
+        *("--additional-config", '{"attention_offload": {"kv_cache_gib": 0.5}}'),
+        *("--enforce-eager", "--max-model-len", "512", "--load-format", "dummy"),
+        VLLM_PLUGINS="",
     )
     try:
+        (answer,) = running.complete([[1, 2, 3]], 2)
+        assert len(answer["token_ids"]) == 2
         running.memory_node().kill()
         running.process.wait(30)
         assert "it was lost, and its KV cache with it" in log.read_text("utf-8")
