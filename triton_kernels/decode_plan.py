@@ -45,6 +45,8 @@ class DecodeAttentionPlan:
         kv_cache_dtype: ``query_dtype`` or ``torch.float8_e4m3fn``.
         device: where the kernels run.
         sliding_window: keys that a row sees, itself included; None means all.
+        causal: rows of a request are its newest tokens, and each sees up to itself;
+            False: every row sees the whole request.
         tile: launch shape; None takes the one of ``tiles.py``.
         num_slots: CTAs that run at once; None means SMs x CTAs per SM.
         fixed_grid: launch for the largest possible plan, as CUDA graphs need.
@@ -67,6 +69,7 @@ class DecodeAttentionPlan:
         max_query_len: int = 1,
         v_head_size: int | None = None,
         sliding_window: int | None = None,
+        causal: bool = True,
         tile: DecodeTile | None = None,
         num_slots: int | None = None,
         fixed_grid: bool = False,
@@ -80,6 +83,11 @@ class DecodeAttentionPlan:
             raise ValueError(
                 f"kv_cache_dtype={kv_cache_dtype} with query_dtype={query_dtype}. "
                 "Use a cache of the query's dtype or of torch.float8_e4m3fn."
+            )
+        if sliding_window is not None and not causal:
+            raise ValueError(
+                f"sliding_window={sliding_window} with causal=False. A window counts "
+                "back from a row's own position: pass causal=True, or no window."
             )
         for size in {head_size, v_head_size or head_size}:
             split_head_size(size)
@@ -95,6 +103,7 @@ class DecodeAttentionPlan:
         self.kv_cache_dtype = kv_cache_dtype
         self.device = device
         self.sliding_window = sliding_window
+        self.causal = causal
         self.fixed_grid = fixed_grid
         self.tile = tile or choose_decode_tile(
             architecture_of(device),

@@ -91,6 +91,7 @@ def _paged_decode_attention_kernel(
     DOT_DTYPE: tl.constexpr,
     FP8_BITS: tl.constexpr,
     VALUE_IN_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_BLOCK_LENS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -119,7 +120,7 @@ def _paged_decode_attention_kernel(
     token = rows // GROUP_SIZE
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     row_is_real = token < q_len
-    query_position = seq_len - q_len + token
+    query_position = seq_len - q_len + token if IS_CAUSAL else seq_len + 0 * token
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     query_row = query_ptr + (q_start + token) * stride_query_token
@@ -258,8 +259,9 @@ def paged_decode_attention(
     """Attend the planned query rows over the KV blocks that this device holds.
 
     A row sees the keys at logical positions up to its own (and inside the plan's
-    window). A row that sees none gets out = 0 and lse = -inf, ready to be merged.
-    Shards of heads need no copy: pass views, every tensor is addressed by strides.
+    window), or all where the plan is not causal. A row that sees none gets out = 0 and
+    lse = -inf, ready to be merged. Shards of heads need no copy: pass views, every
+    tensor is addressed by strides.
 
     Args:
         query: ``[num_tokens, num_query_heads, head_size]``, rows of a request adjacent.

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.credentials import Credentials
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,33 +27,81 @@ class AttentionOffloadConfig:
     """Attention offloading: memory nodes own the KV cache and run attention."""
 
     memory_nodes: tuple[str, ...] = ()
-    """Addresses of running memory nodes (HOST:PORT or unix:PATH). Empty: start local
-    ones."""
-    num_local_nodes: int = Field(default=1, ge=1)
+    """Addresses of running memory nodes (HOST:PORT, [IPV6]:PORT or unix:PATH). Empty:
+    start local ones."""
+    num_local_nodes: int = Field(default=1, ge=1, le=64)
     """How many memory nodes to start on this host when memory_nodes is empty."""
     local_node_cpus: str = ""
-    """CPUs of a local memory node, such as "8-15". Empty: half of the host's cores, or
-    those that the workers are not bound to."""
+    """CPUs of the local memory nodes, such as "8-15". Empty: half of the host's cores,
+    or those that the workers are not bound to."""
+    partition: Literal["heads", "blocks", "auto"] = "auto"
+    """What is divided between several memory nodes. heads: each holds some KV heads of
+    every block; their number must divide evenly. blocks: each holds some blocks, in
+    proportion to its capacity. auto: heads where they divide evenly."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """KV cache of this engine on each node, in GiB. Unset: all that is free there; a
-    local node then holds half of the memory that is available at start."""
+    """KV cache of this engine on each node, in GiB; a data-parallel rank is an engine.
+    Unset: all that is free there, divided by the data-parallel size; local nodes then
+    hold half of the memory that is available at start."""
+    num_microbatches: Literal[1, 2, "auto"] = "auto"
+    """Parts that decode steps are cut into, so that one computes while the other waits
+    for its attention. auto: 2 where the times of earlier steps say that it is faster;
+    with several tensor-parallel ranks 1."""
+    on_node_loss: Literal["recover", "fail"] = "recover"
+    """What happens when a memory node is lost. recover: it is restarted, reconnected or
+    replaced, and running requests are computed again. fail: the engine stops."""
+    standby_nodes: tuple[str, ...] = ()
+    """Addresses of running memory nodes that take over from a lost one that stays away.
+    Each needs as much free memory as the node it replaces."""
     startup_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline for a memory node to start or to answer for the first time."""
     request_timeout_s: float = Field(default=30.0, gt=0)
-    """Deadline for every answer of a memory node while serving."""
+    """Deadline for every answer of a memory node while serving. A node that is silent
+    for longer counts as lost; attention gets more time the more it reads."""
+    recovery_timeout_s: float = Field(default=120.0, gt=0)
+    """Deadline for a lost memory node to be back or replaced; the engine stops after
+    it. Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
+    auth_token_file: str = ""
+    """File with the token of the memory nodes' --auth-token-file. Only its path is part
+    of the configuration; every process of the engine reads it."""
+    tls_cert: str = ""
+    """Certificate (PEM) of this host, for memory nodes with --tls-cert."""
+    tls_key: str = ""
+    """Private key (PEM) of tls_cert."""
+    tls_ca: str = ""
+    """Authority (PEM) that signed the certificates of this host and of the nodes."""
 
     @model_validator(mode="after")
     def _check(self) -> AttentionOffloadConfig:
-        for address in self.memory_nodes:
+        addresses = (*self.memory_nodes, *self.standby_nodes)
+        for address in addresses:
             Address.parse(address)
-        num_nodes = len(self.memory_nodes) or self.num_local_nodes
-        if num_nodes != 1:
+        if twice := sorted({a for a in addresses if addresses.count(a) > 1}):
             raise ValueError(
-                f"{num_nodes} memory nodes were given; this release serves an engine "
-                "from exactly 1. Give one address in memory_nodes, or none and "
-                "num_local_nodes=1."
+                f"memory_nodes and standby_nodes name {', '.join(twice)} more than "
+                "once. Allowed: every node once. Remove the repetition."
+            )
+        tls = (self.tls_cert, self.tls_key, self.tls_ca)
+        if any(tls) and not all(tls):
+            raise ValueError(
+                "only some of tls_cert, tls_key and tls_ca were given. Allowed: all "
+                "three, or none. Give the missing ones."
             )
         return self
+
+    def load_credentials(self) -> Credentials:
+        """Read what this process shows memory nodes; secrets stay out of the options.
+
+        Raises:
+            ValueError: A file is missing, open to others, or cannot be used.
+        """
+        return Credentials.of_compute_node(
+            self.auth_token_file, self.tls_cert, self.tls_key, self.tls_ca
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """Memory nodes that serve the engine at a time."""
+        return len(self.memory_nodes) or self.num_local_nodes
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> AttentionOffloadConfig:

@@ -3,56 +3,112 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 EXECUTOR_CLS = "vllm_attn_offload.executor.AttentionOffloadExecutor"
 CPU_WORKER_CLS = "vllm_attn_offload.cpu_worker.CpuAttentionOffloadWorker"
+GPU_WORKER_CLS = "vllm_attn_offload.gpu_worker.GpuAttentionOffloadWorker"
+
+SCHEDULER_CLS = "vllm_attn_offload.scheduler.AttentionOffloadScheduler"
+ASYNC_SCHEDULER_CLS = "vllm_attn_offload.scheduler.AsyncAttentionOffloadScheduler"
 
 _RUN_DIR_VARIABLE = "ATTN_OFFLOAD_RUN_DIR"
+_DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"
 
 
 def apply_to_engine_args(engine_args: EngineArgs) -> None:
-    """Set executor and worker, and name a directory for local memory nodes.
+    """Set executor and worker, and tell engines what their configuration does not.
 
     Raises:
         ValueError: The user chose another executor, worker or device.
     """
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if not current_platform.is_cpu():
+    if current_platform.is_cuda():
+        # vLLM's own selector then says what the backend does not support.
+        _set(engine_args, "attention_backend", AttentionBackendEnum.CUSTOM, (None,))
+        worker_cls = GPU_WORKER_CLS
+    elif current_platform.is_cpu():
+        worker_cls = CPU_WORKER_CLS
+    else:
         raise ValueError(
             f"Attention offloading was asked for on {current_platform.device_name}. "
-            "This release offloads from CPU compute nodes only. Install vLLM's CPU "
-            "build, or run without --attention-offload."
+            "This release offloads from CUDA and CPU compute nodes. Install vLLM's "
+            "CUDA or CPU build, or run without --attention-offload."
         )
     _set(engine_args, "distributed_executor_backend", EXECUTOR_CLS, (None, "mp", "uni"))
-    _set(engine_args, "worker_cls", CPU_WORKER_CLS, ("auto",))
-    os.environ[_RUN_DIR_VARIABLE] = str(_new_run_dir())
+    _set(engine_args, "worker_cls", worker_cls, ("auto",))
+    if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
+        return  # One of several API servers: the process that started them did it.
+    directory = _new_run_dir()
+    os.environ[_RUN_DIR_VARIABLE] = str(directory)
+    # vLLM's frontend kills the engine and its nodes where they need a moment to end.
+    atexit.register(_remove_run_dirs, directory)
+    os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
 
 
-def run_dir(data_parallel_rank: int) -> Path:
-    """Where the sockets of an engine's local memory nodes live.
+def choose_scheduler(vllm_config: VllmConfig) -> None:
+    """Set the scheduler that takes part in recovery, on a finished configuration.
+
+    Late, because vLLM decides last whether scheduling is asynchronous.
+
+    Raises:
+        ValueError: The user chose another scheduler.
+    """
+    scheduler = vllm_config.scheduler_config
+    ours = ASYNC_SCHEDULER_CLS if scheduler.async_scheduling else SCHEDULER_CLS
+    if scheduler.scheduler_cls not in (None, ours):
+        raise ValueError(
+            f"scheduler_cls={scheduler.scheduler_cls!r} was given together with "
+            f"attention offloading, which recovers from lost memory nodes with {ours}. "
+            "Drop it, or set on_node_loss to fail."
+        )
+    scheduler.scheduler_cls = ours
+
+
+def run_dir(data_parallel_index: int, node_index: int = 0) -> Path:
+    """Where the socket of one of an engine's local memory nodes lives.
 
     The frontend names it and the engine's process inherits the name, so that both find
     the nodes without an address in the (hashed) configuration.
     """
     base = os.environ.get(_RUN_DIR_VARIABLE) or _new_run_dir()
-    return Path(f"{base}-{data_parallel_rank}")
+    return Path(f"{base}-{data_parallel_index}-{node_index}")
+
+
+def data_parallel_size(vllm_config: VllmConfig) -> int:
+    """Engines that share the memory nodes.
+
+    vLLM tells a rank of a dense model that it is alone, so its environment says more.
+    """
+    inherited = os.environ.get(_DATA_PARALLEL_SIZE_VARIABLE)
+    if inherited:
+        return int(inherited)
+    return vllm_config.parallel_config.data_parallel_size
 
 
 def _new_run_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"attn-offload-{uuid.uuid4().hex[:12]}"
 
 
+def _remove_run_dirs(base: Path) -> None:
+    for directory in base.parent.glob(f"{base.name}-*"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _set(
-    engine_args: EngineArgs, name: str, ours: str, replaceable: tuple[str | None, ...]
+    engine_args: EngineArgs, name: str, ours: object, replaceable: tuple[object, ...]
 ) -> None:
     current = getattr(engine_args, name)
     if current not in (*replaceable, ours):

@@ -1,35 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The executor: starts or joins memory nodes, sizes the KV pool, watches health."""
+"""The executor: starts or joins memory nodes, sizes the KV pool, recovers from loss."""
 
 from __future__ import annotations
 
-import threading
-import uuid
-from typing import TYPE_CHECKING
+import functools
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, cast
 
-from vllm.utils.mem_utils import format_gib
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine_config import run_dir
+from vllm_attn_offload.cuda_placement import local_devices
+from vllm_attn_offload.engine_config import (
+    choose_scheduler,
+    data_parallel_size,
+    run_dir,
+)
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.frontend_watch import end_with_frontend
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.lost_step import LossReader, LostStep
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.placement import share_cpus
-from vllm_attn_offload.protocol import (
-    CapacityReserved,
-    OpenSession,
-    ReserveCapacity,
-    SessionGeometry,
-    Shard,
-)
-from vllm_attn_offload.support import check_supported
+from vllm_attn_offload.node_pool import NodePool, SessionLimits
+from vllm_attn_offload.placement import local_cpus, local_kv_cache_gib
+from vllm_attn_offload.pool_node import Launch
+from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.recovery import Recovery
+from vllm_attn_offload.support import check_recovery, check_supported
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+    from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.executor.abstract import FailureCallback
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -52,22 +56,42 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()
-        self._offload_config = AttentionOffloadConfig.of_engine(self.vllm_config)
-        self._engine_name = f"{self.vllm_config.instance_id or uuid.uuid4().hex[:8]}"
-        self._process: MemoryNodeProcess | None = None
-        self._control: ControlClient | None = None
-        self._reserved: list[CapacityReserved] = []
+        self._offload_config = config = AttentionOffloadConfig.of_engine(
+            self.vllm_config
+        )
         self._on_failure: FailureCallback | None = None
-        self._is_closing = False
+        self._num_engines = data_parallel_size(self.vllm_config)
+        self._recovery: Recovery | None = None
+        index = self.parallel_config.data_parallel_index
+        devices = local_devices(
+            config.num_local_nodes,
+            self.parallel_config.local_world_size,
+            index,
+            self._num_engines,
+        )
+        self._pool = NodePool(
+            config,
+            f"{self.vllm_config.instance_id}-{index}",
+            [] if config.memory_nodes else self._launches(config, index, devices),
+            functools.partial(ControlClient, credentials=config.load_credentials()),
+        )
+        if config.on_node_loss == "recover":
+            check_recovery(config.recovery_timeout_s)
+            # Before the scheduler is made, from the same configuration.
+            choose_scheduler(self.vllm_config)
+            self._recovery = Recovery(
+                self._pool, self._attach, config.recovery_timeout_s, self._give_up
+            )
+            self._recovery.register(self.vllm_config)
         try:
-            self._control = self._join_memory_node()
+            budget = config.kv_cache_gib
+            if "cpu" in devices:
+                budget = local_kv_cache_gib(config, self._num_engines)
+            self._pool.join(budget)
             super()._init_executor()
         except BaseException:
-            self._leave_memory_node()
+            self._leave_memory_nodes()
             raise
-        threading.Thread(
-            target=self._watch_memory_node, name="MemoryNodeMonitor", daemon=True
-        ).start()
 
     def determine_available_memory(self) -> list[int]:
         """Reserve the pool on the memory nodes and report it as KV memory.
@@ -76,143 +100,125 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             Bytes per rank, in vLLM's own bytes per block.
         """
         super().determine_available_memory()
-        assert self._control is not None
         geometries: list[SessionGeometry] = self.collective_rpc("session_geometry")
         block_bytes = [
             sum(spec.page_size_bytes for spec in specs.values())
             for specs in self.get_kv_cache_specs()
         ]
-        self._reserved = [
-            self._control.reserve(
-                ReserveCapacity(
-                    engine=self._engine_name,
-                    shard=Shard(tp_rank=rank, tp_size=len(geometries)),
-                    geometry=geometry,
-                    kv_bytes=self._kv_bytes_per_rank(len(geometries), rank),
-                )
-            )
-            for rank, geometry in enumerate(geometries)
-        ]
-        held = sum(reserved.kv_bytes for reserved in self._reserved)
-        logger.info(
-            "Attention offload: memory node %s (%s, %s kernel) holds %s GiB of KV "
-            "cache, %s blocks; limits of the compute host do not apply",
-            self._control.address,
-            self._control.info.device,
-            self._control.info.attention_kernel,
-            format_gib(held),
-            f"{min(reserved.num_blocks for reserved in self._reserved):,}",
-        )
+        num_blocks = self._pool.reserve(geometries, self._num_engines)
         return [
-            reserved.num_blocks * num_bytes
-            for reserved, num_bytes in zip(self._reserved, block_bytes, strict=True)
+            count * num_bytes
+            for count, num_bytes in zip(num_blocks, block_bytes, strict=True)
         ]
 
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
-        """Open the sessions, allocate the stubs, connect the data channels."""
-        assert self._control is not None
-        attachments = [
-            [self._open_session(self._control, reserved, kv_cache_config)]
-            for reserved, kv_cache_config in zip(
-                self._reserved, kv_cache_configs, strict=True
-            )
-        ]
+        """Open the sessions, allocate the stubs, connect the data channels.
+
+        Raises:
+            MemoryNodeError: A node is gone or refuses a session.
+        """
+        scheduler, block_size = self.scheduler_config, self.cache_config.block_size
+        max_blocks = -(-self.model_config.max_model_len // block_size) + 1
+        attachments = self._pool.open_sessions(
+            [kv_cache_config.num_blocks for kv_cache_config in kv_cache_configs],
+            SessionLimits(
+                scheduler.max_num_batched_tokens, scheduler.max_num_seqs, max_blocks
+            ),
+        )
         super().initialize_from_config(kv_cache_configs)
-        # Addresses are known at run time only: they never enter the configuration,
-        # which is hashed into the compile cache's key.
-        self.collective_rpc("attach_memory_nodes", args=(attachments,))
+        for problem in filter(None, self._attach(attachments)):
+            raise MemoryNodeError(*problem)
+        if self._recovery is None:
+            self._pool.watch(self._give_up)
+        else:
+            self._pool.watch(self._recovery.report_loss)
+            reader = LossReader(self._report_lost_step)
+            self.kv_output_aggregator = cast("KVOutputAggregator", reader)
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
+        """Sample, unless the step is lost: generators must not move for nothing.
+
+        Under asynchronous scheduling a step's loss is not known yet; its tokens are
+        sampled, and dropped by the scheduler.
+        """
+        if self._recovery is None or non_block or not self._recovery.is_pending:
+            return super().sample_tokens(grammar_output, non_block)
+        self.collective_rpc("discard_step")
+        return EMPTY_MODEL_RUNNER_OUTPUT
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
-        """Tell the engine also when a memory node is lost."""
+        """Tell the engine also when a memory node is lost for good."""
         self._on_failure = callback
         super().register_failure_callback(callback)
 
     def check_health(self) -> None:
         """Raise where a worker or a memory node does not answer."""
         super().check_health()
-        if self._control is not None:
-            self._control.refresh_info()
+        self._pool.check_health()
 
     def shutdown(self) -> None:
         """Let go of the memory nodes and stop the workers; no step is in flight."""
-        self._is_closing = True
-        if self._process is not None:
-            # Ends while the workers do: the engine has few seconds for both.
-            self._process.request_stop()
+        if self._recovery is not None:
+            self._recovery.close()
+        # They end while the workers do: the engine has few seconds for both.
+        self._pool.request_stop()
         super().shutdown()
-        self._leave_memory_node()
+        self._leave_memory_nodes()
 
-    def _join_memory_node(self) -> ControlClient:
-        config = self._offload_config
-        if config.memory_nodes:
-            (address,) = config.memory_nodes
-        else:
-            self._process = MemoryNodeProcess(
-                run_dir(self.parallel_config.data_parallel_rank),
-                kv_cache_gib=config.kv_cache_gib,
-                cpus=config.local_node_cpus or share_cpus(self.vllm_config),
+    def _launches(
+        self, config: AttentionOffloadConfig, index: int, devices: list[str]
+    ) -> list[Launch]:
+        """What starts each local node, as often as one is lost."""
+
+        def launch(node_index: int, cpus: str, device: str) -> Launch:
+            directory = run_dir(index, node_index)
+            return lambda kv_cache_gib: MemoryNodeProcess(
+                directory,
+                kv_cache_gib=kv_cache_gib,
+                cpus=cpus,
                 startup_timeout_s=config.startup_timeout_s,
+                device=device,
             )
-            address = self._process.address
-            logger.info(
-                "Attention offload: started a memory node on this host's CPU (pid %d), "
-                "because memory_nodes names none",
-                self._process.pid,
+
+        cpus_of_nodes = local_cpus(config, self.vllm_config)
+        return [
+            launch(node_index, cpus, device)
+            for node_index, (cpus, device) in enumerate(
+                zip(cpus_of_nodes, devices, strict=True)
             )
-        return ControlClient(address, config.startup_timeout_s)
+        ]
 
-    def _leave_memory_node(self) -> None:
-        self._is_closing = True
-        if self._control is not None:
-            self._control.close()
-        if self._process is not None:
-            self._process.stop()
+    def _attach(self, attachments: list[list[Attachment]]) -> list[Problem | None]:
+        """Give every worker its sessions; returns what went wrong, per worker.
 
-    def _kv_bytes_per_rank(self, num_ranks: int, rank: int) -> int:
-        """An equal share: of kv_cache_gib, or of what is free."""
-        assert self._control is not None
-        if self._offload_config.kv_cache_gib is not None:
-            return int(self._offload_config.kv_cache_gib * GIB) // num_ranks
-        return self._control.refresh_info().kv_bytes_free // (num_ranks - rank)
-
-    def _open_session(
-        self,
-        control: ControlClient,
-        reserved: CapacityReserved,
-        kv_cache_config: KVCacheConfig,
-    ) -> Attachment:
-        scheduler = self.scheduler_config
-        block_size = self.cache_config.block_size
-        opened = control.open_session(
-            OpenSession(
-                reservation=reserved.reservation,
-                generation=0,
-                num_blocks=kv_cache_config.num_blocks,
-                max_num_tokens=scheduler.max_num_batched_tokens,
-                max_num_reqs=scheduler.max_num_seqs,
-                max_blocks_per_req=-(-self.model_config.max_model_len // block_size)
-                + 1,
-            )
+        Addresses are known at run time only: they never enter the configuration, which
+        is hashed into the compile cache's key.
+        """
+        return self.collective_rpc(
+            "attach_memory_nodes", args=(attachments, self._pool.kind)
         )
-        return Attachment(control.address, opened.session, opened.attach_token, 0)
 
-    def _watch_memory_node(self) -> None:
-        control = self._control
-        assert control is not None
-        control.wait_until_lost()
-        if self._is_closing:
-            return
+    def _report_lost_step(self, step: LostStep) -> None:
+        assert self._recovery is not None
+        self._recovery.report_loss(
+            MemoryNodeError(step.node, step.cause), step.generation
+        )
+
+    def _give_up(self, error: MemoryNodeError) -> None:
         logger.error(
-            "%s",
-            MemoryNodeError(
-                control.address,
-                "it was lost, and its KV cache with it. The engine stops; see the log "
-                "of 'vllm-memory-node' and start the server again.",
-            ),
+            "%s The engine stops, because its KV cache is lost; see the log of "
+            "'vllm-memory-node' and start the server again.",
+            error,
         )
         self.is_failed = True
         if self._on_failure is not None:
             self._on_failure()
+
+    def _leave_memory_nodes(self) -> None:
+        self._pool.request_stop()
+        self._pool.close()
 
 
 class AttentionOffloadExecutor(AttentionOffloadExecutorMixin, MultiprocExecutor):

@@ -16,6 +16,7 @@ from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.launcher import local_address
 from vllm_attn_offload.metrics import StatsCollector
 from vllm_attn_offload.protocol import Stats
+from vllm_attn_offload.transport.credentials import Credentials
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,10 +35,12 @@ class NodeStatsReader:
 
     Args:
         addresses: Memory nodes of the engine.
+        credentials: What to show them.
     """
 
-    def __init__(self, addresses: list[str]) -> None:
+    def __init__(self, addresses: list[str], credentials: Credentials) -> None:
         self._addresses = addresses
+        self._credentials = credentials
         self._clients: dict[str, ControlClient] = {}
         self._lock = threading.Lock()
 
@@ -50,7 +53,9 @@ class NodeStatsReader:
     def _read_node(self, address: str) -> Stats | None:
         try:
             if address not in self._clients:
-                self._clients[address] = ControlClient(address, _SCRAPE_TIMEOUT_S)
+                self._clients[address] = ControlClient(
+                    address, _SCRAPE_TIMEOUT_S, self._credentials
+                )
             return self._clients[address].stats()
         except MemoryNodeError as error:
             if client := self._clients.pop(address, None):
@@ -71,7 +76,22 @@ def export_node_metrics(
     global _collector
     if _collector is not None:
         REGISTRY.unregister(_collector)
-    directory = run_dir(vllm_config.parallel_config.data_parallel_rank)
-    reader = NodeStatsReader(list(config.memory_nodes) or [local_address(directory)])
+    reader = NodeStatsReader(_addresses(vllm_config, config), config.load_credentials())
     _collector = StatsCollector(reader.read)
     REGISTRY.register(_collector)
+
+
+def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[str]:
+    """Nodes of all engines behind this frontend."""
+    if config.memory_nodes:
+        return [*config.memory_nodes, *config.standby_nodes]
+    parallel = vllm_config.parallel_config
+    engines = range(parallel.data_parallel_size)
+    if parallel.data_parallel_external_lb:
+        engines = range(parallel.data_parallel_index, parallel.data_parallel_index + 1)
+    local = [
+        local_address(run_dir(engine, node))
+        for engine in engines
+        for node in range(config.num_local_nodes)
+    ]
+    return [*local, *config.standby_nodes]

@@ -61,6 +61,11 @@ _COUNTERS = (
         "Time the memory node spent on storing k and v.",
         "store_s",
     ),
+    (
+        "attn_offload:remote_queue_seconds",
+        "Time that layers waited for those of other sessions on the memory node.",
+        "queue_s",
+    ),
 )
 
 

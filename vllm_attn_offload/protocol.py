@@ -7,6 +7,7 @@ a 32-byte header, then raw bytes. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -18,17 +19,25 @@ import msgspec
 #: One line per version: what changed on the wire.
 PROTOCOL_HISTORY = (
     (1, "Hello, reservation, session, STEP / LAYER / OUT frames with row-fused q|k|v"),
+    (2, "Rows that query and rows that are stored are separate; planar q, k, v"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
-MAX_CONTROL_BYTES = 4 << 20
+MAX_CONTROL_BYTES = 1 << 20
 HANDSHAKE_BYTES = 4 << 10
+NONCE_BYTES = 32
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-Token = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+# Names reach logs and metrics: printable ASCII, so that none of them forges a line.
+Token = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=128, pattern=r"\A[ -~]+\Z")
+]
+Name = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[ -~]*\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -43,7 +52,7 @@ class Hello(_Message, frozen=True, tag="hello"):
 
     protocol_version: int
     compatibility_hash: Token
-    peer: Text
+    peer: Name
 
 
 class NodeInfo(_Message, frozen=True, tag="node_info"):
@@ -59,6 +68,26 @@ class NodeInfo(_Message, frozen=True, tag="node_info"):
     kv_bytes_free: int
 
 
+class Challenge(_Message, frozen=True, tag="challenge"):
+    """Answer to Hello of a node that asks for a token; ``nonce`` is new every time."""
+
+    nonce: Nonce
+
+
+class Authenticate(_Message, frozen=True, tag="authenticate"):
+    """Answer to Challenge: proves the token, and asks the node to do the same."""
+
+    nonce: Nonce
+    proof: Proof
+
+
+class Authenticated(_Message, frozen=True, tag="authenticated"):
+    """Answer to Authenticate: the node's own proof, and what it is."""
+
+    proof: Proof
+    node: NodeInfo
+
+
 class KVGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Layers that share one block table (vLLM: KVCacheGroupSpec)."""
 
@@ -72,7 +101,7 @@ class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups may alias one (vLLM: ``KVCacheTensor.layers``).
     """
 
-    name: Text
+    name: Name
     group: Index
     storage: Index
     num_query_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -138,6 +167,22 @@ class SessionOpened(_Message, frozen=True, tag="session_opened"):
     attach_token: Token
 
 
+class ChannelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker brings to a data channel: CPUs, busy threads, shared memory."""
+
+    cpu_ids: Annotated[list[Index], msgspec.Meta(max_length=1 << 14)]
+    num_threads: Count
+    shared_memory: bool
+
+
+class SlotLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shared memory of a data channel: slots each way, and bytes of their payloads."""
+
+    num_slots: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    request_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    reply_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+
+
 class AttachSession(_Message, frozen=True, tag="attach_session"):
     """First message of a worker: its connection becomes the session's data channel."""
 
@@ -146,10 +191,18 @@ class AttachSession(_Message, frozen=True, tag="attach_session"):
     generation: Index
     geometry_digest: Token
     worker_kv_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    offer: ChannelOffer | None = None
 
 
 class Attached(_Message, frozen=True, tag="attached"):
-    """The data channel is open; frames follow."""
+    """The data channel is open; frames follow.
+
+    With ``shared_memory`` its descriptors come next and frames travel through it, else
+    on the connection. The worker's waits spin for ``spin_us`` before they block.
+    """
+
+    shared_memory: SlotLayout | None = None
+    spin_us: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
 
 
 class CloseSession(_Message, frozen=True, tag="close_session"):
@@ -182,6 +235,7 @@ class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store_s: float
     attend_s: float
     send_s: float
+    queue_s: float = 0.0
 
 
 class Stats(_Message, frozen=True, tag="stats"):
@@ -208,6 +262,8 @@ class Error(_Message, frozen=True, tag="error"):
 Request = ReserveCapacity | OpenSession | AttachSession | CloseSession | GetStats | Ping
 Reply = (
     NodeInfo
+    | Challenge
+    | Authenticated
     | CapacityReserved
     | SessionOpened
     | Attached
@@ -228,15 +284,23 @@ class FrameKind(IntEnum):
 
 
 class FrameFlag(IntFlag):
-    """Options of a LAYER frame."""
+    """Options of a LAYER frame.
+
+    ``WANT_LSE`` asks for the log-sum-exp behind the output. ``FUSED`` says that the
+    payload is one row ``q | k | v`` per token; otherwise it is all of q, then all of k,
+    then all of v. ``WANT_ACK`` asks for an empty OUT where there is nothing to attend.
+    """
 
     NONE = 0
     WANT_LSE = 1
+    FUSED = 2
+    WANT_ACK = 4
 
 
 FRAME_MAGIC = 0x4F415631
 FRAME_HEADER = struct.Struct("<IHHQHHIQ")
 FRAME_HEADER_BYTES = FRAME_HEADER.size
+#: Requests, stored rows, block-table columns, query rows.
 STEP_PREFIX = struct.Struct("<IIII")
 
 
@@ -255,7 +319,7 @@ class FrameHeader:
     flags: int = 0
     num_bytes: int = 0
 
-    def pack_into(self, buffer: bytearray) -> None:
+    def pack_into(self, buffer: bytearray | memoryview) -> None:
         """Write the header to the front of ``buffer``."""
         FRAME_HEADER.pack_into(
             buffer,
@@ -285,9 +349,11 @@ class FrameHeader:
         return magic == FRAME_MAGIC
 
 
+@functools.cache
 def compatibility_hash() -> str:
     """Hash of everything on which both sides must agree before they talk."""
-    schemas, components = msgspec.json.schema_components([Request, Reply])
+    messages = [Hello, Authenticate, Request, Reply]
+    schemas, components = msgspec.json.schema_components(messages)
     layout = [
         PROTOCOL_HISTORY,
         FRAME_HEADER.format,

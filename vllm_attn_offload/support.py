@@ -76,6 +76,23 @@ def _refuse(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
+def check_recovery(recovery_timeout_s: float) -> None:
+    """Compare deadlines: a recovery must end before vLLM gives the step up.
+
+    Raises:
+        ValueError: It would not.
+    """
+    from vllm import envs
+
+    allowed = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+    if recovery_timeout_s >= allowed:
+        raise ValueError(
+            f"recovery_timeout_s={recovery_timeout_s:g} was given. Allowed: less than "
+            f"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS={allowed}. Lower the one or raise the "
+            "other."
+        )
+
+
 def check_layers(problems: Iterable[str]) -> None:
     """Refuse a model whose layers cannot be offloaded, after it was loaded.
 
@@ -150,12 +167,6 @@ PARALLEL_REFUSALS: tuple[Refusal[EngineArgs | ParallelConfig], ...] = (
         lambda p: _above_one(p.pipeline_parallel_size, "pipeline_parallel_size"),
         "pipeline_parallel_size=1",
         "Use tensor parallelism.",
-    ),
-    Refusal(
-        "Data parallelism",
-        lambda p: _above_one(p.data_parallel_size, "data_parallel_size"),
-        "data_parallel_size=1",
-        "Start one engine per replica; they may share a memory node.",
     ),
     Refusal(
         "Context parallelism",

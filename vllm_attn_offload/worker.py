@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING, Any, cast
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.attention.qkv_rows import QKVRows
-from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.attention.micro_batch_runner import wrap_model
+from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.client.partition import (
+    Partition,
+    PartitionKind,
+    shard_geometry,
+)
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.lost_step import LostStep
 from vllm_attn_offload.protocol import (
     AttachSession,
     Dtype,
@@ -28,7 +37,7 @@ from vllm_attn_offload.support import check_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.worker.gpu_worker import Worker as _WorkerBase
 else:
     _WorkerBase = object
@@ -42,6 +51,7 @@ class AttentionOffloadWorker(_WorkerBase):
     """
 
     vllm_config: VllmConfig
+    _nodes: NodeGroup
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with offloaded attention layers.
@@ -76,36 +86,33 @@ class AttentionOffloadWorker(_WorkerBase):
         self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         self.model_runner.kv_cache_config.num_blocks = kv_cache_config.num_blocks
 
-    def attach_memory_nodes(self, attachments: list[list[Attachment]]) -> None:
+    def attach_memory_nodes(
+        self, attachments: list[list[Attachment]], kind: PartitionKind
+    ) -> Problem | None:
         """Open the data channels of this rank and hand them to its layers.
+
+        Channels of an older generation are closed and never used again.
 
         Args:
             attachments: Per rank, one per memory node.
+            kind: What is divided between the nodes.
 
-        Raises:
-            MemoryNodeError: A node is gone or refuses the session.
+        Returns:
+            The node that is gone or refuses the session, and why. An exception would
+            leave replies of other ranks unread.
         """
-        config = AttentionOffloadConfig.of_engine(self.vllm_config)
-        digest = self.session_geometry().digest()
-        self._nodes = NodeGroup(
-            [
-                NodeClient(
-                    attachment.address,
-                    AttachSession(
-                        attachment.session,
-                        attachment.attach_token,
-                        attachment.generation,
-                        digest,
-                        self.kv_stub_bytes(),
-                    ),
-                    config.request_timeout_s,
-                )
-                for attachment in attachments[self.rank]
-            ]
-        )
-        rows = QKVRows()
-        for index, layer in enumerate(self._attention_layers().values()):
-            cast(AttentionOffloadImpl, layer.impl).connect(self._nodes, rows, index)
+        if hasattr(self, "_nodes"):
+            self._nodes.close()
+        try:
+            self._nodes = self._connect(attachments[self.rank], kind)
+        except MemoryNodeError as error:
+            return error.node, error.cause
+        self._generation = attachments[self.rank][0].generation
+        self._connect_layers(self._nodes)
+        if not hasattr(self, "_micro_batches"):
+            self._micro_batches = wrap_model(self.model_runner.model, self.vllm_config)
+        self._micro_batches.connect(self._nodes)
+        return None
 
     def kv_stub_bytes(self) -> int:
         """Bytes of KV cache that this worker holds itself."""
@@ -118,7 +125,7 @@ class AttentionOffloadWorker(_WorkerBase):
 
     def exchange_times(self) -> dict[str, float]:
         """Sums of the worker's time in pack, send and wait since it was attached."""
-        return self._nodes.times()
+        return self._nodes.times() | self._micro_batches.times()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run a step.
@@ -135,13 +142,73 @@ class AttentionOffloadWorker(_WorkerBase):
                 "the compute node. Allowed: models with full attention only. Run this "
                 "model without --attention-offload."
             )
-        return super().execute_model(scheduler_output)
+        return self._with_loss(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """Sample the step's tokens."""
+        return self._with_loss(super().sample_tokens(grammar_output))
+
+    def discard_step(self) -> None:
+        """Forget a step that was executed, so that nothing is sampled from it."""
+        self.model_runner.execute_model_state = None
 
     def shutdown(self) -> None:
         """Close the data channels, then shut the worker down."""
         if hasattr(self, "_nodes"):
             self._nodes.close()
         super().shutdown()
+
+    def _connect(self, attachments: list[Attachment], kind: PartitionKind) -> NodeGroup:
+        config = AttentionOffloadConfig.of_engine(self.vllm_config)
+        credentials = config.load_credentials()
+        geometry = self.session_geometry()
+        digest = shard_geometry(geometry, kind, len(attachments)).digest()
+        clients: list[NodeClient] = []
+        try:
+            for attachment in attachments:
+                request = AttachSession(
+                    attachment.session,
+                    attachment.attach_token,
+                    attachment.generation,
+                    digest,
+                    self.kv_stub_bytes(),
+                )
+                clients.append(
+                    NodeClient(
+                        attachment.address,
+                        request,
+                        config.request_timeout_s,
+                        credentials,
+                    )
+                )
+        except MemoryNodeError:
+            for client in clients:
+                client.close()
+            raise
+        return NodeGroup(
+            clients,
+            Partition(kind, tuple(each.num_blocks for each in attachments)),
+            geometry,
+            tolerate_loss=config.on_node_loss == "recover",
+        )
+
+    def _connect_layers(self, nodes: NodeGroup | None) -> None:
+        """Hand the channels to the layers; None takes them away."""
+        self._connect_impls(nodes, None)
+
+    def _connect_impls(
+        self, nodes: NodeGroup | None, exchange: DeviceExchange | None
+    ) -> None:
+        for index, layer in enumerate(self._attention_layers().values()):
+            cast(AttentionOffloadImpl, layer.impl).connect(nodes, index, exchange)
+
+    def _with_loss(self, output: Any) -> Any:
+        loss = self._nodes.loss
+        if loss is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            output = output.get_output()
+        return LostStep(output, self._generation, loss.node, loss.cause)
 
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""

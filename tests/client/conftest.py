@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "memory_node"))
+for directory in (Path(__file__).parents[1] / "memory_node", Path(__file__).parent):
+    sys.path.insert(0, str(directory))
 
 from node_process import NodeProcess  # noqa: E402
 

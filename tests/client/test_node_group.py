@@ -1,98 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's exchange with a node through the classes that the worker uses."""
+"""A worker's exchange with its nodes through the classes that the worker uses."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
-from node_process import NodeProcess
-from paged_batch import PagedBatch
-from raw_session import (
-    attach_request,
-    encode_step,
-    make_geometry,
-    reservation,
-    session_of,
-)
+from node_process import NodeProcess, running_node
+from raw_session import attach_request, make_geometry, reservation, session_of
+from worker_batch import WorkerBatch
 
+from vllm_attn_offload.attention.local_prefill import attend_locally
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.client.partition import (
+    Partition,
+    PartitionKind,
+    shard_geometry,
+)
+from vllm_attn_offload.client.step_plan import plan_step
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.protocol import SessionGeometry
 
-NUM_BLOCKS = 8
+NUM_BLOCKS = 60
 GEOMETRY = make_geometry()
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data.cast("B")
-
-
 class Worker:
-    """One request on a session of its own, over ``NodeGroup``."""
+    """Requests on sessions of their own, one per node."""
 
-    def __init__(self, address: str, timeout_s: float = 10.0) -> None:
-        self._batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 1)
-        self.control = ControlClient(address, 10)
-        reserved = self.control.reserve(reservation(GEOMETRY, 1 << 20))
-        opened = self.control.open_session(session_of(reserved.reservation, NUM_BLOCKS))
-        attach = attach_request(opened, GEOMETRY)
-        self.nodes = NodeGroup([NodeClient(address, attach, timeout_s)])
+    def __init__(
+        self,
+        addresses: list[str],
+        *,
+        geometry: SessionGeometry = GEOMETRY,
+        kind: PartitionKind = "heads",
+        num_reqs: int = 1,
+        timeout_s: float = 10.0,
+        tolerate_loss: bool = False,
+    ) -> None:
+        self._geometry = geometry
+        count = len(addresses)
+        self._batch = WorkerBatch(geometry, NUM_BLOCKS, num_reqs)
+        # In a partition by blocks nodes of unequal size.
+        sizes = [NUM_BLOCKS] * count
+        if kind == "blocks":
+            sizes = [NUM_BLOCKS // count - 5, *sizes[1:-1], NUM_BLOCKS // count + 5]
+        self.partition = Partition(kind, tuple(sizes[:count]))
+        sharded = shard_geometry(geometry, kind, count)
+        self.controls, clients = [], []
+        for address, num_blocks in zip(addresses, sizes, strict=False):
+            control = ControlClient(address, 10)
+            self.controls.append(control)
+            reserved = control.reserve(reservation(sharded, 8 << 20))
+            opened = control.open_session(session_of(reserved.reservation, num_blocks))
+            attach = attach_request(opened, sharded)
+            clients.append(NodeClient(address, attach, timeout_s))
+        self.nodes = NodeGroup(
+            clients, self.partition, geometry, tolerate_loss=tolerate_loss
+        )
 
-    def step(self, num_new: int, *, layer: int = 0, num_bytes: int = 0) -> float:
+    def step(self, num_new: list[int], *, layer: int = 0) -> float:
         """Run a step on both layers; the largest error of the outputs."""
-        step, qkv = self._batch.grow([num_new])
-        number = self.nodes.begin_step([(0, encode_step(step))])
-        out = torch.full((num_new, 9, 64), torch.nan)
+        batch, (query, key, value) = self._batch.grow(num_new)
+        step = self.nodes.begin_step(batch)
+        scale = self._geometry.layers[0].softmax_scale
+        output = torch.full(query.shape, torch.nan, dtype=query.dtype)
         for index in (layer, 1):
-            target = as_bytes(out)[num_bytes:]
-            self.nodes.attend(number, index, as_bytes(qkv), target)
-        exact, _ = self._batch.expected(torch.float64)
-        return float((out - exact).abs().max())
+            self.nodes.post_layer(step, index, query, key, value)
+            lse = None
+            if prefills := step.plan.prefills:
+                lse = attend_locally(query, key, value, output, prefills, scale)
+            self.nodes.collect(step, index, output, lse)
+        return float((output - self._batch.expected()).abs().max())
+
+    def close(self) -> None:
+        self.nodes.close()
+        for control in self.controls:
+            control.close()
 
 
-def test_attend(node: NodeProcess) -> None:
-    worker = Worker(node.address)
-    assert worker.step(40) < 1e-5
-    assert worker.step(1) < 1e-5
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Three nodes."""
+    cpu = str(max(os.sched_getaffinity(0)))
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                running_node(
+                    tmp_path_factory.mktemp("node"),
+                    *("--kv-cache-gib", "0.25", "--cpus", cpu),
+                )
+            ).address
+            for _ in range(3)
+        ]
+
+
+#: Chunks with and without context, decodes, one new token; then decodes alone.
+STEPS = [[40, 3, 1], [25, 1, 1], [1, 17, 0], [2, 1, 33], [1, 1, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_nodes", "heads", "dtype"),
+    [
+        ("heads", 1, (9, 3), "float32"),
+        ("heads", 1, (9, 3), "bfloat16"),
+        ("heads", 3, (9, 3), "float32"),
+        ("heads", 2, (8, 2), "bfloat16"),
+        ("blocks", 2, (9, 3), "float32"),
+        ("blocks", 3, (4, 1), "float32"),
+        ("blocks", 3, (9, 3), "bfloat16"),
+    ],
+)
+def test_output_is_causal_attention(
+    addresses: list[str],
+    kind: PartitionKind,
+    num_nodes: int,
+    heads: tuple[int, int],
+    dtype: str,
+) -> None:
+    geometry = make_geometry(
+        num_query_heads=heads[0], num_kv_heads=heads[1], dtype=dtype
+    )
+    worker = Worker(addresses[:num_nodes], geometry=geometry, kind=kind, num_reqs=3)
+    for num_new in STEPS:
+        assert worker.step(num_new) < (1e-5 if dtype == "float32" else 3e-2)
     times = worker.nodes.times()
-    assert (times["num_steps"], times["num_layer_calls"]) == (2, 4)
+    assert times["num_steps"], times["num_layer_calls"] == (len(STEPS), 2 * len(STEPS))
     assert times["wait_s"] > 0
-    worker.nodes.close()
-    worker.control.close()
+    worker.close()
 
 
-def test_refusal_of_the_node(node: NodeProcess) -> None:
+def test_first_chunk_asks_nodes_for_nothing() -> None:
+    """Nothing is cached: every row is stored, none is queried."""
+    batch, _ = WorkerBatch(GEOMETRY, NUM_BLOCKS, 2).grow([40, 20])
+    plan = plan_step(batch, Partition("heads", (NUM_BLOCKS,)), 16)
+    (part,) = plan.nodes
+    assert (part.step.num_query_rows, part.step.num_tokens) == (0, 60)
+    assert not plan.needs_merge
+
+
+def test_blocks_are_read_once() -> None:
+    """Every cached token is attended on exactly one node, load follows capacity."""
+    requests = WorkerBatch(GEOMETRY, 4000, 16)
+    requests.grow([137 * (index + 3) for index in range(16)])
+    batch, _ = requests.grow([1] * 16)
+    partition = Partition("blocks", (1000, 1000, 2000))
+    plan = plan_step(batch, partition, 16)
+    tokens = [int(part.step.seq_lens.sum()) for part in plan.nodes]
+    assert sum(tokens) == int(batch.seq_lens.sum())
+    load = np.array(tokens) / np.array(partition.blocks_per_node)
+    assert load.max() / load.mean() < 1.25
+    assert sum(part.step.num_tokens for part in plan.nodes) == 16
+
+
+def test_refusal_of_the_node(addresses: list[str]) -> None:
     """The node's sentence reaches the worker."""
-    worker = Worker(node.address)
+    worker = Worker(addresses[:1])
     with pytest.raises(MemoryNodeError, match=r"layer 7; this session has 2"):
-        worker.step(1, layer=7)
-    with pytest.raises(MemoryNodeError, match="its session was lost"):
-        worker.step(1)
-    worker.control.close()
+        worker.step([1], layer=7)
+    with pytest.raises(MemoryNodeError, match=r"layer 7; this session has 2"):
+        worker.step([1])
+    worker.close()
 
 
-def test_output_of_another_size(node: NodeProcess) -> None:
-    worker = Worker(node.address)
-    with pytest.raises(MemoryNodeError, match="2,304 bytes of output; 2,300 expected"):
-        worker.step(1, num_bytes=4)
-    worker.control.close()
-
-
-def test_node_hangs_and_is_killed(mortal_node: NodeProcess) -> None:
+def test_node_hangs_and_is_killed(
+    mortal_node: NodeProcess, addresses: list[str]
+) -> None:
     """A stopped process answers nothing; the deadline ends the wait."""
-    first, second = (Worker(mortal_node.address, timeout_s=1.0) for _ in range(2))
-    assert first.step(1) < 1e-5
-    assert second.step(1) < 1e-5
+    first = Worker([mortal_node.address], timeout_s=1.0)
+    second = Worker(
+        [addresses[0], mortal_node.address], kind="blocks", tolerate_loss=True
+    )
+    assert first.step([1]) < 1e-5
+    assert second.step([33]) < 1e-5
     os.kill(mortal_node.process.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(MemoryNodeError, match=r"nothing received for 1\.0 s"):
-        first.step(1)
+        first.step([1])
     assert time.monotonic() - started < 4
     mortal_node.kill()
-    with pytest.raises(MemoryNodeError, match=r"session was lost \(.*See the log of"):
-        second.step(1)
+    # The step ends, with zeros, and says so.
+    assert second.step([1]) > 0
+    assert "its session was lost" in str(second.nodes.loss)

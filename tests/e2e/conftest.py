@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,67 @@ import pytest
 
 HERE = Path(__file__).parent
 # Tests are imported by path (importlib mode); their helpers lie beside them.
-sys.path.insert(0, str(HERE))
+for folder in (HERE, HERE.parent / "memory_node"):
+    sys.path.insert(0, str(folder))
 
 import workload  # noqa: E402
+from network_namespace import RemoteHost, remote_host  # noqa: E402
+from node_process import NodeProcess  # noqa: E402
 from serve import ServeProcess  # noqa: E402
 
 Result = dict[str, Any]
+
+
+@contextmanager
+def poisoned_nodes(mode: workload.Mode, directory: Path) -> Iterator[list[str]]:
+    """Memory nodes whose unwritten blocks hold NaN, here or on a host of their own."""
+    options = ["--kv-cache-gib", "1", "--cpus", str(max(os.sched_getaffinity(0)))]
+    host = RemoteHost("127.0.0.1", ())
+    with ExitStack() as stack:
+        if mode.is_remote:
+            try:
+                host = stack.enter_context(remote_host())
+            except PermissionError as error:
+                pytest.skip(str(error))
+            options += ["--auth-token-file", str(workload.TOKEN_FILE)]
+        nodes = [
+            NodeProcess(
+                f"{host.address}:0",
+                directory / f"node-{index}.log",
+                *options,
+                prefix=host.command,
+                ATTN_OFFLOAD_POISON_KV="1",
+            )
+            for index in range(mode.num_nodes)
+        ]
+        for node in nodes:
+            stack.callback(node.kill)
+        yield [node.address for node in nodes]
 
 
 @pytest.fixture(scope="session")
 def generated(
     smollm2: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Result]:
-    """``generated(dtype, "stock" | "offload")``: the workload through ``LLM()``."""
+    """``generated(dtype, mode)``: the workload through ``LLM()``."""
     directory = tmp_path_factory.mktemp("generated")
 
     @functools.cache
     def run(dtype: str, mode: str) -> Result:
         output = directory / f"{mode}-{dtype}.json"
-        command = [sys.executable, HERE / "generate.py", smollm2, dtype, mode, output]
-        engine = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=900
-        )
+        workload.TOKEN_FILE.write_text("a secret of the end-to-end tests, 32+ chars\n")
+        workload.TOKEN_FILE.chmod(0o600)
+        script = str(HERE / "generate.py")
+        command = [sys.executable, script, smollm2, dtype, mode, str(output)]
+        options = workload.MODES[mode]
+        with poisoned_nodes(options, directory) as addresses:
+            engine = subprocess.run(
+                [*command, *addresses],
+                capture_output=True,
+                text=True,
+                timeout=900,
+                env=os.environ | options.variables,
+            )
         assert engine.returncode == 0, engine.stderr[-4000:] + engine.stdout[-8000:]
         return json.loads(output.read_text("utf-8"))
 

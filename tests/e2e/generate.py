@@ -7,41 +7,49 @@ import json
 import sys
 from typing import Any
 
+import sharing
 import workload
 
 Completion = dict[str, Any]
 
 
 def main() -> None:
-    """``generate.py MODEL DTYPE stock|offload OUTPUT``."""
-    model, dtype, mode, output = sys.argv[1:]
-    llm = _engine(model, dtype, offload=mode == "offload")
+    """``generate.py MODEL DTYPE MODE OUTPUT [ADDRESS ...]``."""
+    model, dtype, mode, output, *addresses = sys.argv[1:]
+    llm = _engine(model, dtype, workload.MODES[mode], addresses)
     first, second = workload.prompts(model, dtype)
     result = {
         "greedy": [*_greedy(llm, first), *_greedy(llm, second)],
         "several": _several(llm, first[10:12]),
         "metrics": _metrics(llm),
     }
-    if mode == "offload":
+    if rounds := workload.MODES[mode].sharing_rounds:
+        phrases = workload.phrases(model)
+        result["together"] = sharing.arrive_together(llm, phrases, rounds)
+        result["joined"] = sharing.join_writer(llm, phrases)
+    if mode != "stock":
         result["stub_bytes"] = llm.collective_rpc("kv_stub_bytes")
         result["times"] = llm.collective_rpc("exchange_times")
     with open(output, "w", encoding="utf-8") as file:
         json.dump(result, file)
 
 
-def _engine(model: str, dtype: str, *, offload: bool) -> Any:
+def _engine(model: str, dtype: str, mode: workload.Mode, addresses: list[str]) -> Any:
     from vllm_attn_offload import LLM
 
-    options = {**workload.ENGINE_OPTIONS, "dtype": dtype, "disable_log_stats": False}
+    options = {
+        **workload.ENGINE_OPTIONS,
+        "dtype": dtype,
+        "disable_log_stats": False,
+        **mode.engine,
+    }
     pool = workload.pool_gib(dtype)
-    if offload:
-        return LLM(
-            model,
-            attention_offload=True,
-            attention_offload_config={"kv_cache_gib": pool},
-            **options,
-        )
-    return LLM(model, kv_cache_memory_bytes=int(pool * (1 << 30)), **options)
+    if mode.offload is None:
+        return LLM(model, kv_cache_memory_bytes=int(pool * (1 << 30)), **options)
+    offload = {"kv_cache_gib": pool, "memory_nodes": addresses, **mode.offload}
+    return LLM(
+        model, attention_offload=True, attention_offload_config=offload, **options
+    )
 
 
 def _greedy(llm: Any, prompts: list[list[int]]) -> list[Completion]:

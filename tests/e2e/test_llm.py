@@ -21,6 +21,34 @@ def test_llm_float32_is_identical(generated: Generated) -> None:
     assert_identical(stock["several"], offload["several"])
 
 
+@pytest.mark.parametrize("mode", ["heads-3", "blocks-2", "blocks-2-tp-3"])
+def test_llm_float32_with_several_nodes(generated: Generated, mode: str) -> None:
+    """Nodes whose unused memory holds NaN, other chunk sizes, without a cache, TP."""
+    stock, offload = generated("float32", "stock"), generated("float32", mode)
+    assert_identical(stock["greedy"], offload["greedy"])
+
+
+def test_llm_float32_in_micro_batches(generated: Generated) -> None:
+    """Most steps are cut, and tokens are stock's, also where prompts share blocks."""
+    stock, offload = (
+        generated("float32", "stock"),
+        generated("float32", "micro-batches"),
+    )
+    assert_identical(stock["greedy"], offload["greedy"])
+    assert_identical(stock["several"], offload["several"])
+    assert len(offload["together"]) == 20
+    assert all(tokens == stock["together"][0] for tokens in offload["together"])
+    assert offload["joined"]["tokens"] == stock["joined"]["tokens"]
+    (times,) = offload["times"]
+    assert times["num_cut_steps"] > 0.5 * times["num_decode_steps"] > 0
+
+
+def test_llm_float32_reads_what_the_step_writes(generated: Generated) -> None:
+    """A request that reads a block of this step's writer keeps the step whole."""
+    joined = generated("float32", "micro-batches")["joined"]
+    assert joined["joined"] == [1, 0]
+
+
 def test_llm_float32_covers_scheduling(generated: Generated) -> None:
     """The workload does what it is chosen for, on both sides alike."""
     stock, offload = generated("float32", "stock"), generated("float32", "offload")

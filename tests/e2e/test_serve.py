@@ -98,7 +98,8 @@ def test_serve_without_patches_dies_with_its_memory_node(
         log,
         *("--distributed-executor-backend", EXECUTOR_CLS),
         *("--worker-cls", CPU_WORKER_CLS),
-        *("--additional-config", '{"attention_offload": {"kv_cache_gib": 0.5}}'),
+        "--additional-config",
+        '{"attention_offload": {"kv_cache_gib": 0.5, "on_node_loss": "fail"}}',
         *("--enforce-eager", "--max-model-len", "512", "--load-format", "dummy"),
         VLLM_PLUGINS="",
     )
@@ -107,7 +108,9 @@ def test_serve_without_patches_dies_with_its_memory_node(
         assert len(answer["token_ids"]) == 2
         running.memory_node().kill()
         running.process.wait(30)
-        assert "it was lost, and its KV cache with it" in log.read_text("utf-8")
+        assert "The engine stops, because its KV cache is lost" in log.read_text(
+            "utf-8"
+        )
         _, alive = psutil.wait_procs(running.children, timeout=30)
         assert alive == []
     finally:

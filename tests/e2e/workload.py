@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,62 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_num_seqs": 24,
 }
 BLOCK_TOKENS = 128
+
+TOKEN_FILE = Path(tempfile.gettempdir()) / f"attn-offload-test-token-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """An engine of the tests.
+
+    Args:
+        num_nodes: Memory nodes that the test starts for it; 0: it starts its own.
+        offload: Options of attention offloading; None: stock vLLM.
+        engine: Options that differ from ``ENGINE_OPTIONS``.
+        variables: Added to the environment.
+        sharing_rounds: How often prompts that share a prefix arrive together.
+    """
+
+    num_nodes: int = 0
+    offload: dict[str, Any] | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    is_remote: bool = False
+    sharing_rounds: int = 0
+
+
+MODES = {
+    "stock": Mode(sharing_rounds=1),
+    "offload": Mode(offload={}),
+    "heads-3": Mode(
+        3,
+        {"partition": "heads"},
+        # Long prompts are one chunk, attended on the compute node alone.
+        {"max_num_batched_tokens": 2048, "enable_prefix_caching": False},
+    ),
+    "blocks-2": Mode(
+        2,
+        {"partition": "blocks", "auth_token_file": str(TOKEN_FILE)},
+        # Most prompts are many chunks, attended on both sides.
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+        is_remote=True,
+    ),
+    # One KV head per rank; ranks share the nodes.
+    "blocks-2-tp-3": Mode(
+        2,
+        {"partition": "auto"},
+        {"tensor_parallel_size": 3},
+        # Not "auto", which wants a core for each.
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|0|1"},
+    ),
+    "micro-batches": Mode(
+        2,
+        {"partition": "blocks", "num_microbatches": 2},
+        # In one process, so that a request can join a chosen step.
+        variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        sharing_rounds=20,
+    ),
+}
 #: Blocks for one longest request and little more. The 19 short prompts of fp32 take
 #: 30 and grow to 37: some are preempted.
 POOL_BLOCKS = 32
@@ -51,25 +109,28 @@ def lengths(dtype: str) -> tuple[int, ...]:
     return _SHORT_LENGTHS
 
 
-def prompts(model: str, dtype: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the first round, and of the second that shares prefixes with it."""
+def phrases(model: str) -> list[list[int]]:
+    """Token ids of the phrase that each prompt repeats."""
     from transformers import AutoTokenizer
 
     text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text("utf-8")
     tokens = AutoTokenizer.from_pretrained(model).encode(" ".join(text.split()))
-    phrases = [
+    return [
         tokens[37 * index : 37 * index + PHRASE_TOKENS] for index in range(NUM_PROMPTS)
     ]
-    sizes = lengths(dtype)
-    first = [
-        _repeated(phrase, size) for phrase, size in zip(phrases, sizes, strict=True)
-    ]
+
+
+def prompts(model: str, dtype: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the first round, and of the second that shares prefixes with it."""
+    texts, sizes = phrases(model), lengths(dtype)
+    first = [repeated(phrase, size) for phrase, size in zip(texts, sizes, strict=True)]
     again = sorted(range(NUM_PROMPTS), key=sizes.__getitem__)[-NUM_SHARED:]
-    second = [_repeated(phrases[index], sizes[index] + 7) for index in again]
+    second = [repeated(texts[index], sizes[index] + 7) for index in again]
     return first, second
 
 
-def _repeated(phrase: list[int], size: int) -> list[int]:
+def repeated(phrase: list[int], size: int) -> list[int]:
+    """A prompt of ``size`` tokens."""
     return (phrase * size)[:size]
 
 

@@ -24,15 +24,25 @@ class NodeProcess:
         listen: Value of ``--listen``.
         log: File that takes its output.
         *options: Further options.
+        prefix: Put in front of the command.
+        **variables: Added to its environment.
     """
 
-    def __init__(self, listen: str, log: Path, *options: str) -> None:
+    def __init__(
+        self,
+        listen: str,
+        log: Path,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        **variables: str,
+    ) -> None:
         self._log = log
         ready_read, ready_write = os.pipe()
         started = time.monotonic()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
+                    *prefix,
                     COMMAND,
                     *("--listen", listen, "--ready-fd", str(ready_write)),
                     *options,
@@ -40,6 +50,7 @@ class NodeProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(ready_write,),
+                env=os.environ | variables,
             )
         os.close(ready_write)
         select.select([ready_read], [], [], START_TIMEOUT_S)

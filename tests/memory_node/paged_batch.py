@@ -98,7 +98,7 @@ class PagedBatch:
         return self._step(slots), torch.cat(rows)
 
     def expected(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal attention of the last step's rows, computed in ``dtype``.
+        """Attention of the last step's rows to all tokens, computed in ``dtype``.
 
         Returns:
             ``[num_tokens, heads, d]`` and log-sum-exp ``[num_tokens, heads]``.
@@ -142,9 +142,6 @@ class PagedBatch:
         q = request.q[-num_new:].to(dtype)
         k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (request.k, request.v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * self._layer.softmax_scale
-        first = request.num_tokens - num_new
-        visible = torch.ones_like(scores[0], dtype=torch.bool).tril(first)
-        scores = scores.masked_fill(~visible, -torch.inf)
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
         return out, scores.logsumexp(-1).T
 

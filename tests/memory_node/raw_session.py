@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
+import socket
 
 import torch
 
@@ -30,6 +32,7 @@ from vllm_attn_offload.protocol import (
     SessionOpened,
     Shard,
 )
+from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 from vllm_attn_offload.transport.tcp import TcpTransport
 
 TIMEOUT_S = 10.0
@@ -94,19 +97,24 @@ class RawSession:
         address: The memory node.
         geometry: Layers of the session.
         num_blocks: Blocks of its pool.
+        credentials: What to show the node.
     """
 
     def __init__(
-        self, address: str, geometry: SessionGeometry, num_blocks: int
+        self,
+        address: str,
+        geometry: SessionGeometry,
+        num_blocks: int,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
-        self.control = ControlClient(address, TIMEOUT_S)
+        self.control = ControlClient(address, TIMEOUT_S, credentials)
         kv_bytes = num_blocks * _block_bytes(geometry)
         reserved = self.control.reserve(reservation(geometry, kv_bytes))
         assert reserved.num_blocks == num_blocks
         opened = self.control.open_session(session_of(reserved.reservation, num_blocks))
-        self._sock, _ = connect(address, TIMEOUT_S)
+        self._sock, _ = connect(address, TIMEOUT_S, credentials)
         call(self._sock, address, attach_request(opened, geometry), Attached, TIMEOUT_S)
         self.transport = TcpTransport(self._sock, stall_timeout_s=TIMEOUT_S)
         self._step = 0
@@ -119,6 +127,11 @@ class RawSession:
         """Send bytes that need not be a frame."""
         self._sock.sendall(data)
 
+    def end_sending(self) -> None:
+        """Tell the node that nothing follows; what it says can still be read."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def send_step(self, step: AttentionStep) -> None:
         """Send a STEP frame with the next number."""
         self._step += 1
@@ -129,7 +142,11 @@ class RawSession:
     def layer_header(self, layer: int, qkv: torch.Tensor) -> FrameHeader:
         """Header of a LAYER frame of the last step."""
         return FrameHeader(
-            FrameKind.LAYER, layer=layer, step=self._step, num_bytes=qkv.nbytes
+            FrameKind.LAYER,
+            layer=layer,
+            step=self._step,
+            flags=FrameFlag.FUSED,
+            num_bytes=qkv.nbytes,
         )
 
     def attend(
@@ -147,19 +164,35 @@ class RawSession:
             num_query_heads]`` float32.
         """
         header = self.layer_header(layer, qkv)
-        header.flags = FrameFlag.WANT_LSE if want_lse else FrameFlag.NONE
-        self.send(header, qkv.view(torch.uint8).numpy().data.cast("B"))
+        header.flags |= FrameFlag.WANT_LSE if want_lse else FrameFlag.NONE
+        self.send(header, as_bytes(qkv))
+        return self.receive_out(layer, qkv.shape[0], want_lse=want_lse)
+
+    def post_planar(
+        self, layer: int, parts: tuple[torch.Tensor, ...], flags: int = 0
+    ) -> None:
+        """Send rows of q (if any), k and v, one behind the other."""
+        payload = torch.cat([part.reshape(-1) for part in parts])
+        header = self.layer_header(layer, payload)
+        header.flags = flags
+        self.send(header, as_bytes(payload))
+
+    def receive_out(
+        self, layer: int, num_rows: int, *, want_lse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and log-sum-exp of a layer that was sent."""
         kind, payload = self.receive()
         assert kind == FrameKind.OUT, payload
         heads = self.geometry.layers[layer].num_query_heads
         v_head_size = self.geometry.layers[layer].v_head_size
-        num_bytes = qkv.shape[0] * heads * v_head_size * qkv.element_size()
-        out = torch.frombuffer(bytearray(payload[:num_bytes]), dtype=qkv.dtype)
+        dtype = getattr(torch, self.geometry.dtype)
+        num_bytes = num_rows * heads * v_head_size * dtype.itemsize
+        out = torch.frombuffer(bytearray(payload[:num_bytes]), dtype=dtype)
         lse = None
         if want_lse:
             rest = bytearray(payload[num_bytes:])
             lse = torch.frombuffer(rest, dtype=torch.float32).view(-1, heads)
-        return out.view(qkv.shape[0], heads, v_head_size), lse
+        return out.view(num_rows, heads, v_head_size), lse
 
     def has_reply(self) -> bool:
         """Whether the node begins to answer in time; reads nothing."""
@@ -175,6 +208,11 @@ class RawSession:
         """End both channels."""
         self.transport.close()
         self.control.close()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a contiguous tensor."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def encode_step(step: AttentionStep) -> memoryview:

@@ -4,10 +4,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
 
-from vllm_attn_offload.memory_node.capacity import GIB, CapacityError, CapacityLedger
+from vllm_attn_offload.memory_node.capacity import (
+    GIB,
+    CapacityError,
+    CapacityLedger,
+    available_host_bytes,
+)
 
 
 def test_reserve_and_release() -> None:
@@ -45,3 +52,38 @@ def test_reserve_from_several_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(reserve, range(200))) == 50
     assert ledger.free_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("directory", "limit", "usage", "cache"),
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_available_host_bytes_of_a_container(
+    tmp_path: Path, directory: str, limit: str, usage: str, cache: str
+) -> None:
+    """A container's limit counts, less what it uses; its page cache is not used."""
+    group = tmp_path / directory
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text(f"{100 << 20}\n")
+    (group / usage).write_text(f"{70 << 20}\n")
+    (group / "memory.stat").write_text(f"anon 1\n{cache} {20 << 20}\n")
+    assert available_host_bytes(tmp_path) == 50 << 20
+    (group / usage).write_text(f"{200 << 20}\n")
+    assert available_host_bytes(tmp_path) == 0
+
+
+def test_available_host_bytes_without_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1\n")
+    total = psutil.virtual_memory().total
+    assert 0 < available_host_bytes(tmp_path) <= total
+    assert 0 < available_host_bytes(tmp_path / "nothing") <= total

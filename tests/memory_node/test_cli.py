@@ -45,7 +45,7 @@ def test_sigterm_on_unix(start: Callable[..., NodeProcess], tmp_path: Path) -> N
     stale.bind(str(path))
     stale.close()
     node = start(f"unix:{path}")
-    assert node.start_s < 5
+    assert node.start_s < 20
     assert node.address == f"unix:{path}"
     client = ControlClient(node.address, 5)
     assert node.stop(signal.SIGTERM) == 0

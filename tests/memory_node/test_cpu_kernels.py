@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from dataclasses import dataclass, field, replace
 
@@ -344,13 +343,3 @@ def test_block_bytes_show_padding(library: CpuKernelLibrary) -> None:
         step = Step(library, Case([(4, 1)], (2, 2), (64, 72), BF16, block_size))
         assert step.cache.block_bytes == padded * 2 * (64 + 80) * 2
         step.close()
-
-
-def test_wait_u64_sees_a_store(library: CpuKernelLibrary) -> None:
-    flag = ctypes.c_uint64(0)
-    address = ctypes.addressof(flag)
-    assert not library.wait_u64(address, 1, spin_us=50)
-    thread = threading.Timer(0.02, library.store_u64, (address, 3))
-    thread.start()
-    assert library.wait_u64(address, 2, spin_us=5_000_000)
-    thread.join()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,25 @@ def test_parent_is_killed(tmp_path: Path) -> None:
     client.close()
     assert eventually(lambda: is_gone(int(pid)))
     assert not directory.exists()
+
+
+def test_kill_a_stopped_node(tmp_path: Path) -> None:
+    """A stopped process takes no SIGTERM; the next node holds the same to the byte."""
+    kv_bytes = (1 << 29) + 12_345
+    for _ in range(2):
+        node = MemoryNodeProcess(
+            tmp_path / "run",
+            kv_cache_gib=kv_bytes / (1 << 30),
+            cpus="",
+            startup_timeout_s=30,
+        )
+        client = ControlClient(node.address, 5)
+        assert client.info.kv_bytes_total == kv_bytes
+        os.kill(node.pid, signal.SIGSTOP)
+        node.kill()
+        assert is_gone(node.pid)
+        assert client.wait_until_lost(5)
+        client.close()
 
 
 def test_node_ends_at_start(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol import (
+    PROTOCOL_VERSION,
     Attached,
     AttachSession,
     Hello,
@@ -105,9 +106,9 @@ def test_version_mismatch(node: NodeProcess) -> None:
     """Both sides show the same sentence, and the node serves on."""
     theirs = Hello(99, "another-hash", "vllm-attn-offload 9.9")
     sentence = (
-        "protocol version 99 of vllm-attn-offload 9.9 does not match version 1 of "
-        "this memory node. Install the same vllm-attn-offload release on the compute "
-        "node and on every memory node."
+        "protocol version 99 of vllm-attn-offload 9.9 does not match version "
+        f"{PROTOCOL_VERSION} of this memory node. Install the same vllm-attn-offload "
+        "release on the compute node and on every memory node."
     )
     with (
         Address.parse(node.address).connect(5) as sock,
@@ -133,7 +134,20 @@ def test_garbage_instead_of_hello(node: NodeProcess, sent: bytes) -> None:
             assert sock.recv(1) == b""
     with closing(ControlClient(node.address, 5)) as other:
         assert other.info.pid == node.process.pid
-    assert eventually(lambda: "closed a connection: it sent" in node.log())
+    assert eventually(lambda: "it sent a control message of" in node.log())
+
+
+def test_names_forge_no_log_lines(node: NodeProcess, control: ControlClient) -> None:
+    forged = msgspec.structs.replace(
+        reservation(make_geometry(), MIB), engine="a\nERROR forged"
+    )
+    with (
+        closing(ControlClient(node.address, 5)) as client,
+        pytest.raises(MemoryNodeError, match="the connection broke"),
+    ):
+        client.reserve(forged)
+    assert eventually(lambda: "not an allowed control message" in node.log())
+    assert "forged" not in node.log()
 
 
 def test_ping(node: NodeProcess) -> None:
@@ -150,7 +164,7 @@ def test_reserve_more_than_is_left(node: NodeProcess, control: ControlClient) ->
             control.reserve(reservation(make_geometry(), 128 * MIB))
         assert "0.12 GiB of KV cache were asked for" in str(error.value)
         assert "only 0.06 of 0.25 GiB are free" in str(error.value)
-        assert "refused a reservation: 0.12 GiB" in node.log()
+        assert "refused ReserveCapacity: 0.12 GiB" in node.log()
         left = control.reserve(reservation(make_geometry(), 63 * MIB))
         control.close_session(left.reservation)
     # The first engine's connection is gone, and what it held with it.
@@ -175,12 +189,8 @@ def test_reserve_more_than_is_left(node: NodeProcess, control: ControlClient) ->
             },
             "2 KV groups were given; this release serves 1",
         ),
-        (
-            {"shard": reservation(make_geometry(), 1, num_nodes=2).shard},
-            "2 memory nodes were given; this release serves",
-        ),
     ],
-    ids=["less than a block", "heads", "groups", "nodes"],
+    ids=["less than a block", "heads", "groups"],
 )
 def test_reserve_refuses(
     control: ControlClient, changes: dict[str, Any], message: str
@@ -219,9 +229,9 @@ def test_attach_token_serves_once(node: NodeProcess, control: ControlClient) -> 
     opened = open_session(control)
     request = attach_request(opened, make_geometry())
     wrong = "the attach token is wrong or was used before"
-    for token in ("0" * 32, "\u00e9"):
-        with pytest.raises(MemoryNodeError, match=wrong):
-            attach(node.address, msgspec.structs.replace(request, attach_token=token))
+    guess = msgspec.structs.replace(request, attach_token="0" * 32)
+    with pytest.raises(MemoryNodeError, match=wrong):
+        attach(node.address, guess)
     with attach(node.address, request):
         with pytest.raises(MemoryNodeError, match=wrong):
             attach(node.address, request)

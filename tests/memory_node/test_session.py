@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from node_process import NodeProcess, eventually, running_node
@@ -19,7 +20,12 @@ from raw_session import RawSession, encode_step, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
-from vllm_attn_offload.protocol import FrameHeader, FrameKind, SessionGeometry
+from vllm_attn_offload.protocol import (
+    FrameFlag,
+    FrameHeader,
+    FrameKind,
+    SessionGeometry,
+)
 
 NUM_BLOCKS = 40
 # Tokens that each of three requests adds per step.
@@ -123,6 +129,31 @@ def test_slot_minus_one_is_not_stored(node: NodeProcess) -> None:
     assert torch.equal(after, before)
 
 
+def test_planar_rows_and_store_only_steps(node: NodeProcess) -> None:
+    """A chunk is stored without an answer; later rows see it. One row queries."""
+    geometry = make_geometry()
+    batch = PagedBatch(geometry, NUM_BLOCKS, 1)
+    with closing(RawSession(node.address, geometry, NUM_BLOCKS)) as session:
+        step, qkv = batch.grow([40])
+        stored = replace(step, query_start_loc=step.query_start_loc[:1])
+        stored = replace(
+            stored, seq_lens=step.seq_lens[:0], block_table=step.block_table[:0]
+        )
+        session.send_step(stored)
+        _, key, value = qkv.split([9 * 64, 3 * 64, 3 * 64], dim=1)
+        session.post_planar(0, (key, value))
+        session.post_planar(0, (key, value), flags=FrameFlag.WANT_ACK)
+        assert session.receive() == (FrameKind.OUT, b"")
+
+        step, qkv = batch.grow([3])
+        query, key, value = qkv.split([9 * 64, 3 * 64, 3 * 64], dim=1)
+        last = replace(step, query_start_loc=np.array([0, 1], np.int32))
+        session.send_step(last)
+        session.post_planar(0, (query[2:], key, value))
+        out, _ = session.receive_out(0, num_rows=1)
+        assert max_error(out, batch.expected(torch.float64)[0][2:]) < 1e-5
+
+
 def run_alone(address: str, geometry: SessionGeometry, seed: int) -> list[torch.Tensor]:
     """All outputs of a chunked prefill and a decode on a session of its own."""
     batch = PagedBatch(geometry, NUM_BLOCKS, 3, seed)
@@ -200,6 +231,17 @@ def post_bad_slot(session: RawSession) -> None:
     post(session, FrameKind.STEP, bytes(payload))
 
 
+def post_fused_without_queries(session: RawSession) -> None:
+    step, _ = PagedBatch(session.geometry, NUM_BLOCKS, 1).grow([1])
+    no_rows = step.query_start_loc * 0
+    post(
+        session,
+        FrameKind.STEP,
+        bytes(encode_step(replace(step, query_start_loc=no_rows))),
+    )
+    post(session, FrameKind.LAYER, bytes(3840), flags=FrameFlag.FUSED)
+
+
 def post_layer_after_step(
     session: RawSession, length: int = 4, claimed: int | None = None, **header: int
 ) -> None:
@@ -229,11 +271,15 @@ BAD_FRAMES: dict[str, tuple[Callable[[RawSession], None], str]] = {
     ),
     "layer too short": (
         lambda s: post_layer_after_step(s, length=3836),
-        "3,836 bytes; 1 tokens need 3,840",
+        "3,836 bytes; 1 query rows and 1 tokens need 3,840",
     ),
     "layer too long": (
         lambda s: post_layer_after_step(s, claimed=1 << 60),
-        "1,152,921,504,606,846,976 bytes; 1 tokens need 3,840",
+        "1,152,921,504,606,846,976 bytes; 1 query rows and 1 tokens need 3,840",
+    ),
+    "fused rows of other counts": (
+        post_fused_without_queries,
+        "fused rows for 0 query",
     ),
     "step of a missing group": (lambda s: post_step(s, group=1), "STEP for KV group 1"),
     "micro-batch out of range": (

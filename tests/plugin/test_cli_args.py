@@ -116,7 +116,7 @@ def test_flag_wins_over_additional_config(additional_config: Parse) -> None:
     [
         ((f"{CONFIG}.kv_cache_gb", "4"), "no option kv_cache_gb. Valid options: mem"),
         ((f"{CONFIG}.kv_cache_gib", "-4"), "kv_cache_gib: .*greater than 0"),
-        ((f"{CONFIG}.num_local_nodes", "2"), "2 memory nodes were given"),
+        ((f"{CONFIG}.memory_nodes", '["a:1", "a:1"]'), "name a:1 more than once"),
         (
             (FLAG, ADDITIONAL, '{"attention_offload": true}'),
             "given True as its options. Allowed: an object",

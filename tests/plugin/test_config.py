@@ -51,6 +51,9 @@ def test_unknown_options() -> None:
         ({"memory_nodes": "host:1"}, r"memory_nodes: .*valid tuple"),
         ({"memory_nodes": ["host"]}, r"'host' is not an address\. Allowed: HOST:PORT"),
         ({"memory_nodes": [7600]}, r"memory_nodes\.0: .*valid string"),
+        ({"standby_nodes": ["host"]}, r"'host' is not an address"),
+        ({"partition": "layers"}, r"partition: .*'heads', 'blocks' or 'auto'"),
+        ({"on_node_loss": "ignore"}, r"on_node_loss: .*'recover' or 'fail'"),
         ({"request_timeout_s": -1}, r"request_timeout_s: .*greater than 0"),
         ({"startup_timeout_s": None}, r"startup_timeout_s: .*\(given: None\)"),
     ],
@@ -61,11 +64,20 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
     assert "Valid options: memory_nodes, " in str(error.value)
 
 
+def test_several_nodes() -> None:
+    assert AttentionOffloadConfig(num_local_nodes=3).num_nodes == 3
+    assert AttentionOffloadConfig(memory_nodes=("a:1", "b:2")).num_nodes == 2
+
+
 @pytest.mark.parametrize(
-    "options", [{"num_local_nodes": 2}, {"memory_nodes": ["a:1", "b:2"]}]
+    "options",
+    [
+        {"memory_nodes": ["a:1", "b:2", "a:1"]},
+        {"memory_nodes": ["a:1"], "standby_nodes": ["a:1"]},
+    ],
 )
-def test_more_than_one_node(options: dict[str, Any]) -> None:
-    message = "2 memory nodes were given; this release .* exactly 1. Give one address"
+def test_repeated_nodes(options: dict[str, Any]) -> None:
+    message = r"name a:1 more than once\. Allowed: every node once\. Remove the"
     with pytest.raises(ValueError, match=message):
         AttentionOffloadConfig.from_dict(options)
 

@@ -19,7 +19,12 @@ from vllm_attn_offload.patches import apply_patches
 
 from vllm_attn_offload import LLM
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.engine_config import CPU_WORKER_CLS, EXECUTOR_CLS
+from vllm_attn_offload.engine_config import (
+    CPU_WORKER_CLS,
+    EXECUTOR_CLS,
+    SCHEDULER_CLS,
+)
+from vllm_attn_offload.scheduler import AttentionOffloadScheduler
 from vllm_attn_offload.support import REFUSALS, check_layers
 
 OFFLOAD: dict[str, Any] = {"attention_offload": {}}
@@ -40,8 +45,9 @@ TINY = {
 @pytest.fixture(autouse=True)
 def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
     apply_patches()
-    # Restored afterwards: configuring an engine names its directory there.
+    # Restored afterwards: configuring an engine writes them.
     monkeypatch.setenv("ATTN_OFFLOAD_RUN_DIR", "unused")
+    monkeypatch.setenv("ATTN_OFFLOAD_DATA_PARALLEL_SIZE", "1")
 
 
 @pytest.fixture
@@ -107,7 +113,6 @@ def child_processes() -> set[psutil.Process]:
             "speculative decoding (ngram)",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
-        ({"data_parallel_size": 2}, "data_parallel_size=2"),
         (
             {"tensor_parallel_size": 9, "decode_context_parallel_size": 3},
             "decode_context_parallel_size=3",
@@ -232,6 +237,20 @@ def test_supported_engine(smollm2: str, backend: str | None) -> None:
     # Hashed into the key of the compile cache: nothing that changes per run.
     assert config.additional_config == OFFLOAD
     assert config.compute_hash() == create(smollm2, dtype="bfloat16").compute_hash()
+
+
+def test_scheduler(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery needs its scheduler; without recovery it is vLLM's."""
+    config = create(smollm2)
+    assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
+    assert config.scheduler_config.get_scheduler_cls() is AttentionOffloadScheduler
+    with pytest.raises(ValueError, match="'x.Y' was given together .* on_node_loss"):
+        create(smollm2, scheduler_cls="x.Y")
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "120")
+    with pytest.raises(ValueError, match="recovery_timeout_s=120 was given. Allowed"):
+        create(smollm2)
+    monkeypatch.setitem(OFFLOAD, "attention_offload", {"on_node_loss": "fail"})
+    assert create(smollm2).scheduler_config.scheduler_cls is None
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,22 @@ def test_listen_unix_is_private(tmp_path: Path) -> None:
     assert exchange(listener, address) == b"hello"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+def test_connect_to_another_user(tmp_path: Path) -> None:
+    """Whoever listens on a Unix socket must be this user or root."""
+    address = Address(path=str(tmp_path / "node.sock"))
+    tmp_path.chmod(0o777)
+    for directory in list(tmp_path.parents)[:-2]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    os.seteuid(65534)
+    try:
+        listener = address.listen()
+    finally:
+        os.seteuid(0)
+    with listener, pytest.raises(PermissionError, match="runs as uid 65534. Allowed"):
+        address.connect(timeout_s=5)
+
+
 def test_listen_taken(tmp_path: Path) -> None:
     unix = Address(path=str(tmp_path / "node.sock"))
     with unix.listen(), pytest.raises(OSError, match="already in use"):

@@ -115,6 +115,8 @@ def test_receive_message_too_long(pair: Pair) -> None:
         b"",
         b"\xc1",
         b"GET / HTTP/1.1\r\n",
+        b"\x81\xa4type\xa1\x80",
+        10_000 * b"\x91",
         msgspec.msgpack.encode({"type": "no_such_message"}),
         msgspec.msgpack.encode({"type": "ping", "surplus": 1}),
         msgspec.msgpack.encode(Hello(1, "hash", "a reply to nothing")),

@@ -1,112 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames over Unix and TCP sockets: every size both ways, deadlines, broken peers."""
+"""Frames over Unix and TCP sockets: stalls, broken peers, each way of waiting."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from channel_pairs import Sockets, pattern, tcp_pair, tls_pair
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.protocol import FRAME_HEADER_BYTES, FrameHeader, FrameKind
-from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.blocking_stream import BlockingStream
+from vllm_attn_offload.transport.byte_stream import ByteStream
+from vllm_attn_offload.transport.native import load_waits
+from vllm_attn_offload.transport.native_stream import NativeStream
 from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.tls_stream import TlsStream
 
-Channels = tuple[TcpTransport, TcpTransport]
 STALL_TIMEOUT_S = 0.5
 
+MakeStream = Callable[[socket.socket], ByteStream]
 
-def socket_pair(kind: str) -> tuple[socket.socket, socket.socket]:
-    if kind == "unix":
-        return socket.socketpair()
-    with Address(host="127.0.0.1").listen() as listener:
-        port = listener.getsockname()[1]
-        ours = Address(host="127.0.0.1", port=port).connect(timeout_s=5)
-        return ours, listener.accept()[0]
+
+def native_stream(sock: socket.socket) -> ByteStream:
+    waits = load_waits()
+    if waits is None:
+        pytest.skip("the C library is not built")
+    return NativeStream(sock, STALL_TIMEOUT_S, waits, spin_us=50)
+
+
+def blocking_stream(sock: socket.socket) -> ByteStream:
+    return BlockingStream(sock, STALL_TIMEOUT_S)
+
+
+def tls_stream(sock: socket.socket) -> ByteStream:
+    return TlsStream(sock, STALL_TIMEOUT_S)
 
 
 @pytest.fixture(params=["unix", "tcp"])
-def sockets(
-    request: pytest.FixtureRequest,
-) -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket_pair(request.param)
+def sockets(request: pytest.FixtureRequest) -> Iterator[Sockets]:
+    ours, theirs = socket.socketpair() if request.param == "unix" else tcp_pair()
     with ours, theirs:
         yield ours, theirs
 
 
-@pytest.fixture
-def channels(sockets: tuple[socket.socket, socket.socket]) -> Channels:
-    ours, theirs = (TcpTransport(s, stall_timeout_s=STALL_TIMEOUT_S) for s in sockets)
-    return ours, theirs
+@pytest.fixture(params=[native_stream, blocking_stream, tls_stream])
+def stream(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ByteStream, socket.socket]]:
+    """A stream and the socket of its peer."""
+    is_tls = request.param is tls_stream
+    ours, theirs = tls_pair(tmp_path_factory.getbasetemp()) if is_tls else tcp_pair()
+    made = request.param(ours)
+    yield made, theirs
+    made.close()
+    theirs.close()
 
 
-def pattern(num_bytes: int, seed: int = 0) -> bytes:
-    period = bytes((i * 7 + seed) % 251 for i in range(251))
-    return (period * (num_bytes // 251 + 1))[:num_bytes]
+def test_stream_receive_slow_peer(stream: tuple[ByteStream, socket.socket]) -> None:
+    """Bytes may take longer than a stall, as long as some come."""
+    ours, theirs = stream
 
+    def trickle() -> None:
+        for begin in range(0, 34, 17):
+            time.sleep(0.35)
+            theirs.sendall(pattern(34)[begin : begin + 17])
 
-def echo(channel: TcpTransport, num_frames: int) -> None:
-    header = FrameHeader()
-    for _ in range(num_frames):
-        channel.receive_header(header, 5)
-        channel.send(header, channel.receive_payload(header.num_bytes))
-
-
-def test_frames_both_ways(channels: Channels) -> None:
-    ours, theirs = channels
-    sizes = [0, 1, 4 << 10, 8 << 20, 1, 0]
-    thread = threading.Thread(target=echo, args=(theirs, len(sizes)))
+    thread = threading.Thread(target=trickle)
     thread.start()
-    received = FrameHeader()
-    for number, size in enumerate(sizes):
-        payload = pattern(size, number)
-        sent = FrameHeader(
-            FrameKind.LAYER,
-            layer=number,
-            step=(1 << 63) + number,
-            micro_batch=2,
-            group=3,
-            flags=1,
-            num_bytes=size,
-        )
-        ours.send(sent, memoryview(payload))
-        ours.receive_header(received, 5)
-        assert received == sent
-        target = memoryview(bytearray(size))
-        ours.receive_payload_into(target)
-        assert target == payload
+    target = memoryview(bytearray(34))
+    ours.receive_into(target, 5)
+    assert target == pattern(34)
     thread.join()
 
 
-def test_send_several_parts(channels: Channels) -> None:
-    """The parts of a payload arrive as one, also where the kernel takes a bit."""
-    ours, theirs = channels
-    parts = [pattern(n, n) for n in (0, 5, 6 << 20, 0, 3, 6 << 20)]
-    header = FrameHeader(FrameKind.OUT, num_bytes=sum(map(len, parts)))
-    thread = threading.Thread(
-        target=ours.send, args=(header, *(memoryview(part) for part in parts))
-    )
-    thread.start()
-    received = FrameHeader()
-    theirs.receive_header(received, 5)
-    assert theirs.receive_payload(received.num_bytes) == b"".join(parts)
-    thread.join()
-
-
-def test_receive_header_deadline(channels: Channels) -> None:
+def test_stream_receive_peer_stalls(stream: tuple[ByteStream, socket.socket]) -> None:
+    ours, theirs = stream
+    theirs.sendall(b"12345")
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"nothing received for 0\.8 s"):
-        channels[0].receive_header(FrameHeader(), 0.8)
-    assert 0.7 < time.monotonic() - started < 3
+    with pytest.raises(TimeoutError, match=r"nothing received for 0\.5 s"):
+        ours.receive_into(memoryview(bytearray(6)), None)
+    assert time.monotonic() - started < 5
+
+
+def test_stream_receive_peer_closed(stream: tuple[ByteStream, socket.socket]) -> None:
+    ours, theirs = stream
+    theirs.sendall(b"12345")
+    theirs.close()
+    with pytest.raises(ConnectionError, match="closed the connection"):
+        ours.receive_into(memoryview(bytearray(6)), 5)
+
+
+def test_stream_send_more_than_the_kernel_takes(
+    stream: tuple[ByteStream, socket.socket],
+) -> None:
+    ours, theirs = stream
+    parts = [pattern(n, n) for n in (7, 0, 6 << 20, 6 << 20, 1)]
+    thread = threading.Thread(target=ours.send, args=([*map(memoryview, parts)],))
+    thread.start()
+    received = bytearray()
+    while len(received) < sum(map(len, parts)):
+        received += theirs.recv(1 << 20)
+    assert received == b"".join(parts)
+    thread.join()
+
+
+def test_stream_close_wakes_a_waiting_thread(
+    stream: tuple[ByteStream, socket.socket],
+) -> None:
+    ours, _ = stream
+    ended = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(OSError, match="closed|Bad file"):
+            ours.receive_into(memoryview(bytearray(1)), None)
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    time.sleep(0.1)
+    ours.close()
+    assert ended.wait(2)
 
 
 @pytest.mark.parametrize("num_bytes", [1, FRAME_HEADER_BYTES + 9])
-def test_receive_peer_stalls_in_a_frame(
-    sockets: tuple[socket.socket, socket.socket], num_bytes: int
-) -> None:
+def test_receive_peer_stalls_in_a_frame(sockets: Sockets, num_bytes: int) -> None:
     frame = bytearray(FRAME_HEADER_BYTES + 10)
     FrameHeader(FrameKind.OUT, num_bytes=10).pack_into(frame)
     sockets[1].sendall(frame[:num_bytes])
@@ -121,35 +142,9 @@ def test_receive_peer_stalls_in_a_frame(
         receive()
 
 
-def test_receive_slow_peer(sockets: tuple[socket.socket, socket.socket]) -> None:
-    """A frame may take longer than a stall, as long as something comes."""
-    frame = bytearray(FRAME_HEADER_BYTES + 2)
-    FrameHeader(FrameKind.OUT, num_bytes=2).pack_into(frame)
-
-    def trickle() -> None:
-        for begin in range(0, len(frame), 17):
-            time.sleep(0.3)
-            sockets[1].sendall(frame[begin : begin + 17])
-
-    thread = threading.Thread(target=trickle)
-    thread.start()
-    channel = TcpTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
-    header = FrameHeader()
-    channel.receive_header(header, 5)
-    assert channel.receive_payload(header.num_bytes) == b"\x00\x00"
-    thread.join()
-
-
-def test_send_peer_takes_nothing(channels: Channels) -> None:
-    payload = memoryview(bytes(64 << 20))
-    with pytest.raises(TimeoutError, match="takes no data"):
-        channels[0].send(FrameHeader(num_bytes=payload.nbytes), payload)
-
-
-def test_receive_peer_closed(channels: Channels) -> None:
-    ours, theirs = channels
+def test_receive_peer_closed_in_a_payload(sockets: Sockets) -> None:
+    ours, theirs = (TcpTransport(s, stall_timeout_s=STALL_TIMEOUT_S) for s in sockets)
     ours.send(FrameHeader(FrameKind.OUT, num_bytes=9), memoryview(b"12345"))
-    ours.close()
     ours.close()
     header = FrameHeader()
     theirs.receive_header(header, 5)
@@ -157,36 +152,18 @@ def test_receive_peer_closed(channels: Channels) -> None:
         theirs.receive_payload(header.num_bytes)
 
 
-def test_send_peer_closed(channels: Channels) -> None:
-    ours, theirs = channels
-    theirs.close()
-    payload = memoryview(bytes(1 << 20))
-
-    def send_all() -> None:
-        for _ in range(16):
-            ours.send(FrameHeader(num_bytes=payload.nbytes), payload)
-
-    with pytest.raises(OSError, match="Broken pipe|reset by peer"):
-        send_all()
-
-
-def test_close_wakes_a_waiting_thread(channels: Channels) -> None:
-    ours, _ = channels
-    ended = threading.Event()
-
-    def wait() -> None:
-        with pytest.raises(OSError, match="closed|Bad file"):
-            ours.receive_header(FrameHeader(), None)
-        ended.set()
-
-    threading.Thread(target=wait, daemon=True).start()
-    time.sleep(0.1)
-    ours.close()
-    assert ended.wait(2)
-
-
-def test_receive_header_garbage(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_receive_header_garbage(sockets: Sockets) -> None:
     sockets[1].sendall(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")
     channel = TcpTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
     with pytest.raises(ProtocolError, match="not a frame of this protocol"):
         channel.receive_header(FrameHeader(), 5)
+
+
+def test_sockets_of_tls_are_encrypted(tmp_path: Path) -> None:
+    ours, theirs = tls_pair(tmp_path)
+    channel = TcpTransport(ours, stall_timeout_s=STALL_TIMEOUT_S)
+    raw = socket.socket(fileno=theirs.detach())
+    channel.send(FrameHeader(num_bytes=9), memoryview(b"plaintext"))
+    assert b"plaintext" not in raw.recv(1 << 10)
+    channel.close()
+    raw.close()

@@ -7,11 +7,14 @@ from typing import ClassVar
 
 import torch
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadataBuilder
+
+_MIN_CAPABILITY = DeviceCapability(8, 0)
 
 
 class AttentionOffloadBackend(AttentionBackend):
@@ -22,10 +25,11 @@ class AttentionOffloadBackend(AttentionBackend):
     """
 
     forward_includes_kv_cache_update: bool = True
+    # On GPUs prefills are attended by FlashAttention, which has no fp32.
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,
-        torch.float32,
+        *([torch.float32] if current_platform.is_cpu() else []),
     ]
 
     @staticmethod
@@ -39,6 +43,25 @@ class AttentionOffloadBackend(AttentionBackend):
     ) -> list[int | MultipleOf]:
         """Any block size: blocks exist on memory nodes only."""
         return [MultipleOf(1)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """On GPUs what FlashAttention supports."""
+        if current_platform.is_cpu():
+            return super().supports_head_size(head_size)
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+        return FlashAttentionBackend.supports_head_size(head_size)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        """As FlashAttention."""
+        return capability >= _MIN_CAPABILITY
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Steps are divided between nodes by the query lengths on the host."""
+        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's attention: pack q, k, v, send them, receive the output."""
+"""One layer's attention: post q, k, v, attend prefills locally, collect the rest."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
+from vllm_attn_offload.attention.local_prefill import attend_locally
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.attention.qkv_rows import QKVRows
 from vllm_attn_offload.client.node_group import NodeGroup
 
 
@@ -41,7 +41,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._nodes: NodeGroup | None = None
-        self._rows: QKVRows | None = None
+        self._exchange: DeviceExchange | None = None
         self._layer_index = -1
         refused = {
             "ALiBi": alibi_slopes,
@@ -58,15 +58,22 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
                 "without --attention-offload."
             )
 
-    def connect(self, nodes: NodeGroup, rows: QKVRows, layer_index: int) -> None:
+    def connect(
+        self,
+        nodes: NodeGroup | None,
+        layer_index: int,
+        exchange: DeviceExchange | None = None,
+    ) -> None:
         """Say where the layer's blocks are.
 
         Args:
-            nodes: Data channels, shared by all layers of the worker.
-            rows: Send buffer, shared by all layers of the worker.
+            nodes: Data channels, shared by all layers of the worker; None while a
+                worker only warms up: attention then returns zeros.
             layer_index: Index of the layer in the session's geometry.
+            exchange: Moves rows where they are not in host memory.
         """
-        self._nodes, self._rows, self._layer_index = nodes, rows, layer_index
+        self._nodes, self._layer_index = nodes, layer_index
+        self._exchange = exchange
 
     def forward(
         self,
@@ -80,7 +87,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend remotely.
+        """Attend to cached tokens on the nodes, and to those of prefills here.
 
         Args:
             layer: The vLLM layer.
@@ -88,7 +95,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             key: ``[num_tokens, num_kv_heads, head_size]``.
             value: ``[num_tokens, num_kv_heads, v_head_size]``.
             kv_cache: The one-block stub; never touched.
-            attn_metadata: The step, or None in profiling and warm-up runs.
+            attn_metadata: The step, or None in most profiling and warm-up runs.
             output: ``[num_tokens, num_heads, v_head_size]``, filled in place; rows
                 that only pad the batch stay as they are.
             output_scale: Fused output quantisation, refused.
@@ -101,21 +108,27 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             MemoryNodeError: A memory node is gone, too slow, or refused the layer.
             ValueError: Output quantisation was fused into attention.
         """
-        if attn_metadata is None:
+        nodes = self._nodes
+        if attn_metadata is None or nodes is None:
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise ValueError(
                 "Attention offloading does not support fused output quantisation. "
                 "Allowed: unquantised attention output. Disable fuse_attn_quant."
             )
-        assert self._nodes is not None
-        assert self._rows is not None
-        step = attn_metadata.ensure_sent(self._nodes)
-        num_tokens = attn_metadata.num_tokens
-        started = time.perf_counter()
-        qkv = self._rows.pack(query[:num_tokens], key[:num_tokens], value[:num_tokens])
-        self._nodes.add_pack_time(time.perf_counter() - started)
-        out = self._rows.output_bytes(output[:num_tokens])
-        self._nodes.attend(step, self._layer_index, qkv, out)
-        self._rows.finish(output[:num_tokens])
+        q, k, v, out = query, key, value, output
+        if query.shape[0] != attn_metadata.num_tokens:
+            rows = slice(attn_metadata.num_tokens)
+            q, k, v, out = query[rows], key[rows], value[rows], output[rows]
+        index = self._layer_index
+        if self._exchange is not None:
+            self._exchange.attend(attn_metadata, index, (q, k, v), out, self.scale)
+            return output
+        step = attn_metadata.ensure_sent(nodes)
+        nodes.post_layer(step, index, q, k, v)
+        lse = None
+        if step.plan.prefills:
+            lse = attend_locally(q, k, v, out, step.plan.prefills, self.scale)
+        attn_metadata.let_others_compute()
+        nodes.collect(step, index, out, lse)
         return output

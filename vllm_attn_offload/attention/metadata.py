@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-step metadata: encoded once, sent once, reused by all layers of the step."""
+"""Per-step metadata: taken once, sent once, reused by all layers of the step."""
 
 from __future__ import annotations
 
@@ -16,42 +16,56 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attn_offload.client.node_group import NodeGroup
-from vllm_attn_offload.memory_node.step import (
-    AttentionStep,
-    step_num_bytes,
-    write_step,
-)
-
-_NOT_SENT = -1
+from vllm_attn_offload.attention.cuda_metadata import CudaReadback, CudaStep
+from vllm_attn_offload.attention.cuda_streams import CudaStreams
+from vllm_attn_offload.attention.micro_batch_baton import Baton
+from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+from vllm_attn_offload.client.step_plan import BatchStep
 
 
 @dataclass(slots=True)
 class AttentionOffloadMetadata(AttentionMetadata):
-    """One step of one KV group, ready to be sent.
+    """One step of one KV group, or one micro-batch of it.
 
-    ``payload`` is the encoded STEP frame; ``num_tokens`` counts real rows only, without
-    those that pad the batch to a captured graph's size.
+    ``source`` counts real rows only, without those that pad the batch to a captured
+    graph's size. With a ``baton`` another micro-batch computes in turns with this one.
     """
 
-    num_tokens: int
-    payload: memoryview
-    step: int = _NOT_SENT
+    source: BatchStep | CudaStep
+    micro_batch: int = 0
+    step: GroupStep | None = None
+    baton: Baton | None = None
 
-    def ensure_sent(self, nodes: NodeGroup) -> int:
-        """Send the step with its first layer; returns the step's number.
+    @property
+    def batch(self) -> BatchStep:
+        """The step; on a GPU it may have to be waited for."""
+        source = self.source
+        return source if isinstance(source, BatchStep) else source.batch
+
+    @property
+    def num_tokens(self) -> int:
+        """Real rows of q, k and v."""
+        return self.source.num_tokens
+
+    def ensure_sent(self, nodes: NodeGroup) -> GroupStep:
+        """Send the step with its first layer.
 
         Late, because dummy runs build metadata that no layer uses.
         """
-        if self.step == _NOT_SENT:
-            self.step = nodes.begin_step([(0, self.payload)])
+        if self.step is None:
+            self.step = nodes.begin_step(self.batch, self.micro_batch)
         return self.step
+
+    def let_others_compute(self) -> None:
+        """Pass the baton on, where there is one; returns when it is back."""
+        if self.baton is not None:
+            self.baton.pass_on(self.micro_batch)
 
 
 class AttentionOffloadMetadataBuilder(
     AttentionMetadataBuilder[AttentionOffloadMetadata]
 ):
-    """Encodes vLLM's batch for the memory nodes, into a buffer that is kept."""
+    """Takes from vLLM's batch what the memory nodes need to know."""
 
     # Attention leaves the device, so it runs between captured graphs (PIECEWISE).
     _cudagraph_support = AttentionCGSupport.NEVER
@@ -65,7 +79,9 @@ class AttentionOffloadMetadataBuilder(
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._block_size = kv_cache_spec.block_size
-        self._buffer = memoryview(bytearray(0))
+        self._readback: CudaReadback | None = None
+        if device.type == "cuda":
+            self._readback = CudaReadback(CudaStreams(device), self._block_size)
 
     def build(
         self,
@@ -73,7 +89,7 @@ class AttentionOffloadMetadataBuilder(
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> AttentionOffloadMetadata:
-        """Encode a step.
+        """Describe a step.
 
         Raises:
             ValueError: The batch is not causal.
@@ -84,24 +100,26 @@ class AttentionOffloadMetadataBuilder(
                 "Attention offloading does not support non-causal attention. Allowed: "
                 "causal attention. Run this model without --attention-offload."
             )
+        if self._readback is not None:
+            return AttentionOffloadMetadata(self._readback.begin(common))
         num_reqs = common.num_reqs
         starts = common.query_start_loc_cpu[: num_reqs + 1].numpy()
         # num_actual_tokens may be padded to a captured graph's size.
         num_tokens = int(starts[-1])
         seq_lens = common.seq_lens[:num_reqs].cpu().numpy()
         width = max(1, -(-int(seq_lens.max()) // self._block_size))
-        step = AttentionStep(
-            query_start_loc=starts,
-            seq_lens=seq_lens,
+        # Copies: vLLM prepares the next step in the same tensors.
+        batch = BatchStep(
+            query_start_loc=starts.copy(),
+            seq_lens=seq_lens.copy(),
             slot_mapping=_as_int64(common.slot_mapping[:num_tokens]),
-            block_table=common.block_table_tensor[:num_reqs, :width].cpu().numpy(),
+            block_table=common.block_table_tensor[:num_reqs, :width]
+            .cpu()
+            .numpy()
+            .copy(),
         )
-        num_bytes = step_num_bytes(num_reqs, num_tokens, width)
-        if self._buffer.nbytes < num_bytes:
-            self._buffer = memoryview(bytearray(2 * num_bytes))
-        write_step(step, self._buffer)
-        return AttentionOffloadMetadata(num_tokens, self._buffer[:num_bytes])
+        return AttentionOffloadMetadata(batch)
 
 
 def _as_int64(slots: torch.Tensor) -> np.ndarray:
-    return slots.to("cpu", torch.int64).numpy()
+    return slots.to("cpu", torch.int64).numpy().copy()

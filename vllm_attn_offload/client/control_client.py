@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
-import socket
 import threading
 from typing import TypeVar
 
@@ -19,10 +17,14 @@ from vllm_attn_offload.protocol import (
     GetStats,
     NodeInfo,
     OpenSession,
+    Ping,
+    Pong,
     ReserveCapacity,
     SessionOpened,
     Stats,
 )
+from vllm_attn_offload.transport.control import hang_up
+from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 
 _ReplyT = TypeVar("_ReplyT", bound=msgspec.Struct)
 
@@ -33,16 +35,23 @@ class ControlClient:
     Args:
         address: The node, as the user wrote it.
         timeout_s: Deadline of every request.
+        credentials: What to show the node, and to ask of it.
 
     Raises:
-        MemoryNodeError: Nobody answers there, or the versions differ.
+        MemoryNodeError: Nobody answers there, the versions differ, or one side does
+            not trust the other.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._sock, self.info = connect(address, timeout_s)
+        self._sock, self.info = connect(address, timeout_s, credentials)
 
     def reserve(self, request: ReserveCapacity) -> CapacityReserved:
         """Hold KV memory on the node."""
@@ -65,21 +74,38 @@ class ControlClient:
         self.info = self.stats().node
         return self.info
 
-    def wait_until_lost(self) -> None:
-        """Block until the node or ``close`` ends the connection.
+    def ping(self, timeout_s: float) -> None:
+        """Check that the node answers within ``timeout_s`` seconds, also while it
+        attends.
+
+        Raises:
+            MemoryNodeError: It does not.
+        """
+        self._call(Ping(), Pong, timeout_s)
+
+    def wait_until_lost(self, timeout_s: float | None = None) -> bool:
+        """Block until the node or ``close`` ends the connection, or time is up.
 
         Only the hang-up is polled for, so that replies stay for whoever asked.
+
+        Returns:
+            Whether the connection ended.
         """
         poller = select.poll()
         poller.register(self._sock, select.POLLRDHUP)
-        poller.poll()
+        return bool(poller.poll(None if timeout_s is None else timeout_s * 1000))
 
     def close(self) -> None:
         """End the channel; the node frees what this engine holds."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        hang_up(self._sock)
         self._sock.close()
 
-    def _call(self, request: msgspec.Struct, expected: type[_ReplyT]) -> _ReplyT:
+    def _call(
+        self,
+        request: msgspec.Struct,
+        expected: type[_ReplyT],
+        timeout_s: float | None = None,
+    ) -> _ReplyT:
+        deadline_s = timeout_s or self._timeout_s
         with self._lock:
-            return call(self._sock, self.address, request, expected, self._timeout_s)
+            return call(self._sock, self.address, request, expected, deadline_s)

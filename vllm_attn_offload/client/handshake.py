@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a connection to a memory node and agree on the protocol."""
+"""Open a connection to a memory node: protocol versions, TLS, proof of the token."""
 
 from __future__ import annotations
 
 import socket
+import ssl
 from typing import TypeVar
 
 import msgspec
@@ -13,6 +14,9 @@ from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
 from vllm_attn_offload.protocol import (
     MAX_CONTROL_BYTES,
     PROTOCOL_VERSION,
+    Authenticate,
+    Authenticated,
+    Challenge,
     Error,
     Hello,
     NodeInfo,
@@ -20,39 +24,47 @@ from vllm_attn_offload.protocol import (
     compatibility_hash,
 )
 from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.authentication import Role, is_proof, new_nonce, prove
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
     send_message,
 )
+from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 
 _ReplyT = TypeVar("_ReplyT", bound=msgspec.Struct)
 _decoder = message_decoder(Reply)
 
 
-def connect(address: str, timeout_s: float) -> tuple[socket.socket, NodeInfo]:
-    """Connect and compare protocol versions.
+def connect(
+    address: str, timeout_s: float, credentials: Credentials = NO_CREDENTIALS
+) -> tuple[socket.socket, NodeInfo]:
+    """Connect, compare protocol versions, and prove the token to each other.
 
     Args:
         address: The node, as the user wrote it.
-        timeout_s: Deadline for the connection and for the answer, each.
+        timeout_s: Deadline for the connection and for every answer, each.
+        credentials: What to show the node, and to ask of it. On a Unix socket the
+            node's user is compared instead, there is no TLS, and the token is used
+            only where the node asks for it.
 
     Raises:
-        MemoryNodeError: Nobody answers, or the versions differ.
+        MemoryNodeError: Nobody answers, the versions differ, or one side does not
+            trust the other.
     """
+    parsed = Address.parse(address)
     try:
-        sock = Address.parse(address).connect(timeout_s)
+        sock = parsed.connect(timeout_s)
     except OSError as error:
         raise MemoryNodeError(
             address,
             f"cannot connect ({error}). Check that 'vllm-memory-node' is running "
             f"there with vllm-attn-offload {__version__}.",
         ) from error
-    hello = Hello(
-        PROTOCOL_VERSION, compatibility_hash(), f"vllm-attn-offload {__version__}"
-    )
     try:
-        return sock, call(sock, address, hello, NodeInfo, timeout_s)
+        if credentials.tls and not parsed.path:
+            sock = _encrypted(sock, parsed.host, address, timeout_s, credentials.tls)
+        return sock, _greet(sock, address, timeout_s, credentials)
     except MemoryNodeError:
         sock.close()
         raise
@@ -62,7 +74,7 @@ def call(
     sock: socket.socket,
     address: str,
     request: msgspec.Struct,
-    expected: type[_ReplyT],
+    expected: type[_ReplyT] | tuple[type[_ReplyT], ...],
     timeout_s: float,
 ) -> _ReplyT:
     """Send a request and wait for its reply.
@@ -79,6 +91,8 @@ def call(
         raise MemoryNodeError(
             address, f"no answer to {type(request).__name__} within {timeout_s:g} s."
         ) from error
+    except ssl.SSLError as error:
+        raise _tls_failed(address, error) from error
     except (OSError, ProtocolError) as error:
         raise MemoryNodeError(address, f"the connection broke: {error}.") from error
     if isinstance(reply, Error):
@@ -89,3 +103,74 @@ def call(
             f"{type(reply).__name__} came in answer to {type(request).__name__}.",
         )
     return reply
+
+
+def _greet(
+    sock: socket.socket, address: str, timeout_s: float, credentials: Credentials
+) -> NodeInfo:
+    hello = Hello(
+        PROTOCOL_VERSION, compatibility_hash(), f"vllm-attn-offload {__version__}"
+    )
+    allowed: tuple[type[NodeInfo | Challenge], ...] = (NodeInfo, Challenge)
+    answer = call(sock, address, hello, allowed, timeout_s)
+    if isinstance(answer, Challenge):
+        return _authenticate(sock, address, timeout_s, credentials.token, answer.nonce)
+    if credentials.token and sock.family != socket.AF_UNIX:
+        # Whoever listens there may be anybody.
+        raise MemoryNodeError(
+            address,
+            "it asks for no token, and auth_token_file was given. Start it with "
+            "--auth-token-file, or leave the option out here.",
+        )
+    return answer
+
+
+def _authenticate(
+    sock: socket.socket, address: str, timeout_s: float, token: bytes, theirs: bytes
+) -> NodeInfo:
+    if not token:
+        raise MemoryNodeError(
+            address,
+            "it asks for a token, and none was given. Set auth_token_file to a copy "
+            "of the file of its --auth-token-file.",
+        )
+    ours = new_nonce()
+    request = Authenticate(ours, prove(token, Role.COMPUTE_NODE, theirs, ours))
+    answer = call(sock, address, request, Authenticated, timeout_s)
+    if not is_proof(answer.proof, token, Role.MEMORY_NODE, theirs, ours):
+        raise MemoryNodeError(
+            address,
+            "it does not know the token of auth_token_file. Check that the address is "
+            "the right one and that both sides have the same file.",
+        )
+    return answer.node
+
+
+def _encrypted(
+    sock: socket.socket,
+    host: str,
+    address: str,
+    timeout_s: float,
+    tls: ssl.SSLContext,
+) -> socket.socket:
+    sock.settimeout(timeout_s)
+    try:
+        return tls.wrap_socket(sock, server_hostname=host)
+    except TimeoutError as error:
+        sock.close()
+        raise MemoryNodeError(
+            address,
+            f"no TLS within {timeout_s:g} s. Start it with --tls-cert, --tls-key and "
+            "--tls-ca, or leave the tls options out here.",
+        ) from error
+    except OSError as error:
+        sock.close()
+        raise _tls_failed(address, error) from error
+
+
+def _tls_failed(address: str, error: OSError) -> MemoryNodeError:
+    return MemoryNodeError(
+        address,
+        f"TLS was not agreed ({error}). Give both sides certificates of the same "
+        "tls_ca, that of the node with its name or address, or give neither any.",
+    )

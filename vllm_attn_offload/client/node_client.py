@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import msgspec
+import torch
+
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
 from vllm_attn_offload.protocol import (
     Attached,
     AttachSession,
+    FrameFlag,
     FrameHeader,
     FrameKind,
 )
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 
 _MAX_ERROR_BYTES = 1 << 16
+#: Keys and values that a node may be behind with before its answer is waited for.
+MAX_UNACKNOWLEDGED_BYTES = 64 << 20
 
 
 class NodeClient:
@@ -24,48 +31,119 @@ class NodeClient:
         address: The node, as the user wrote it.
         attach: Names the session; its token is used up.
         timeout_s: Deadline for every answer of the node.
+        credentials: What to show the node, and to ask of it.
 
     Raises:
         MemoryNodeError: The node is gone or refuses the session.
     """
 
-    def __init__(self, address: str, attach: AttachSession, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        attach: AttachSession,
+        timeout_s: float,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._header = FrameHeader()
-        sock, _ = connect(address, timeout_s)
+        self._reply_header = FrameHeader()
+        self._unacknowledged = 0
+        sock, _ = connect(address, timeout_s, credentials)
         try:
-            call(sock, address, attach, Attached, timeout_s)
+            offer = offer_channel(sock, torch.get_num_threads())
+            attach = msgspec.structs.replace(attach, offer=offer)
+            attached = call(sock, address, attach, Attached, timeout_s)
+            self._transport: Transport = open_worker_channel(
+                sock, attached, timeout_s=timeout_s
+            )
+        except (OSError, ProtocolError) as error:
+            sock.close()
+            raise self._lost(error) from error
         except MemoryNodeError:
             sock.close()
             raise
-        self._transport: Transport = TcpTransport(sock, stall_timeout_s=timeout_s)
 
-    def post_step(self, step: int, group: int, payload: memoryview) -> None:
+    def post_step(
+        self, step: int, micro_batch: int, group: int, payload: memoryview
+    ) -> None:
         """Send a step's metadata for one KV group; the node does not answer it."""
         header = self._header
         header.kind, header.step, header.group = FrameKind.STEP, step, group
-        header.layer = header.micro_batch = header.flags = 0
+        header.micro_batch = micro_batch
+        header.layer = header.flags = 0
         header.num_bytes = payload.nbytes
         self._send(payload)
 
-    def post_layer(self, step: int, layer: int, qkv: memoryview) -> None:
-        """Send q, k, v of one layer, ``[num_tokens, row width]`` bytes."""
+    def payload_buffer(self, num_bytes: int) -> memoryview:
+        """Writable memory for the next LAYER's payload, valid until it is posted.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        try:
+            return self._transport.payload_buffer(num_bytes)
+        except (OSError, ValueError) as error:
+            raise self._lost(error) from error
+
+    def post_layer(
+        self,
+        step: int,
+        micro_batch: int,
+        layer: int,
+        flags: int,
+        payload: memoryview,
+        *,
+        has_queries: bool,
+    ) -> bool:
+        """Send q, k, v of one layer.
+
+        Args:
+            step: Number of the STEP frame that describes the rows.
+            micro_batch: The STEP's micro-batch.
+            layer: Index of the layer in the session's geometry.
+            flags: ``FrameFlag``.
+            payload: Rows of q, k and v, as ``flags`` says.
+            has_queries: Whether the node attends. What it only stores it acknowledges
+                now and then, so that a bounded amount is under way.
+
+        Returns:
+            Whether ``receive_out`` must follow. Replies come in the order of layers.
+        """
+        num_bytes = payload.nbytes
+        has_reply = has_queries
+        if has_queries:
+            self._unacknowledged = 0
+        else:
+            self._unacknowledged += num_bytes
+            if self._unacknowledged > MAX_UNACKNOWLEDGED_BYTES:
+                self._unacknowledged = 0
+                flags |= FrameFlag.WANT_ACK.value
+                has_reply = True
         header = self._header
         header.kind, header.step, header.layer = FrameKind.LAYER, step, layer
-        header.micro_batch = header.group = header.flags = 0
-        header.num_bytes = qkv.nbytes
-        self._send(qkv)
+        header.micro_batch, header.flags, header.group = micro_batch, flags, 0
+        header.num_bytes = num_bytes
+        self._send(payload)
+        return has_reply
 
-    def receive_out(self, layer: int, out: memoryview) -> None:
+    def receive_out(
+        self, layer: int, out: memoryview, allowance_s: float = 0.0
+    ) -> None:
         """Wait for the attention output of a layer and read it into ``out``.
+
+        Args:
+            layer: As posted.
+            out: Filled; empty for an acknowledgement.
+            allowance_s: Time that the work itself may take, beyond the deadline of an
+                answer: a slow node is not a lost one.
 
         Raises:
             MemoryNodeError: The node is gone, too slow, or refused the layer.
         """
-        header = self._header
+        header = self._reply_header
         try:
-            self._transport.receive_header(header, self._timeout_s)
+            self._transport.receive_header(header, self._timeout_s + allowance_s)
             if header.kind == FrameKind.ERROR:
                 raise MemoryNodeError(self.address, self._read_error(header))
             if header.kind != FrameKind.OUT or header.layer != layer:

@@ -19,7 +19,6 @@ from ctypes import (
     c_float,
     c_int32,
     c_int64,
-    c_uint64,
     c_void_p,
 )
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+from vllm_attn_offload.native_library import check_version, find_library
+
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 _OK = 0
@@ -146,7 +146,6 @@ class CpuCache:
 
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "ao_abi_version": (c_int32, []),
     "ao_error_text": (c_char_p, [c_int32]),
     "ao_isa_names": (c_char_p, []),
     "ao_pool_create": (c_void_p, [c_int32, c_void_p, c_int64]),
@@ -162,8 +161,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ao_plan_step": (c_int32, [c_void_p, c_void_p, POINTER(PlanInput)]),
     "ao_attend": (c_int32, [c_void_p, c_void_p, POINTER(AttendInput)]),
     "ao_read_seconds": (c_double, [c_void_p, c_void_p, c_int64]),
-    "ao_wait_u64": (c_int32, [c_void_p, c_uint64, c_int64]),
-    "ao_store_u64": (None, [c_void_p, c_uint64]),
 }
 
 
@@ -178,16 +175,11 @@ class CpuKernelLibrary:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._c = ctypes.CDLL(str(path))
+        check_version(self._c, path)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._c, name)
             function.restype = result
             function.argtypes = arguments
-        found = self._c.ao_abi_version()
-        if found != ABI_VERSION:
-            raise RuntimeError(
-                f"{path} has interface version {found}; this package needs "
-                f"{ABI_VERSION}. Reinstall it with `pip install -e .`."
-            )
 
     @property
     def isa_names(self) -> list[str]:
@@ -301,14 +293,6 @@ class CpuKernelLibrary:
         """Seconds that all threads of the pool take to read the memory once."""
         return self._c.ao_read_seconds(pool, address, num_bytes)
 
-    def wait_u64(self, address: int, expected_min: int, spin_us: int) -> bool:
-        """Spin until the value is ``expected_min`` or more (acquire), else False."""
-        return bool(self._c.ao_wait_u64(address, expected_min, spin_us * 1000))
-
-    def store_u64(self, address: int, value: int) -> None:
-        """Store with release order."""
-        self._c.ao_store_u64(address, value)
-
     def _raise(self, status: int, what: str) -> None:
         text = self._c.ao_error_text(status).decode()
         error = MemoryError if status == -1 else ValueError
@@ -322,5 +306,5 @@ def load_cpu_library() -> CpuKernelLibrary | None:
     Raises:
         RuntimeError: The library was built from other sources than this package's.
     """
-    path = Path(__file__).with_name("_cpu_kernels.native.so")
-    return CpuKernelLibrary(path) if path.exists() else None
+    path = find_library()
+    return None if path is None else CpuKernelLibrary(path)

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import os
+
 from vllm_attn_offload.memory_node.decode_attention.base import (
     BlockLayout,
     DecodeAttention,
     Region,
 )
 from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+
+#: With this variable set, new blocks hold NaN: what reads them by mistake shows it.
+POISON_VARIABLE = "ATTN_OFFLOAD_POISON_KV"
 
 
 class PagedKVCache:
@@ -28,6 +33,9 @@ class PagedKVCache:
             storage: attention.allocate(num_blocks * num_bytes)
             for storage, num_bytes in _block_bytes(geometry, attention).items()
         }
+        if os.environ.get(POISON_VARIABLE):
+            for region in self._regions.values():
+                attention.poison(region)
 
     def region(self, layer: LayerGeometry) -> Region:
         """Memory of the layer's storage, as the attention kernel allocated it."""

@@ -32,6 +32,7 @@ class MemoryNodeProcess:
         kv_cache_gib: Budget of the node; None leaves its default.
         cpus: CPUs of the node as ``--cpus`` takes them; empty leaves its default.
         startup_timeout_s: Deadline for the node to announce itself.
+        device: What holds the blocks, as ``--device`` takes it.
 
     Raises:
         MemoryNodeError: The node ended or did not announce itself in time.
@@ -44,6 +45,7 @@ class MemoryNodeProcess:
         kv_cache_gib: float | None,
         cpus: str,
         startup_timeout_s: float,
+        device: str = "cpu",
     ) -> None:
         self._directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -53,11 +55,13 @@ class MemoryNodeProcess:
         command = [
             *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
             *("--listen", self.address),
+            *("--device", device),
             *("--ready-fd", str(ready_write)),
             *("--parent-fd", str(parent_read)),
         ]
         if kv_cache_gib is not None:
-            command += ["--kv-cache-gib", f"{kv_cache_gib:g}"]
+            # All digits: a node that replaces another must hold the same to the byte.
+            command += ["--kv-cache-gib", repr(kv_cache_gib)]
         if cpus:
             command += ["--cpus", cpus]
         self._process = subprocess.Popen(
@@ -96,6 +100,11 @@ class MemoryNodeProcess:
                 f"it ended at start with exit code {code}. Its message is above; "
                 "check kv_cache_gib and local_node_cpus.",
             )
+
+    def kill(self) -> None:
+        """End the node at once, also where it is stopped or hangs."""
+        self._process.kill()
+        self.stop()
 
     def request_stop(self) -> None:
         """Ask the node to end, without waiting for it."""

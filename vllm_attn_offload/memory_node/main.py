@@ -7,19 +7,21 @@ import argparse
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
 from pathlib import Path
 
-import psutil
 from prometheus_client import CollectorRegistry, start_http_server
 
-from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.memory_node.capacity import GIB, available_host_bytes
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.log_limit import LogLimit
 from vllm_attn_offload.memory_node.options import parse_options
-from vllm_attn_offload.memory_node.server import MemoryNode
+from vllm_attn_offload.memory_node.server import MAX_CONNECTIONS, MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.transport.credentials import Credentials
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         format="(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
         datefmt="%m-%d %H:%M:%S",
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogLimit(burst=500, per_s=5))
+    _raise_descriptor_limit()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -63,19 +68,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _raise_descriptor_limit() -> None:
+    """Room for every connection and for the shared memory of the local ones."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MAX_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _create_node(options: argparse.Namespace) -> MemoryNode:
     """Claim memory, the metrics port and the address.
 
     Raises:
         _StartError: One of them cannot be had.
     """
+    credentials = _credentials(options)
     kv_bytes = _kv_bytes(options)
     registry = CollectorRegistry()
     if options.metrics_port is not None:
         _serve_metrics(options.metrics_port, registry)
     attention = _create_attention(options)
     try:
-        node = MemoryNode(options.listen, attention, options.device, kv_bytes)
+        node = MemoryNode(
+            options.listen, attention, options.device, kv_bytes, credentials
+        )
     except OSError as error:
         raise _StartError(
             f"cannot listen on {options.listen}: {error.strerror or error}. Choose a "
@@ -83,6 +101,28 @@ def _create_node(options: argparse.Namespace) -> MemoryNode:
         ) from error
     registry.register(StatsCollector(lambda: {str(node.address): node.stats()}))
     return node
+
+
+def _credentials(options: argparse.Namespace) -> Credentials:
+    if options.insecure and not options.listen.is_local:
+        logger.warning(
+            "--insecure: whoever reaches %s may use this node, and read and change "
+            "what engines send",
+            options.listen,
+        )
+    elif options.auth_token_file and not (options.tls_cert or options.listen.is_local):
+        logger.warning(
+            "engines on %s must know the token, but queries, keys and values travel "
+            "unencrypted: use --tls-cert, --tls-key and --tls-ca where others may "
+            "listen in",
+            options.listen,
+        )
+    try:
+        return Credentials.of_memory_node(
+            options.auth_token_file, options.tls_cert, options.tls_key, options.tls_ca
+        )
+    except ValueError as error:
+        raise _StartError(str(error)) from error
 
 
 def _kv_bytes(options: argparse.Namespace) -> int:
@@ -101,7 +141,7 @@ def _kv_bytes(options: argparse.Namespace) -> int:
 
 def _available_bytes(device: str) -> int:
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return available_host_bytes()
     import torch
 
     present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -46,6 +46,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="memory for KV blocks of all engines together (default: half of the "
         "memory that is available at start; 90 %% of a GPU's free memory)",
     )
+    _add_trust_options(parser)
+    _add_other_options(parser)
+    options = parser.parse_args(argv)
+    if problem := _trust_problem(options):
+        parser.error(problem)
+    return options
+
+
+def _add_other_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpus",
         type=cpu_list,
@@ -61,7 +70,56 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+
+
+def _add_trust_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "trust",
+        "Loopback addresses and Unix sockets need none of these.",
+    )
+    group.add_argument(
+        "--auth-token-file",
+        default="",
+        metavar="PATH",
+        help="file with the token that engines must know; it never travels",
+    )
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        help="serve other hosts without a token",
+    )
+    for name, text in (
+        ("cert", "certificate of this node (PEM), with its name or address"),
+        ("key", "private key of the certificate (PEM)"),
+        ("ca", "authority (PEM) that signed the certificates of node and engines"),
+    ):
+        group.add_argument(f"--tls-{name}", default="", metavar="PATH", help=text)
+
+
+def _trust_problem(options: argparse.Namespace) -> str:
+    tls = [options.tls_cert, options.tls_key, options.tls_ca]
+    if any(tls) and not all(tls):
+        return (
+            "only some of --tls-cert, --tls-key and --tls-ca were given. Allowed: all "
+            "three, or none. Give the missing ones."
+        )
+    if any(tls) and options.listen.path:
+        return (
+            f"TLS was asked for on {options.listen}, which no other host reaches. "
+            "Allowed: TLS on HOST:PORT. Leave the --tls options out."
+        )
+    if options.auth_token_file and options.insecure:
+        return (
+            "both --auth-token-file and --insecure were given. Allowed: one of them. "
+            "Leave --insecure out."
+        )
+    if not (options.listen.is_local or options.auth_token_file or options.insecure):
+        return (
+            f"--listen {options.listen} serves other hosts, and no token was given. "
+            "Allowed: --auth-token-file PATH, or --insecure in a network that you "
+            "trust. Make a token with: (umask 077; openssl rand -hex 32 > PATH)"
+        )
+    return ""
 
 
 def cpu_list(text: str) -> frozenset[int]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from dataclasses import dataclass
 
@@ -12,10 +11,12 @@ from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DTYPE_BYTES,
     DecodeAttention,
+    PayloadLayout,
     RowLayout,
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.memory_node.step import StepLimits, read_step
+from vllm_attn_offload.memory_node.turns import Turns
 from vllm_attn_offload.protocol import (
     FrameFlag,
     FrameHeader,
@@ -30,6 +31,12 @@ logger = logging.getLogger(__name__)
 
 MAX_MICRO_BATCHES = 8
 
+# Once per layer: an IntFlag makes an object of every result, which takes longer.
+_WANT_LSE = FrameFlag.WANT_LSE.value
+_FUSED = FrameFlag.FUSED.value
+_WANT_ACK = FrameFlag.WANT_ACK.value
+_MAX_ERROR_BYTES = 1 << 16
+
 
 @dataclass(slots=True)
 class _Counters:
@@ -38,6 +45,7 @@ class _Counters:
     bytes_received: int = 0
     bytes_sent: int = 0
     receive_s: float = 0.0
+    queue_s: float = 0.0
     store_s: float = 0.0
     attend_s: float = 0.0
     send_s: float = 0.0
@@ -45,9 +53,13 @@ class _Counters:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedStep:
+    """A step that layers refer to; ``layouts`` are kept, because layers are alike."""
+
     step: int
     num_tokens: int
+    num_query_rows: int
     plan: object
+    layouts: dict[tuple[int, bool], PayloadLayout]
 
 
 class Session:
@@ -57,7 +69,7 @@ class Session:
         reserved: What the engine reserved: geometry and shard.
         opened: Pool size and the largest step.
         attention: The node's kernel.
-        compute_lock: Held while the kernel runs; one LAYER at a time on a node.
+        turns: Of sessions to compute; one LAYER at a time on a node.
     """
 
     def __init__(
@@ -65,7 +77,7 @@ class Session:
         reserved: ReserveCapacity,
         opened: OpenSession,
         attention: DecodeAttention,
-        compute_lock: threading.Lock,
+        turns: Turns,
     ) -> None:
         self.geometry = reserved.geometry
         self.generation = opened.generation
@@ -73,13 +85,14 @@ class Session:
         self._engine = reserved.engine
         self._shard = reserved.shard
         self._attention = attention
-        self._compute_lock = compute_lock
+        self._turns = turns
         self._cache = PagedKVCache(self.geometry, opened.num_blocks, attention)
         self._pools = [
             attention.bind(self.geometry, layer, self._cache.region(layer))
             for layer in self.geometry.layers
         ]
         self._rows = [RowLayout.of(layer) for layer in self.geometry.layers]
+        self._kinds = [self._rows.index(rows) for rows in self._rows]
         self._item_bytes = DTYPE_BYTES[self.geometry.dtype]
         self._limits = [
             StepLimits(
@@ -93,8 +106,17 @@ class Session:
         ]
         self._steps: dict[tuple[int, int], _PlannedStep] = {}
         self._counters = _Counters()
-        self._out = memoryview(bytearray(0))
+        self._step = memoryview(bytearray(0))
         self._transport: Transport | None = None
+
+    def frame_bytes(self) -> tuple[int, int]:
+        """Bytes of the longest payload of a request and of a reply."""
+        max_tokens = self._limits[0].max_num_tokens
+        steps = max(limits.max_step_bytes for limits in self._limits)
+        rows = max(rows.width for rows in self._rows) * self._item_bytes
+        heads = max(layer.num_query_heads for layer in self.geometry.layers)
+        out = max(rows.out for rows in self._rows) * self._item_bytes + 4 * heads
+        return max(steps, max_tokens * rows), max(_MAX_ERROR_BYTES, max_tokens * out)
 
     def stats(self) -> SessionStats:
         """Counters since the session was opened."""
@@ -110,6 +132,7 @@ class Session:
             bytes_received=counters.bytes_received,
             bytes_sent=counters.bytes_sent,
             receive_s=counters.receive_s,
+            queue_s=counters.queue_s,
             store_s=counters.store_s,
             attend_s=counters.attend_s,
             send_s=counters.send_s,
@@ -123,7 +146,7 @@ class Session:
         """
         header = FrameHeader()
         try:
-            with self._compute_lock:
+            with self._turns:
                 self._raise_if_closed()
                 self._transport = transport
             while True:
@@ -137,7 +160,7 @@ class Session:
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
-        with self._compute_lock:
+        with self._turns:
             self._pools.clear()
             self._steps.clear()
             self._cache.close()
@@ -171,11 +194,17 @@ class Session:
                 f"a STEP of {header.num_bytes:,} bytes; at most "
                 f"{limits.max_step_bytes:,} fit this session"
             )
-        payload = transport.receive_payload(header.num_bytes)
+        # Copied first: where memory is shared, a worker could change what was checked.
+        if self._step.nbytes < header.num_bytes:
+            self._step = memoryview(bytearray(header.num_bytes))
+        payload = self._step[: header.num_bytes]
+        transport.receive_payload_into(payload)
         step = read_step(payload, limits)
         plan = self._attention.plan(header.group, self.geometry, step)
         key = (header.micro_batch, header.group)
-        self._steps[key] = _PlannedStep(header.step, step.num_tokens, plan)
+        self._steps[key] = _PlannedStep(
+            header.step, step.num_tokens, step.num_query_rows, plan, {}
+        )
         self._counters.num_steps += 1
         self._counters.bytes_received += header.num_bytes
 
@@ -183,38 +212,71 @@ class Session:
         self, transport: Transport, header: FrameHeader, started: float
     ) -> None:
         planned = self._planned_step(header)
-        rows = self._rows[header.layer]
-        expected = planned.num_tokens * rows.width * self._item_bytes
-        if header.num_bytes != expected:
+        layout = self._layout(planned, header)
+        if header.num_bytes != layout.num_bytes:
             raise ProtocolError(
                 f"layer {header.layer} with {header.num_bytes:,} bytes; "
-                f"{planned.num_tokens:,} tokens need {expected:,}"
+                f"{planned.num_query_rows:,} query rows and {planned.num_tokens:,} "
+                f"tokens need {layout.num_bytes:,}"
             )
-        qkv = transport.receive_payload(header.num_bytes)
+        payload = transport.receive_payload(header.num_bytes)
         received = time.perf_counter()
-        out_bytes = planned.num_tokens * rows.out * self._item_bytes
-        lse_bytes = 0
-        if header.flags & FrameFlag.WANT_LSE:
-            num_heads = self.geometry.layers[header.layer].num_query_heads
-            lse_bytes = planned.num_tokens * num_heads * 4
-        reply = self._reply_buffer(out_bytes + lse_bytes)
-        out, lse = reply[:out_bytes], reply[out_bytes:] if lse_bytes else None
-        self._compute(header.layer, planned.plan, qkv, out, lse)
+        out, lse, reply = self._reply(transport, planned, header)
+        self._compute(header.layer, planned.plan, payload, layout, out, lse)
         attended = time.perf_counter()
-        header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes
-        transport.send(header, reply)
+        if planned.num_query_rows or header.flags & _WANT_ACK:
+            header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes
+            transport.send(header, reply)
         counters = self._counters
         counters.num_layer_calls += 1
-        counters.bytes_received += expected
+        counters.bytes_received += layout.num_bytes
         counters.bytes_sent += reply.nbytes
         counters.receive_s += received - started
         counters.send_s += time.perf_counter() - attended
+
+    def _layout(self, planned: _PlannedStep, header: FrameHeader) -> PayloadLayout:
+        rows = self._rows[header.layer]
+        is_fused = bool(header.flags & _FUSED)
+        key = (self._kinds[header.layer], is_fused)
+        layout = planned.layouts.get(key)
+        if layout is None:
+            if is_fused and planned.num_query_rows != planned.num_tokens:
+                raise ProtocolError(
+                    f"fused rows for {planned.num_query_rows:,} query rows and "
+                    f"{planned.num_tokens:,} tokens"
+                )
+            layout = (
+                PayloadLayout.fused(rows, planned.num_tokens, self._item_bytes)
+                if is_fused
+                else PayloadLayout.planar(
+                    rows, planned.num_query_rows, planned.num_tokens, self._item_bytes
+                )
+            )
+            planned.layouts[key] = layout
+        return layout
+
+    def _reply(
+        self, transport: Transport, planned: _PlannedStep, header: FrameHeader
+    ) -> tuple[memoryview, memoryview | None, memoryview]:
+        """Output, log-sum-exp where it is wanted, and both as one payload."""
+        out_bytes = (
+            planned.num_query_rows * self._rows[header.layer].out * self._item_bytes
+        )
+        lse_bytes = 0
+        if header.flags & _WANT_LSE:
+            num_heads = self.geometry.layers[header.layer].num_query_heads
+            lse_bytes = planned.num_query_rows * num_heads * 4
+        reply = transport.payload_buffer(out_bytes + lse_bytes)
+        if not lse_bytes:
+            return reply, None, reply
+        return reply[:out_bytes], reply[out_bytes:], reply
 
     def _compute(
         self,
         layer: int,
         plan: object,
-        qkv: memoryview,
+        payload: memoryview,
+        layout: PayloadLayout,
         out: memoryview,
         lse: memoryview | None,
     ) -> None:
@@ -222,13 +284,19 @@ class Session:
 
         No reference to a pool outlives the lock: ``close`` unmaps it next.
         """
-        with self._compute_lock:
+        asked = time.perf_counter()
+        with self._turns:
             self._raise_if_closed()
             started = time.perf_counter()
-            self._attention.store(self._pools[layer], plan, qkv)
+            attention, pool = self._attention, self._pools[layer]
+            if layout.num_tokens:
+                attention.store(pool, plan, payload, layout)
             stored = time.perf_counter()
-            self._attention.attend(self._pools[layer], plan, qkv, out, lse)
-        self._attention.finish(plan, out, lse)
+            if layout.num_query_rows:
+                attention.attend(pool, plan, payload, layout, out, lse)
+        if layout.num_query_rows:
+            attention.finish(plan, out, lse)
+        self._counters.queue_s += started - asked
         self._counters.store_s += stored - started
         self._counters.attend_s += time.perf_counter() - stored
 
@@ -244,11 +312,6 @@ class Session:
                 f"layer {header.layer} of step {header.step} before its STEP frame"
             )
         return planned
-
-    def _reply_buffer(self, num_bytes: int) -> memoryview:
-        if self._out.nbytes < num_bytes:
-            self._out = memoryview(bytearray(num_bytes))
-        return self._out[:num_bytes]
 
 
 def _send_error(transport: Transport, message: str) -> None:

@@ -37,12 +37,13 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """Metadata of one step of one KV group; all layers of the group reuse it.
+    """Metadata of one step of one KV group on one node; its layers reuse it.
 
-    ``query_start_loc`` is int32 ``[num_reqs + 1]``, ``seq_lens`` int32 ``[num_reqs]``
-    (tokens of a request including this step's), ``slot_mapping`` int64
-    ``[num_tokens]`` (-1: do not store), ``block_table`` int32 ``[num_reqs, width]``.
-    The arrays are views of a receive buffer.
+    ``query_start_loc`` is int32 ``[num_reqs + 1]`` over the query rows, ``seq_lens``
+    int32 ``[num_reqs]``: how many of the request's tokens on this node each of its
+    query rows sees, those stored in this step included. ``slot_mapping`` is int64
+    ``[num_tokens]`` over the rows to store (-1: do not), ``block_table`` int32
+    ``[num_reqs, width]``. The arrays may be views of a receive buffer.
     """
 
     query_start_loc: Int32Array
@@ -57,8 +58,13 @@ class AttentionStep:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of q, k and v in every layer of the step."""
+        """Rows of k and v in every layer of the step."""
         return int(self.slot_mapping.shape[0])
+
+    @property
+    def num_query_rows(self) -> int:
+        """Rows of q in every layer of the step."""
+        return int(self.query_start_loc[-1])
 
 
 def step_num_bytes(num_reqs: int, num_tokens: int, table_width: int) -> int:
@@ -70,7 +76,9 @@ def step_num_bytes(num_reqs: int, num_tokens: int, table_width: int) -> int:
 def write_step(step: AttentionStep, buffer: memoryview) -> int:
     """Encode a step into ``buffer`` and return the payload's length in bytes."""
     num_reqs, width = step.block_table.shape
-    STEP_PREFIX.pack_into(buffer, 0, num_reqs, step.num_tokens, width, 0)
+    STEP_PREFIX.pack_into(
+        buffer, 0, num_reqs, step.num_tokens, width, step.num_query_rows
+    )
     views = _views(buffer, num_reqs, step.num_tokens, width)
     views.query_start_loc[:] = step.query_start_loc
     views.seq_lens[:] = step.seq_lens
@@ -87,10 +95,11 @@ def read_step(payload: memoryview, limits: StepLimits) -> AttentionStep:
     """
     if payload.nbytes < STEP_PREFIX.size:
         raise ProtocolError(f"a STEP frame of {payload.nbytes} bytes is too short")
-    num_reqs, num_tokens, width, _ = STEP_PREFIX.unpack_from(payload, 0)
-    _check_range("requests", num_reqs, 1, limits.max_num_reqs)
-    _check_range("tokens", num_tokens, 1, limits.max_num_tokens)
-    _check_range("block-table columns", width, 1, limits.max_blocks_per_req)
+    num_reqs, num_tokens, width, num_query_rows = STEP_PREFIX.unpack_from(payload, 0)
+    _check_range("requests", num_reqs, 0, limits.max_num_reqs)
+    _check_range("tokens", num_tokens, 0, limits.max_num_tokens)
+    _check_range("block-table columns", width, 0, limits.max_blocks_per_req)
+    _check_range("query rows", num_query_rows, 0, limits.max_num_tokens)
     expected = step_num_bytes(num_reqs, num_tokens, width)
     if payload.nbytes != expected:
         raise ProtocolError(
@@ -98,7 +107,9 @@ def read_step(payload: memoryview, limits: StepLimits) -> AttentionStep:
             f"{num_tokens} tokens and {width} columns; {expected} bytes are expected"
         )
     step = _views(payload, num_reqs, num_tokens, width)
-    _check_step(step, limits)
+    _check_queries(step, num_query_rows)
+    _check_blocks(step, limits)
+    _check_slots(step, limits)
     return step
 
 
@@ -127,33 +138,42 @@ def _check_range(what: str, value: int, low: int, high: int) -> None:
         )
 
 
-def _check_step(step: AttentionStep, limits: StepLimits) -> None:
+def _check_queries(step: AttentionStep, num_query_rows: int) -> None:
     starts = step.query_start_loc
     # In int64: differences of hostile int32 values would wrap around.
     query_lens = np.diff(starts.astype(np.int64))
-    if starts[0] != 0 or starts[-1] != step.num_tokens or (query_lens < 0).any():
+    if starts[0] != 0 or starts[-1] != num_query_rows or (query_lens < 0).any():
         raise ProtocolError(
-            "query_start_loc must rise from 0 to the number of tokens of the step"
+            "query_start_loc must rise from 0 to the number of query rows of the step"
         )
-    if (step.seq_lens < query_lens).any():
-        raise ProtocolError("a request has more query rows than tokens")
+
+
+def _check_blocks(step: AttentionStep, limits: StepLimits) -> None:
+    if not step.num_reqs:
+        return
+    width = step.block_table.shape[1]
+    if step.seq_lens.min() < 0:
+        raise ProtocolError(f"a request of {int(step.seq_lens.min()):,} tokens")
     blocks_needed = -(-step.seq_lens.astype(np.int64) // limits.block_size)
-    if blocks_needed.max() > step.block_table.shape[1]:
+    if blocks_needed.max() > width:
         raise ProtocolError(
             f"a request of {int(step.seq_lens.max()):,} tokens needs "
-            f"{int(blocks_needed.max()):,} blocks; the step lists "
-            f"{step.block_table.shape[1]:,}"
+            f"{int(blocks_needed.max()):,} blocks; the step lists {width:,}"
         )
-    used = np.arange(step.block_table.shape[1]) < blocks_needed[:, None]
+    used = np.arange(width) < blocks_needed[:, None]
     ids = step.block_table[used]
     if ids.size and (ids.min() < 0 or ids.max() >= limits.num_blocks):
         raise ProtocolError(
             f"block ids from {int(ids.min())} to {int(ids.max())}; this session has "
             f"blocks 0 to {limits.num_blocks - 1}"
         )
+
+
+def _check_slots(step: AttentionStep, limits: StepLimits) -> None:
     slots = step.slot_mapping
-    if slots.min() < -1 or slots.max() >= limits.num_blocks * limits.block_size:
+    num_slots = limits.num_blocks * limits.block_size
+    if slots.size and (slots.min() < -1 or slots.max() >= num_slots):
         raise ProtocolError(
             f"slots from {int(slots.min())} to {int(slots.max())}; this session has "
-            f"slots 0 to {limits.num_blocks * limits.block_size - 1}, and -1"
+            f"slots 0 to {num_slots - 1}, and -1"
         )

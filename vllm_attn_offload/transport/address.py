@@ -7,10 +7,12 @@ import errno
 import ipaddress
 import os
 import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 _FORMS = "HOST:PORT, [IPV6]:PORT or unix:PATH"
+_UCRED = struct.Struct("@iII")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, less its terminator
 
 
@@ -64,18 +66,20 @@ class Address:
 
         Raises:
             OSError: Nobody listens there, or not within ``timeout_s`` seconds.
+            PermissionError: Another user listens on the Unix socket.
         """
         if self.path:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.settimeout(timeout_s)
                 sock.connect(self.path)
+                check_peer(sock)
             except OSError:
                 sock.close()
                 raise
             return sock
         sock = socket.create_connection((self.host, self.port), timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_tcp_options(sock)
         return sock
 
     def listen(self, backlog: int = 128) -> socket.socket:
@@ -117,6 +121,57 @@ class Address:
             Path(self.path).unlink(missing_ok=True)
         else:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def set_tcp_options(sock: socket.socket) -> None:
+    """Send at once, and notice a host that is gone without a word in half a minute.
+
+    Unix sockets have no such options and are left as they are.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, 10),
+        (socket.TCP_KEEPINTVL, 5),
+        (socket.TCP_KEEPCNT, 4),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def peer_name(sock: socket.socket) -> str:
+    """Host of a connected TCP socket, or the user at the other end of a Unix socket.
+
+    Raises:
+        OSError: The peer is gone.
+    """
+    if sock.family == socket.AF_UNIX:
+        return f"uid {_peer_uid(sock)}"
+    return str(sock.getpeername()[0])
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Compare the user at the other end of a Unix socket; TCP sockets pass.
+
+    Raises:
+        PermissionError: It is neither this process's user nor root.
+    """
+    if sock.family != socket.AF_UNIX:
+        return
+    uid = _peer_uid(sock)
+    if uid not in (os.geteuid(), 0):
+        raise PermissionError(
+            errno.EPERM,
+            f"the process there runs as uid {uid}. Allowed: uid {os.geteuid()} and "
+            "root. Run both as one user, or use TCP with a token",
+        )
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(credentials)
+    return int(uid)
 
 
 def _checked_path(path: str, text: str) -> str:

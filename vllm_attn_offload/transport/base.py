@@ -11,9 +11,29 @@ from vllm_attn_offload.protocol import FrameHeader
 class Transport(ABC):
     """Ordered frames in both directions, each a header and a payload.
 
-    One thread sends and receives at a time. Buffers belong to the transport or to the
-    caller and are reused; nothing is allocated per frame once sizes are known.
+    One thread sends and one thread receives at a time; they may be different threads.
+    Buffers belong to the transport or to the caller and are reused; nothing is
+    allocated per frame once sizes are known.
+
+    Attributes:
+        name: What carries the frames, as shown to users.
     """
+
+    name: str
+
+    @abstractmethod
+    def payload_buffer(self, num_bytes: int) -> memoryview:
+        """Memory of the next frame's payload, to be filled and passed to `send`.
+
+        Returns:
+            ``num_bytes`` writable bytes, valid until that `send`. Asked again before
+            it, the content is lost. The same object comes back for the same memory and
+            size, so what was wrapped around it once may be kept.
+
+        Raises:
+            OSError: The peer is gone, or took nothing for the transport's deadline.
+            ValueError: More bytes than a frame of this channel may have.
+        """
 
     @abstractmethod
     def send(self, header: FrameHeader, *payload: memoryview) -> None:
@@ -21,10 +41,12 @@ class Transport(ABC):
 
         Args:
             header: ``num_bytes`` must equal the sum of the payload's bytes.
-            payload: Contiguous byte views that are sent one after another.
+            payload: Contiguous byte views that are sent one after another. What
+                `payload_buffer` returned is not copied where memory is shared.
 
         Raises:
             OSError: The peer is gone, or took nothing for the transport's deadline.
+            ValueError: More bytes than a frame of this channel may have.
         """
 
     @abstractmethod
@@ -46,9 +68,13 @@ class Transport(ABC):
     def receive_payload(self, num_bytes: int) -> memoryview:
         """Read the payload of the current frame.
 
+        Where memory is shared the peer can still write to the view: copy what must not
+        change between a check and its use (`receive_payload_into`).
+
         Returns:
             ``num_bytes`` bytes in the transport's own memory, valid until the next
-            frame is received. The caller has checked ``num_bytes``.
+            frame is received. The caller has checked ``num_bytes``. The same object
+            comes back for the same memory and size.
 
         Raises:
             OSError: The peer is gone, or stopped in the middle of the payload.
@@ -64,4 +90,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the channel; wakes a thread that waits in it. Safe to call twice."""
+        """End the channel; wakes threads that wait in it. Safe to call twice."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -13,6 +14,8 @@ import msgspec
 from vllm_attn_offload.errors import ProtocolError
 
 _LENGTH = struct.Struct("<I")
+# A peer that claims a long message gets memory for what it has sent, not for more.
+_CHUNK_BYTES = 1 << 16
 _MessageT = TypeVar("_MessageT")
 _encoder = msgspec.msgpack.Encoder()
 
@@ -25,9 +28,12 @@ def send_message(
     Raises:
         OSError: The peer is gone, or did not take the message in time.
     """
+    deadline = time.monotonic() + timeout_s
     payload = _encoder.encode(message)
-    sock.settimeout(timeout_s)
-    sock.sendall(_LENGTH.pack(len(payload)) + payload)
+    view = memoryview(_LENGTH.pack(len(payload)) + payload)
+    while view.nbytes:
+        sock.settimeout(_remaining_s(deadline, "the peer takes no data"))
+        view = view[sock.send(view) :]
 
 
 def receive_message(
@@ -45,29 +51,29 @@ def receive_message(
         decoder: Decoder for the messages that are allowed here.
         max_bytes: Longest payload that is accepted.
         timeout_s: Deadline for the whole message once its first byte is here.
-        idle_s: Extra seconds to wait for the first byte; None waits for ever.
+        idle_s: Extra seconds to wait for the first byte; None waits for ever. With 0
+            the whole message is here within ``timeout_s``.
 
     Raises:
         ConnectionError: The peer closed the connection.
         TimeoutError: A deadline passed.
         ProtocolError: Too long, not msgpack, or not an allowed message.
     """
-    first = bytearray(1)
-    sock.settimeout(None if idle_s is None else idle_s + timeout_s)
-    if not sock.recv_into(first):
+    first_s = None if idle_s is None else idle_s + timeout_s
+    last_moment = None if first_s is None else time.monotonic() + first_s
+    sock.settimeout(first_s)
+    prefix = sock.recv(1)
+    if not prefix:
         raise ConnectionResetError("the peer closed the connection")
     deadline = time.monotonic() + timeout_s
-    prefix = bytes(first) + _receive_exactly(sock, _LENGTH.size - 1, deadline)
-    (num_bytes,) = _LENGTH.unpack(prefix)
-    if num_bytes > max_bytes:
-        raise ProtocolError(
-            f"a control message of {num_bytes:,} bytes; at most {max_bytes:,} are "
-            "allowed. Check that the peer is vllm-attn-offload."
-        )
-    payload = _receive_exactly(sock, num_bytes, deadline)
+    if last_moment is not None:
+        deadline = min(deadline, last_moment)
+    prefix += _receive_exactly(sock, _LENGTH.size - 1, deadline)
+    payload = _receive_exactly(sock, _checked_length(prefix, max_bytes), deadline)
     try:
         return decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    # Text that is not UTF-8 and deep nesting have errors of their own.
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not an allowed control message: {error}") from error
 
 
@@ -76,16 +82,39 @@ def message_decoder(allowed: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(allowed)
 
 
+def hang_up(sock: socket.socket) -> None:
+    """End a connection both ways; wakes a thread that waits in it."""
+    with contextlib.suppress(OSError):
+        # Not SSLSocket.shutdown, which takes the TLS state away from that thread.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _checked_length(prefix: bytes, max_bytes: int) -> int:
+    (num_bytes,) = _LENGTH.unpack(prefix)
+    if num_bytes > max_bytes:
+        raise ProtocolError(
+            f"a control message of {num_bytes:,} bytes; at most {max_bytes:,} are "
+            "allowed. Check that the peer is vllm-attn-offload and that both sides "
+            "use TLS, or neither."
+        )
+    return int(num_bytes)
+
+
 def _receive_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    buffer = bytearray(num_bytes)
-    view = memoryview(buffer)
-    while view.nbytes:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError("the peer stopped in the middle of a message")
-        sock.settimeout(remaining)
-        received = sock.recv_into(view)
-        if not received:
+    received = bytearray()
+    while len(received) < num_bytes:
+        sock.settimeout(
+            _remaining_s(deadline, "the peer stopped in the middle of a message")
+        )
+        chunk = sock.recv(min(num_bytes - len(received), _CHUNK_BYTES))
+        if not chunk:
             raise ConnectionResetError("the peer closed the connection mid-message")
-        view = view[received:]
-    return bytes(buffer)
+        received += chunk
+    return bytes(received)
+
+
+def _remaining_s(deadline: float, problem: str) -> float:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
+        raise TimeoutError(problem)
+    return remaining_s

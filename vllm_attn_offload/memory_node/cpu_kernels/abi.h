@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain C interface of the memory node's CPU library. Python mirrors it in
-// cpu_library.py; every change here bumps AO_ABI_VERSION.
+// cpu_library.py and transport/native.py; every change here bumps AO_ABI_VERSION.
 #ifndef ATTN_OFFLOAD_ABI_H_
 #define ATTN_OFFLOAD_ABI_H_
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 1
+#define AO_ABI_VERSION 2
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };
@@ -72,6 +72,39 @@ struct AoAttendInput {
   int32_t out_dtype;       // AoDtype
 };
 
+enum AoWaitStatus {
+  AO_WAIT_READY = 0,
+  AO_WAIT_TIMED_OUT = 1,
+  AO_WAIT_CLOSED = 2,
+  AO_WAIT_INTERRUPTED = 3,  // by a signal: call again
+  AO_WAIT_FAILED = 4,
+};
+
+// A counter in shared memory that one side raises and the other waits for. The struct
+// is private to a side, and one thread uses it at a time.
+struct AoSignal {
+  uint64_t* counter;     // shared
+  uint32_t* is_waiting;  // shared: the waiter blocks, or is about to
+  int32_t doorbell;      // eventfd that wakes the waiter
+  int32_t socket;        // anything readable here means that the peer is gone
+  int64_t spin_ns;       // before blocking
+  int64_t last_wait_ns;  // kept between calls; 0 at first
+  uint64_t target;       // what ao_signal_wait waits for
+  uint64_t seen;         // the counter when it was last read
+  uint64_t posted;       // the counter as ao_signal_post left it
+};
+
+struct AoReceive {
+  char* data;
+  int64_t num_bytes;
+  int64_t received;  // so far; 0 at first, and again when READY
+  int64_t spin_ns;
+  int64_t last_wait_ns;
+  int32_t socket;
+  int32_t stall_ms;  // longest pause after the first byte
+  int32_t error;     // errno of AO_WAIT_FAILED
+};
+
 struct AoPool;
 struct AoCache;
 struct AoPlan;
@@ -109,8 +142,14 @@ AO_EXPORT int32_t ao_attend(AoPool* pool, AoPlan* plan, const AoAttendInput* inp
 // Seconds to read `bytes` once with all threads of the pool.
 AO_EXPORT double ao_read_seconds(AoPool* pool, const void* data, int64_t bytes);
 
-AO_EXPORT int32_t ao_wait_u64(const uint64_t* address, uint64_t expected_min,
-                              int64_t spin_ns);
-AO_EXPORT void ao_store_u64(uint64_t* address, uint64_t value);
+// These two return an AoWaitStatus; a timeout below 0 waits for ever. Few and narrow
+// arguments, because each one that Python converts costs more than the call.
+// What was posted before the peer closed its socket is READY first.
+AO_EXPORT int32_t ao_signal_wait(AoSignal* signal, int32_t timeout_ms);
+// Fills data. timeout_ms is for the first byte.
+AO_EXPORT int32_t ao_receive(AoReceive* call, int32_t timeout_ms);
+// Raises the counter by one. What was written before is visible to a waiter that sees
+// it. Never blocks.
+AO_EXPORT void ao_signal_post(AoSignal* signal);
 
 #endif  // ATTN_OFFLOAD_ABI_H_

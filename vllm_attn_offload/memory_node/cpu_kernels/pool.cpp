@@ -125,14 +125,4 @@ void ao_pool_destroy(AoPool* pool) { delete pool; }
 int32_t ao_pin_current_thread(int32_t cpu_id) {
   return attn_offload::pin_current_thread(cpu_id) ? 1 : 0;
 }
-
-int32_t ao_wait_u64(const uint64_t* address, uint64_t expected_min, int64_t spin_ns) {
-  return spin_until(spin_ns, [=] {
-    return __atomic_load_n(address, __ATOMIC_ACQUIRE) >= expected_min;
-  });
-}
-
-void ao_store_u64(uint64_t* address, uint64_t value) {
-  __atomic_store_n(address, value, __ATOMIC_RELEASE);
-}
 }

@@ -24,11 +24,7 @@ class BlockLayout(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Where q, k and v lie in a row of a LAYER payload, in elements.
-
-    A row is one token: ``num_query_heads * head_size`` of q, then k, then v, as in
-    the output of a fused QKV projection.
-    """
+    """Elements of one token's q, k, v and output."""
 
     q: int
     k: int
@@ -49,6 +45,53 @@ class RowLayout:
     def width(self) -> int:
         """Elements of q, k and v of one token."""
         return self.q + self.k + self.v
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Rows inside a LAYER payload: first byte, and bytes from row to row."""
+
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadLayout:
+    """Where q, k and v lie in a LAYER payload.
+
+    Args:
+        num_query_rows: Rows of q.
+        num_tokens: Rows of k and of v.
+        query: ``num_query_heads * head_size`` elements a row.
+        key: ``num_kv_heads * head_size`` elements a row.
+        value: ``num_kv_heads * v_head_size`` elements a row.
+        num_bytes: Of the payload.
+    """
+
+    num_query_rows: int
+    num_tokens: int
+    query: Columns
+    key: Columns
+    value: Columns
+    num_bytes: int
+
+    @classmethod
+    def fused(cls, rows: RowLayout, num_tokens: int, item_bytes: int) -> PayloadLayout:
+        """One row ``q | k | v`` per token, as a fused QKV projection writes them."""
+        q, k, stride = (item_bytes * n for n in (rows.q, rows.k, rows.width))
+        columns = (Columns(0, stride), Columns(q, stride), Columns(q + k, stride))
+        return cls(num_tokens, num_tokens, *columns, num_tokens * stride)
+
+    @classmethod
+    def planar(
+        cls, rows: RowLayout, num_query_rows: int, num_tokens: int, item_bytes: int
+    ) -> PayloadLayout:
+        """All rows of q, then all of k, then all of v."""
+        q, k, v = (item_bytes * n for n in (rows.q, rows.k, rows.v))
+        key = num_query_rows * q
+        value = key + num_tokens * k
+        columns = (Columns(0, q), Columns(key, k), Columns(value, v))
+        return cls(num_query_rows, num_tokens, *columns, value + num_tokens * v)
 
 
 class Region(Protocol):
@@ -77,6 +120,14 @@ class DecodeAttention(BlockLayout):
         """
         return mmap.mmap(-1, num_bytes)
 
+    def poison(self, region: Any) -> None:
+        """Fill a region with a byte that makes every float NaN."""
+        chunk = b"\xff" * (1 << 20)
+        region.seek(0)
+        while len(region) - region.tell() >= len(chunk):
+            region.write(chunk)
+        region.write(chunk[: len(region) - region.tell()])
+
     @abstractmethod
     def bind(
         self, geometry: SessionGeometry, layer: LayerGeometry, region: Any
@@ -96,13 +147,16 @@ class DecodeAttention(BlockLayout):
         """Turn a step into what the kernel needs for every layer of the group."""
 
     @abstractmethod
-    def store(self, pool: object, plan: object, qkv: memoryview) -> None:
+    def store(
+        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
+    ) -> None:
         """Write the step's new k, v into the blocks.
 
         Args:
             pool: Result of ``bind``.
             plan: Result of ``plan``.
-            qkv: LAYER payload, ``[num_tokens, row width]`` in the session's dtype.
+            payload: Of a LAYER, in the session's dtype.
+            layout: Where q, k and v lie in it.
         """
 
     @abstractmethod
@@ -110,18 +164,20 @@ class DecodeAttention(BlockLayout):
         self,
         pool: object,
         plan: object,
-        qkv: memoryview,
+        payload: memoryview,
+        layout: PayloadLayout,
         out: memoryview,
         lse: memoryview | None,
     ) -> None:
-        """Causal attention of the step's queries over their requests' blocks.
+        """Attention of the step's queries over ``seq_lens`` tokens of their requests.
 
         Args:
             pool: Result of ``bind``.
             plan: Result of ``plan``.
-            qkv: LAYER payload, ``[num_tokens, row width]`` in the session's dtype.
-            out: ``[num_tokens, num_query_heads * v_head_size]``, session's dtype.
-            lse: ``[num_tokens, num_query_heads]`` float32, natural logarithm; -inf
+            payload: Of a LAYER, in the session's dtype.
+            layout: Where q, k and v lie in it.
+            out: ``[num_query_rows, num_query_heads * v_head_size]``, session's dtype.
+            lse: ``[num_query_rows, num_query_heads]`` float32, natural logarithm; -inf
                 where a query sees no token.
         """
 

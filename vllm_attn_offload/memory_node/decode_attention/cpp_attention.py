@@ -30,6 +30,7 @@ from vllm_attn_offload.memory_node.cpu_library import (
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DTYPE_BYTES,
     DecodeAttention,
+    PayloadLayout,
     RowLayout,
 )
 from vllm_attn_offload.memory_node.step import AttentionStep
@@ -90,15 +91,11 @@ class CppDecodeAttention(DecodeAttention):
         block_size = geometry.groups[layer.group].block_size
         block_bytes = self.block_bytes(layer, block_size, geometry.dtype)
         num_blocks = len(region) // block_bytes
-        rows = RowLayout.of(layer)
-        item_bytes = DTYPE_BYTES[geometry.dtype]
         return _Pool(
             session=session,
             kind=session.add_kind(layer, num_blocks),
             # The view ends at once: a region with views cannot be unmapped.
             address=addressof(c_char.from_buffer(region)),
-            key_offset=rows.q * item_bytes,
-            value_offset=(rows.q + rows.k) * item_bytes,
             softmax_scale=layer.softmax_scale,
         )
 
@@ -115,22 +112,26 @@ class CppDecodeAttention(DecodeAttention):
             raise ProtocolError(f"a step that cannot be planned: {error}") from error
         return _StepPlan(calls, session.free_calls[group])
 
-    def store(self, pool: object, plan: object, qkv: memoryview) -> None:
+    def store(
+        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
+    ) -> None:
         assert isinstance(pool, _Pool)
         assert isinstance(plan, _StepPlan)
         calls = plan.kinds[pool.kind]
-        address = addressof(c_char.from_buffer(qkv))
+        address = addressof(c_char.from_buffer(payload))
         call = calls.store
         call.cache = pool.address
-        call.key = address + pool.key_offset
-        call.value = address + pool.value_offset
+        call.key, call.key_stride = address + layout.key.offset, layout.key.stride
+        call.value = address + layout.value.offset
+        call.value_stride = layout.value.stride
         self._library.store(self._threads, calls.cache, call)
 
     def attend(
         self,
         pool: object,
         plan: object,
-        qkv: memoryview,
+        payload: memoryview,
+        layout: PayloadLayout,
         out: memoryview,
         lse: memoryview | None,
     ) -> None:
@@ -139,7 +140,8 @@ class CppDecodeAttention(DecodeAttention):
         calls = plan.kinds[pool.kind]
         call = calls.attend
         call.cache = pool.address
-        call.query = addressof(c_char.from_buffer(qkv))
+        call.query = addressof(c_char.from_buffer(payload)) + layout.query.offset
+        call.query_stride = layout.query.stride
         call.out = addressof(c_char.from_buffer(out))
         call.lse = None if lse is None else addressof(c_char.from_buffer(lse))
         call.softmax_scale = pool.softmax_scale
@@ -153,8 +155,6 @@ class _Pool:
     session: _SessionCalls
     kind: int
     address: int
-    key_offset: int
-    value_offset: int
     softmax_scale: float
 
 
@@ -181,14 +181,12 @@ class _KindCalls:
 
     def __init__(self, library: CpuKernelLibrary, kind: _LayerKind) -> None:
         item_bytes, dtype = DTYPE_BYTES[kind.dtype], DTYPES[_torch_dtype(kind.dtype)]
-        row_bytes = kind.rows.width * item_bytes
         # Keeps the cache geometry alive, which the plan refers to.
         self.kind = kind
         self.cache = kind.cache
         self.plan = library.create_plan(kind.cache)
-        self.store = StoreInput(key_stride=row_bytes, value_stride=row_bytes)
+        self.store = StoreInput()
         self.attend = AttendInput(
-            query_stride=row_bytes,
             out_stride=kind.rows.out * item_bytes,
             query_dtype=dtype,
             out_dtype=dtype,
@@ -202,7 +200,7 @@ class _GroupCalls:
     def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
         self._library = library
         self._slots = np.empty(0, np.int64)
-        self._input = PlanInput(causal=1)
+        self._input = PlanInput(causal=0)
         self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
 
     def plan(self, threads: int, step: AttentionStep) -> None:

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import RowLayout
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    PayloadLayout,
+    RowLayout,
+)
 from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     TORCH_DTYPES,
     Pool,
@@ -68,7 +71,7 @@ class _CudaPlan(StepPlan):
     out: _Mirror
     lse: _Mirror
     received: torch.cuda.Event
-    attended: torch.cuda.Event
+    consumed: torch.cuda.Event
     returned: torch.cuda.Event
 
 
@@ -86,6 +89,11 @@ class CudaDecodeAttention(TritonDecodeAttention):
 
     def allocate(self, num_bytes: int) -> CudaRegion:
         return CudaRegion(num_bytes, self.device)
+
+    def poison(self, region: Any) -> None:
+        assert isinstance(region, CudaRegion)
+        region.bytes.fill_(0xFF)
+        torch.cuda.synchronize(self.device)
 
     def view(self, region: Any, dtype: str) -> torch.Tensor:
         assert isinstance(region, CudaRegion)
@@ -111,14 +119,16 @@ class CudaDecodeAttention(TritonDecodeAttention):
         # allocates any.
         with torch.cuda.stream(self._compute):
             plan = super().plan(group, geometry, step)
+            num_rows = max(step.num_tokens, step.num_query_rows)
             qkv, out, lse = (
-                _Mirror.of(step.num_tokens * width, self.device) for width in widths
+                _Mirror.of(num_rows * width, self.device) for width in widths
             )
-            received, attended, returned = (torch.cuda.Event() for _ in range(3))
+            received, consumed, returned = (torch.cuda.Event() for _ in range(3))
             # What used this memory before is queued on the compute stream.
-            attended.record()
+            consumed.record()
         return _CudaPlan(
             num_tokens=plan.num_tokens,
+            num_query_rows=plan.num_query_rows,
             slot_mapping=plan.slot_mapping,
             block_table=plan.block_table,
             plans=plan.plans,
@@ -126,46 +136,54 @@ class CudaDecodeAttention(TritonDecodeAttention):
             out=out,
             lse=lse,
             received=received,
-            attended=attended,
+            consumed=consumed,
             returned=returned,
         )
 
-    def store(self, pool: object, plan: object, qkv: memoryview) -> None:
+    def store(
+        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
+    ) -> None:
         assert isinstance(pool, Pool)
         assert isinstance(plan, _CudaPlan)
-        host, device = plan.qkv.host[: qkv.nbytes], plan.qkv.device[: qkv.nbytes]
-        host.copy_(torch.frombuffer(qkv, dtype=torch.uint8))
+        num_bytes = payload.nbytes
+        host, device = plan.qkv.host[:num_bytes], plan.qkv.device[:num_bytes]
+        # A layer that only stores is not waited for by ``finish``.
+        plan.received.synchronize()
+        host.copy_(torch.frombuffer(payload, dtype=torch.uint8))
         with torch.cuda.stream(self._copy_in):
-            self._copy_in.wait_event(plan.attended)
+            self._copy_in.wait_event(plan.consumed)
             device.copy_(host, non_blocking=True)
             plan.received.record()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(plan.received)
-            store_rows(pool, plan, _elements(device, pool).view(plan.num_tokens, -1))
+            store_rows(pool, plan, _elements(device, pool), layout)
+            plan.consumed.record()
 
     def attend(
         self,
         pool: object,
         plan: object,
-        qkv: memoryview,
+        payload: memoryview,
+        layout: PayloadLayout,
         out: memoryview,
         lse: memoryview | None,
     ) -> None:
         assert isinstance(pool, Pool)
         assert isinstance(plan, _CudaPlan)
-        heads = (plan.num_tokens, pool.shape.num_query_heads)
+        heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse_bytes = 4 * heads[0] * heads[1]
         with torch.cuda.stream(self._compute):
             attend_rows(
                 pool,
                 plan,
-                _elements(plan.qkv.device[: qkv.nbytes], pool).view(heads[0], -1),
+                _elements(plan.qkv.device[: payload.nbytes], pool),
+                layout,
                 _elements(plan.out.device[: out.nbytes], pool).view(*heads, -1),
                 plan.lse.device[:lse_bytes].view(torch.float32).view(heads),
             )
-            plan.attended.record()
+            plan.consumed.record()
         with torch.cuda.stream(self._copy_out):
-            self._copy_out.wait_event(plan.attended)
+            self._copy_out.wait_event(plan.consumed)
             for mirror, target in _results(plan, out, lse):
                 size = target.nbytes
                 mirror.host[:size].copy_(mirror.device[:size], non_blocking=True)

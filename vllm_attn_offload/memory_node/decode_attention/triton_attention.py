@@ -16,8 +16,9 @@ import torch
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DTYPE_BYTES,
     DecodeAttention,
-    RowLayout,
+    PayloadLayout,
 )
+from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
 from vllm_attn_offload.memory_node.step import AttentionStep
 from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
 from vllm_attn_offload.triton_kernels import (
@@ -33,8 +34,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-#: The kernels are made for this many query rows per request. Longer prefill chunks
-#: are cut into pieces, each of which sees the tokens up to its own last row.
+#: The kernels are made for this many query rows per request; prefill chunks are cut.
 MAX_QUERY_LEN = 16
 
 
@@ -66,23 +66,10 @@ class Pool:
     with ``v_head_size``.
     """
 
+    layer: LayerGeometry
     shape: HeadShape
-    rows: RowLayout
-    softmax_scale: float
     key: torch.Tensor
     value: torch.Tensor
-
-    def split(
-        self, qkv: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views ``[num_tokens, heads, size]`` of q, k and v in the payload's rows."""
-        shape, rows = self.shape, self.rows
-        q, k, v = qkv.split([rows.q, rows.k, rows.v], dim=1)
-        return (
-            q.unflatten(1, (shape.num_query_heads, shape.head_size)),
-            k.unflatten(1, (shape.num_kv_heads, shape.head_size)),
-            v.unflatten(1, (shape.num_kv_heads, shape.v_head_size)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +82,7 @@ class StepPlan:
     """
 
     num_tokens: int
+    num_query_rows: int
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     plans: dict[HeadShape, DecodeAttentionPlan]
@@ -133,9 +121,8 @@ class TritonDecodeAttention(DecodeAttention):
             [num_blocks * size for size in sizes]
         )
         return Pool(
+            layer=layer,
             shape=HeadShape.of(layer),
-            rows=RowLayout.of(layer),
-            softmax_scale=layer.softmax_scale,
             key=key.view(num_blocks, heads, block_size, layer.head_size),
             value=value.view(num_blocks, heads, block_size, layer.v_head_size),
         )
@@ -149,18 +136,20 @@ class TritonDecodeAttention(DecodeAttention):
     ) -> StepPlan:
         owner, starts, seq_lens = cut_queries(step)
         # Rounded up: every value is a variant of the kernels to compile.
-        longest = 1 << (int(np.diff(starts).max()) - 1).bit_length()
+        longest = 1 << (int(np.diff(starts).max(initial=1)) - 1).bit_length()
         shapes = {
             HeadShape.of(layer) for layer in geometry.layers if layer.group == group
         }
         return StepPlan(
             num_tokens=step.num_tokens,
+            num_query_rows=step.num_query_rows,
             slot_mapping=self.to_device(torch.from_numpy(step.slot_mapping.copy())),
             block_table=self.to_device(torch.from_numpy(step.block_table[owner])),
             plans={
                 shape: plan_decode_attention(
                     DecodeAttentionPlan(
-                        max_num_seqs=len(owner),
+                        max_num_seqs=max(1, len(owner)),
+                        causal=False,
                         max_query_len=longest,
                         num_query_heads=shape.num_query_heads,
                         num_kv_heads=shape.num_kv_heads,
@@ -182,26 +171,30 @@ class TritonDecodeAttention(DecodeAttention):
         """Copy a step's table to where the kernels run."""
         return tensor
 
-    def store(self, pool: object, plan: object, qkv: memoryview) -> None:
+    def store(
+        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
+    ) -> None:
         assert isinstance(pool, Pool)
         assert isinstance(plan, StepPlan)
-        store_rows(pool, plan, _rows(pool, plan, qkv))
+        store_rows(pool, plan, payload, layout)
 
     def attend(
         self,
         pool: object,
         plan: object,
-        qkv: memoryview,
+        payload: memoryview,
+        layout: PayloadLayout,
         out: memoryview,
         lse: memoryview | None,
     ) -> None:
         assert isinstance(pool, Pool)
         assert isinstance(plan, StepPlan)
-        heads = (plan.num_tokens, pool.shape.num_query_heads)
+        heads = (plan.num_query_rows, pool.shape.num_query_heads)
         attend_rows(
             pool,
             plan,
-            _rows(pool, plan, qkv),
+            payload,
+            layout,
             torch.frombuffer(out, dtype=pool.key.dtype).view(*heads, -1),
             torch.empty(heads)
             if lse is None
@@ -216,18 +209,17 @@ def cut_queries(
 
     Returns:
         For each piece its request, int64; ``[pieces + 1]`` int32 first rows; and int32
-        tokens up to its last row, included.
+        tokens that it sees.
     """
     pieces = [
-        (index, min(begin + MAX_QUERY_LEN, end), end)
+        (index, min(begin + MAX_QUERY_LEN, end))
         for index, (begin_of, end) in enumerate(_bounds(step))
         for begin in range(begin_of, end, MAX_QUERY_LEN)
     ]
-    owner = np.array([index for index, _, _ in pieces], np.int64)
-    ends = np.array([piece_end for _, piece_end, _ in pieces], np.int32)
-    later = np.array([end - piece_end for _, piece_end, end in pieces], np.int32)
+    owner = np.array([index for index, _ in pieces], np.int64)
+    ends = np.array([piece_end for _, piece_end in pieces], np.int32)
     starts = np.concatenate((np.zeros(1, np.int32), ends))
-    return owner, starts, step.seq_lens[owner] - later
+    return owner, starts, step.seq_lens[owner]
 
 
 def _bounds(step: AttentionStep) -> Iterable[tuple[int, int]]:
@@ -235,32 +227,35 @@ def _bounds(step: AttentionStep) -> Iterable[tuple[int, int]]:
     return zip(rows, rows[1:], strict=False)
 
 
-def store_rows(pool: Pool, plan: StepPlan, qkv: torch.Tensor) -> None:
-    """Write k, v of ``[num_tokens, row width]`` into the pool."""
-    _, key, value = pool.split(qkv)
-    store_kv(key, value, pool.key, pool.value, plan.slot_mapping)
+def store_rows(
+    pool: Pool,
+    plan: StepPlan,
+    payload: memoryview | torch.Tensor,
+    layout: PayloadLayout,
+) -> None:
+    """Write the payload's k, v into the pool."""
+    if plan.num_tokens:
+        _, key, value = payload_views(payload, layout, pool.layer, pool.key.dtype)
+        store_kv(key, value, pool.key, pool.value, plan.slot_mapping)
 
 
 def attend_rows(
     pool: Pool,
     plan: StepPlan,
-    qkv: torch.Tensor,
+    payload: memoryview | torch.Tensor,
+    layout: PayloadLayout,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Attend for q of ``[num_tokens, row width]``; fills ``out`` and ``lse``."""
-    query, _, _ = pool.split(qkv)
+    """Attend for the payload's q; fills ``out`` and ``lse``."""
+    query, _, _ = payload_views(payload, layout, pool.layer, pool.key.dtype)
     paged_decode_attention(
         query,
         pool.key,
         pool.value,
         plan.plans[pool.shape],
         block_table=plan.block_table,
-        softmax_scale=pool.softmax_scale,
+        softmax_scale=pool.layer.softmax_scale,
         out=out,
         lse=lse,
     )
-
-
-def _rows(pool: Pool, plan: StepPlan, qkv: memoryview) -> torch.Tensor:
-    return torch.frombuffer(qkv, dtype=pool.key.dtype).view(plan.num_tokens, -1)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers on their way between a device and real nodes: nothing overtakes anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from deferred_device import (
+    DeferredAttention,
+    DeferredDevice,
+    DeferredStreams,
+    Order,
+    Pace,
+)
+from node_process import NodeProcess, running_node
+from raw_session import attach_request, make_geometry, reservation, session_of
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from worker_batch import WorkerBatch
+
+from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda_metadata import CudaReadback
+from vllm_attn_offload.attention.impl import AttentionOffloadImpl
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.attention.micro_batch_baton import Baton
+from vllm_attn_offload.attention.micro_batch_split import cut_batch
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.client.partition import (
+    Partition,
+    PartitionKind,
+    shard_geometry,
+)
+from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.errors import MemoryNodeError
+
+NUM_BLOCKS, NUM_LAYERS = 60, 3
+GEOMETRY = make_geometry(num_layers=NUM_LAYERS)
+LAYER = GEOMETRY.layers[0]
+PACES: tuple[Pace, ...] = ("late", "early", "kernels-early")
+#: Rows that pad the batch to a captured graph's size.
+NUM_PADDING = 3
+#: First chunks alone, chunks with and without context among decodes, decodes alone.
+STEPS = [[40, 3, 0], [25, 0, 1], [1, 1, 1], [1, 17, 1], [0, 0, 20], [1, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Two nodes."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                running_node(tmp_path_factory.mktemp("node"), "--kv-cache-gib", "0.25")
+            ).address
+            for _ in range(2)
+        ]
+
+
+class DeviceWorker:
+    """Three requests whose q, k, v are on a deferred device.
+
+    Layer ``i`` has values larger by ``i``, and so its output: layers are told apart.
+    """
+
+    def __init__(
+        self, addresses: list[str], device: DeferredDevice, kind: PartitionKind
+    ) -> None:
+        self.device = device
+        self.requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, 3)
+        count = len(addresses)
+        sizes = [NUM_BLOCKS] if count == 1 else [NUM_BLOCKS // 2] * count
+        sharded = shard_geometry(GEOMETRY, kind, count)
+        self.controls, clients = [], []
+        for address, size in zip(addresses, sizes, strict=True):
+            self.controls.append(ControlClient(address, 10))
+            reserved = self.controls[-1].reserve(reservation(sharded, 16 << 20))
+            opened = self.controls[-1].open_session(
+                session_of(reserved.reservation, size)
+            )
+            clients.append(NodeClient(address, attach_request(opened, sharded), 10.0))
+        self.nodes = NodeGroup(clients, Partition(kind, tuple(sizes)), GEOMETRY)
+        self.exchange = DeviceExchange(
+            self.nodes, lambda: DeferredStreams(device), DeferredAttention(device)
+        )
+        trusted = DeferredDevice("early")
+        self.readback = CudaReadback(
+            DeferredStreams(device if device.without is None else trusted), 16
+        )
+        self.impls = [
+            AttentionOffloadImpl(
+                LAYER.num_query_heads,
+                LAYER.head_size,
+                LAYER.softmax_scale,
+                LAYER.num_kv_heads,
+            )
+            for _ in range(NUM_LAYERS)
+        ]
+        for index, impl in enumerate(self.impls):
+            impl.connect(self.nodes, index, self.exchange)
+
+    def run(self, steps: list[list[int]]) -> float:
+        """The largest error of any layer's output; NaN where something is missing."""
+        results = []
+        for num_new in steps:
+            batch, qkv = self.requests.grow(list(num_new))
+            metadata = AttentionOffloadMetadata(self.readback.begin(_common(batch)))
+            results.append((self.forward(metadata, qkv), self.requests.expected()))
+        self.exchange.close()
+        self.device.finish()
+        errors = [
+            (output.double() - expected - layer).abs().max()
+            for outputs, expected in results
+            for layer, output in enumerate(outputs)
+        ]
+        return torch.stack(errors).max().item()
+
+    def forward(
+        self, metadata: AttentionOffloadMetadata, qkv: tuple[torch.Tensor, ...]
+    ) -> list[torch.Tensor]:
+        """Outputs of all layers, once the device is finished."""
+        return [self._layer(index, metadata, qkv) for index in range(NUM_LAYERS)]
+
+    def _layer(
+        self,
+        index: int,
+        metadata: AttentionOffloadMetadata,
+        qkv: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        num_tokens = qkv[0].shape[0]
+        inputs = (qkv[0], qkv[1], qkv[2] + index)
+        widths = [part[0].numel() for part in inputs]
+        rows = torch.full((num_tokens + NUM_PADDING, sum(widths)), torch.nan)
+        real = torch.cat([part.flatten(1) for part in inputs], dim=1)
+        self.device.launch(lambda: rows[:num_tokens].copy_(real))
+        parts = rows.split(widths, dim=1)
+        if index:  # as rotary embeddings leave them; in the last layer k and v touch
+            kv = torch.full_like(rows[:, widths[0] :], torch.nan)
+            parts = (torch.full_like(parts[0], torch.nan), *kv.split(widths[1:], dim=1))
+            if index == 1:
+                parts = tuple(torch.full_like(part, torch.nan) for part in parts)
+            pieces = real.split(widths, dim=1)
+            for part, piece in zip(parts, pieces, strict=True):
+                self.device.launch(lambda to=part, of=piece: to[:num_tokens].copy_(of))
+        query, key, value = (part.unflatten(1, (-1, LAYER.head_size)) for part in parts)
+        output = torch.full(query.shape, torch.nan)
+        self.impls[index].forward(None, query, key, value, None, metadata, output)
+        kept = torch.full(output.shape, torch.nan)
+        self.device.launch(lambda: kept.copy_(output))
+        # Whoever gets this memory next writes to it.
+        for part in (query, key, value, output):
+            self.device.launch(lambda used=part: used.fill_(torch.nan))
+        return kept[:num_tokens]
+
+    def close(self) -> None:
+        """End the sessions."""
+        self.nodes.close()
+        for control in self.controls:
+            control.close()
+
+
+def _common(batch: BatchStep) -> CommonAttentionMetadata:
+    starts = torch.from_numpy(batch.query_start_loc)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.clone(),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.from_numpy(batch.seq_lens),
+        num_reqs=len(batch.seq_lens),
+        num_actual_tokens=batch.num_tokens + NUM_PADDING,
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=int(batch.seq_lens.max()) + 5,
+        block_table_tensor=torch.from_numpy(batch.block_table),
+        slot_mapping=torch.from_numpy(batch.slot_mapping),
+    )
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize(
+    ("kind", "num_nodes"), [("heads", 1), ("blocks", 2)], ids=["one-node", "two-nodes"]
+)
+def test_output_is_causal_attention(
+    addresses: list[str], kind: PartitionKind, num_nodes: int, pace: Pace
+) -> None:
+    device = DeferredDevice(pace)
+    worker = DeviceWorker(addresses[:num_nodes], device, kind)
+    assert worker.run(STEPS) < 1e-5
+    worker.close()
+
+
+@pytest.mark.parametrize("without", ["fork", "join", "wait"])
+def test_device_notices_what_is_missing(addresses: list[str], without: Order) -> None:
+    """The test above is worth something: each order is needed."""
+    device = DeferredDevice("late", without=without)
+    worker = DeviceWorker(addresses[:1], device, "heads")
+    assert not worker.run(STEPS) < 1e-5
+    worker.close()
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_micro_batches_take_turns(addresses: list[str], pace: Pace) -> None:
+    """Each has streams and buffers of its own; one computes while the other waits."""
+    device = DeferredDevice(pace)
+    worker = DeviceWorker(addresses[:1], device, "heads")
+    outputs: list[list[torch.Tensor]] = [[], []]
+    expected = []
+    for num_new in ([40, 20, 3], [1, 1, 1], [1, 1, 1]):
+        batch, qkv = worker.requests.grow(num_new)
+        if num_new[0] > 1:
+            step = worker.readback.begin(_common(batch))
+            worker.forward(AttentionOffloadMetadata(step), qkv)
+            continue
+        expected.append(worker.requests.expected())
+        parts = cut_batch(batch, 2)
+        baton = Baton((None, None))
+        threads = [
+            threading.Thread(
+                target=_run_part,
+                args=(worker, outputs[index], baton, index, parts[index], rows),
+            )
+            for index, rows in enumerate(zip(*(x.split(2) for x in qkv), strict=True))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    worker.exchange.close()
+    device.finish()
+    for step, whole in enumerate(expected):
+        for layer in range(NUM_LAYERS):
+            found = torch.cat([part[step * NUM_LAYERS + layer] for part in outputs])
+            assert (found.double() - whole - layer).abs().max() < 1e-5
+    worker.close()
+
+
+def _run_part(
+    worker: DeviceWorker,
+    outputs: list[torch.Tensor],
+    baton: Baton,
+    index: int,
+    batch: BatchStep,
+    qkv: tuple[torch.Tensor, ...],
+) -> None:
+    metadata = AttentionOffloadMetadata(batch, index)
+    metadata.baton = baton
+    baton.take(index)
+    try:
+        outputs += worker.forward(metadata, qkv)
+    finally:
+        baton.finish(index)
+
+
+def test_padding_and_session_less_steps(addresses: list[str]) -> None:
+    """Padding stays as it is; without a session attention is zero."""
+    device = DeferredDevice("early")
+    worker = DeviceWorker(addresses[:1], device, "heads")
+    batch, (query, key, value) = worker.requests.grow([2, 1, 1])
+    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    padded = [torch.cat((part, part[:NUM_PADDING])) for part in (query, key, value)]
+    output = torch.full(padded[0].shape, 7.0)
+    impl = worker.impls[0]
+    impl.forward(None, *padded, None, metadata, output)
+    assert (output[-NUM_PADDING:] == 7).all()
+    impl.connect(None, 0)
+    assert not impl.forward(None, *padded, None, metadata, output).any()
+    worker.close()
+
+
+def test_lost_store_is_reported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A layer that was only stored has no reply; the next step knows of its loss."""
+    directory = tmp_path_factory.mktemp("node")
+    node: NodeProcess
+    with running_node(directory, "--kv-cache-gib", "0.25") as node:
+        device = DeferredDevice("early")
+        worker = DeviceWorker([node.address], device, "heads")
+        worker.run([[20, 0, 0]])
+        node.kill()
+    batch, qkv = worker.requests.grow([1, 0, 0])
+    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    with pytest.raises(MemoryNodeError):
+        worker.forward(metadata, qkv)
+    worker.close()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When ``auto`` cuts: given what steps take whole and cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_attn_offload.attention.micro_batch_choice import (
+    NUM_SAMPLES,
+    NUM_STEPS_DECIDED,
+    MicroBatchChoice,
+)
+
+TRIAL = 2 * NUM_SAMPLES
+
+
+def run(
+    choice: MicroBatchChoice,
+    num_steps: int,
+    *,
+    whole_s: float,
+    cut_s: float,
+    wait_s: float,
+    size: tuple[int, int] = (16, 16384),
+) -> list[bool]:
+    """Which of the steps were cut."""
+    decisions = []
+    for _ in range(num_steps):
+        is_cut = choice.wants_cut(*size)
+        choice.record(is_cut, cut_s if is_cut else whole_s, 0.0 if is_cut else wait_s)
+        decisions.append(is_cut)
+    return decisions
+
+
+@pytest.mark.parametrize(
+    ("whole_s", "cut_s", "wait_s", "gains"),
+    [
+        pytest.param(0.130, 0.075, 0.080, True, id="attention-bound"),
+        pytest.param(0.040, 0.048, 0.010, False, id="split-compute-costs-more"),
+        pytest.param(0.100, 0.099, 0.050, False, id="gain-within-hysteresis"),
+    ],
+)
+def test_auto_keeps_the_faster(
+    whole_s: float, cut_s: float, wait_s: float, gains: bool
+) -> None:
+    """After a trial all steps run the faster way; other trials are rare."""
+    choice = MicroBatchChoice("auto")
+    times = {"whole_s": whole_s, "cut_s": cut_s, "wait_s": wait_s}
+    trial = run(choice, TRIAL, **times)
+    assert sum(trial) == NUM_SAMPLES
+    later = run(choice, 2 * NUM_STEPS_DECIDED, **times)
+    assert sum(step != gains for step in later) <= TRIAL
+    reported = choice.times()
+    assert reported["is_cut"] == gains
+    assert reported["num_micro_batch_changes"] == gains
+    assert reported["num_cut_steps"] == sum(trial) + sum(later)
+
+
+def test_auto_tries_nothing_without_waiting() -> None:
+    choice = MicroBatchChoice("auto")
+    assert not any(run(choice, 50, whole_s=0.1, cut_s=0.01, wait_s=0.005))
+
+
+def test_auto_follows_a_change_and_not_noise() -> None:
+    """A decision falls when its reason is gone, and not for a hair's breadth."""
+    choice = MicroBatchChoice("auto")
+    run(choice, TRIAL, whole_s=0.13, cut_s=0.08, wait_s=0.08)
+    near = {"whole_s": 0.100, "cut_s": 0.102, "wait_s": 0.05}
+    assert all(run(choice, NUM_STEPS_DECIDED, **near))
+    run(choice, TRIAL, **near)
+    assert all(run(choice, NUM_STEPS_DECIDED, **near))
+    run(choice, TRIAL, whole_s=0.100, cut_s=0.120, wait_s=0.05)
+    assert not any(run(choice, 20, whole_s=0.100, cut_s=0.120, wait_s=0.05))
+    assert choice.times()["num_micro_batch_changes"] == 2
+
+
+def test_auto_decides_by_size() -> None:
+    """A small batch stays whole beside a large one that is cut."""
+    choice = MicroBatchChoice("auto")
+    small, large = (2, 256), (32, 65536)
+    for _ in range(2):
+        run(choice, 10, whole_s=0.02, cut_s=0.03, wait_s=0.01, size=small)
+        run(choice, 10, whole_s=0.30, cut_s=0.16, wait_s=0.15, size=large)
+    assert not choice.wants_cut(*small)
+    assert choice.wants_cut(*large)
+    assert not choice.wants_cut(1, 65536)
+
+
+def test_options_decide_beforehand() -> None:
+    for option, expected in ((1, False), (2, True)):
+        choice = MicroBatchChoice(option)
+        steps = run(choice, 10, whole_s=1.0, cut_s=1.0, wait_s=0.5)
+        assert steps == [expected] * 10

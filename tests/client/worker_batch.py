@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests as a worker has them: steps of mixed chunks and decodes, and the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.protocol import SessionGeometry
+
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class _Request:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    blocks: list[int] = field(default_factory=list)
+
+
+class WorkerBatch:
+    """Grows requests by random tokens, in blocks of shuffled ids.
+
+    Args:
+        geometry: The worker's layers; all get the same tokens.
+        num_blocks: Blocks of the pool.
+        num_reqs: Requests, all empty at first.
+    """
+
+    def __init__(
+        self, geometry: SessionGeometry, num_blocks: int, num_reqs: int
+    ) -> None:
+        self._generator = torch.Generator().manual_seed(num_reqs)
+        self._layer = geometry.layers[0]
+        self._block_size = geometry.groups[0].block_size
+        self._dtype = getattr(torch, geometry.dtype)
+        self._free = torch.randperm(num_blocks, generator=self._generator).tolist()
+        self._requests = [_Request(*self._tokens(0)) for _ in range(num_reqs)]
+        self._new: list[tuple[_Request, int]] = []
+
+    def grow(self, num_new: list[int]) -> tuple[BatchStep, Qkv]:
+        """Add tokens to every request; those with 0 sit the step out.
+
+        Returns:
+            The step, and q, k, v of its tokens as views of fused rows.
+        """
+        self._new = [
+            (request, count)
+            for request, count in zip(self._requests, num_new, strict=True)
+            if count
+        ]
+        slots = [
+            slot for request, count in self._new for slot in self._add(request, count)
+        ]
+        widths = [len(request.blocks) for request, _ in self._new]
+        table = np.full((len(widths), max(widths)), 0, np.int32)
+        for row, (request, _) in zip(table, self._new, strict=True):
+            row[: len(request.blocks)] = request.blocks
+        counts = [count for _, count in self._new]
+        step = BatchStep(
+            query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
+            seq_lens=np.array([r.q.shape[0] for r, _ in self._new], np.int32),
+            slot_mapping=np.array(slots, np.int64),
+            block_table=table,
+        )
+        return step, self._fused_rows()
+
+    def expected(self) -> torch.Tensor:
+        """Causal attention of the last step's rows in float64."""
+        outs = []
+        for request, count in self._new:
+            group = self._layer.num_query_heads // self._layer.num_kv_heads
+            q = request.q[-count:].double()
+            k, v = (
+                x.double().repeat_interleave(group, 1) for x in (request.k, request.v)
+            )
+            scores = torch.einsum("qhd,khd->hqk", q, k) * self._layer.softmax_scale
+            first = request.q.shape[0] - count
+            seen = torch.ones_like(scores[0], dtype=torch.bool).tril(first)
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+        return torch.cat(outs)
+
+    def _add(self, request: _Request, count: int) -> list[int]:
+        parts = zip((request.q, request.k, request.v), self._tokens(count), strict=True)
+        first = request.q.shape[0]
+        request.q, request.k, request.v = (torch.cat(pair) for pair in parts)
+        while len(request.blocks) * self._block_size < request.q.shape[0]:
+            request.blocks.append(self._free.pop())
+        size = self._block_size
+        return [
+            request.blocks[position // size] * size + position % size
+            for position in range(first, first + count)
+        ]
+
+    def _fused_rows(self) -> Qkv:
+        parts = [
+            torch.cat([getattr(request, name)[-count:] for request, count in self._new])
+            for name in "qkv"
+        ]
+        rows = torch.cat([part.flatten(1) for part in parts], dim=1)
+        widths = [part[0].numel() for part in parts]
+        q, k, v = (
+            piece.view(part.shape)
+            for piece, part in zip(rows.split(widths, dim=1), parts, strict=True)
+        )
+        return q, k, v
+
+    def _tokens(self, count: int) -> Qkv:
+        layer = self._layer
+        shapes = (
+            (count, layer.num_query_heads, layer.head_size),
+            (count, layer.num_kv_heads, layer.head_size),
+            (count, layer.num_kv_heads, layer.v_head_size),
+        )
+        q, k, v = (
+            torch.randn(shape, generator=self._generator).to(self._dtype)
+            for shape in shapes
+        )
+        return q, k, v

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's CUDA build makes of attention offloading; no kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def test_modules_import(found: dict[str, Any]) -> None:
+    """All of ours beside both model runners, on a Hopper GPU that only NVML shows."""
+    assert found["imports"] == {"platform": "NvmlCudaPlatform", "flash_attention": 3}
+    assert found["model_runners"] == [
+        "vllm.v1.worker.gpu_model_runner",
+        "vllm.v1.worker.gpu.model_runner",
+    ]
+
+
+def test_engine_configuration(found: dict[str, Any]) -> None:
+    """Compiled, with graphs between the attention layers, scheduled asynchronously."""
+    package = "vllm_attn_offload"
+    assert found["configuration"] == {
+        "worker": ["GpuAttentionOffloadWorker", "AttentionOffloadWorker", "Worker"],
+        "abstract": [],
+        "executor": f"{package}.executor.AttentionOffloadExecutor",
+        "scheduler": f"{package}.scheduler.AsyncAttentionOffloadScheduler",
+        "is_async": True,
+        "backend": "AttentionOffloadBackend",
+        "impl": "AttentionOffloadImpl",
+        "compile": "VLLM_COMPILE",
+        "splits_at_attention": True,
+        "cudagraphs": "PIECEWISE",
+        "eager_cudagraphs": "NONE",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("fp32", "['dtype not supported']"),
+        ("head_size", "['head_size not supported']"),
+        ("sinks", "['attention sinks not supported']"),
+        ("sliding_window", "['sliding window not supported']"),
+        ("mla", "['MLA not supported']"),
+        ("encoder", "['attention type encoder_only not supported']"),
+        ("full_graphs", "CUDAGraphMode.FULL is not supported"),
+        ("other_backend", "which needs AttentionBackendEnum.CUSTOM"),
+        ("other_worker", "gpu_worker.GpuAttentionOffloadWorker. Drop one"),
+    ],
+)
+def test_refusal_says_why(found: dict[str, Any], given: str, reason: str) -> None:
+    assert reason in found["refusals"][given]
+
+
+def test_arguments_of_kernels(found: dict[str, Any]) -> None:
+    """They fit the operators' schemas: only the device is missing."""
+    for name, operator in (
+        ("attend", "_vllm_fa3_C::fwd"),
+        ("merge", "_C::merge_attn_states"),
+    ):
+        assert f"Could not run '{operator}'" in found["kernels"][name]
+
+
+def test_node_of_a_host_with_one_gpu(found: dict[str, Any]) -> None:
+    """The only GPU computes, so the node holds the KV cache in the host's memory."""
+    assert found["local_devices"] == ["cpu"]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second host: a network namespace with an address of its own on a real link."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_PREFIX = "10.213.77"
+
+
+@dataclass(frozen=True)
+class RemoteHost:
+    """Where nodes of another host run.
+
+    Args:
+        address: Its address on the link.
+        command: Put in front of a command, runs it there.
+    """
+
+    address: str
+    command: tuple[str, ...]
+
+
+@contextmanager
+def remote_host() -> Iterator[RemoteHost]:
+    """Make the namespace and a pair of virtual Ethernet devices; needs root.
+
+    Raises:
+        PermissionError: This process may not.
+    """
+    name = f"attn-offload-{os.getpid()}"
+    ours, theirs = f"aoa{os.getpid() % 100000}", f"aob{os.getpid() % 100000}"
+    inside = ("ip", "netns", "exec", name)
+    try:
+        _run("ip", "netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PermissionError(f"no network namespace can be made: {error}") from error
+    try:
+        _run("ip", "link", "add", ours, "type", "veth", "peer", theirs, "netns", name)
+        _run("ip", "addr", "add", f"{_PREFIX}.1/24", "dev", ours)
+        _run("ip", "link", "set", ours, "up")
+        _run(*inside, "ip", "addr", "add", f"{_PREFIX}.2/24", "dev", theirs)
+        _run(*inside, "ip", "link", "set", theirs, "up")
+        yield RemoteHost(f"{_PREFIX}.2", inside)
+    finally:
+        _run("ip", "netns", "del", name)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=10)

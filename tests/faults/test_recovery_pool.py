@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's memory nodes, lost in every way and brought back, without an engine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_process import NodeProcess, eventually
+from raw_session import make_geometry
+
+from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+from vllm_attn_offload.node_pool import NodePool, SessionLimits
+from vllm_attn_offload.recovery import Recovery
+
+StartNode = Callable[..., NodeProcess]
+GEOMETRY = make_geometry()
+LIMITS = SessionLimits(2048, 64, 64)
+BLOCK_BYTES = 2 * 2 * 16 * 3 * 64 * 4
+KV_GIB = 100 * BLOCK_BYTES / GIB
+CPUS = str(max(os.sched_getaffinity(0)))
+
+
+class Losses(queue.SimpleQueue[MemoryNodeError]):
+    """What a pool reported."""
+
+
+@contextmanager
+def opened_pool(
+    config: AttentionOffloadConfig, directory: Path, num_blocks: int = 100
+) -> Iterator[tuple[NodePool, Losses, list[Attachment]]]:
+    """A pool with one worker's sessions, watched."""
+    launches = [
+        functools.partial(
+            _start, directory / f"local-{index}", config.startup_timeout_s
+        )
+        for index in range(config.num_local_nodes)
+    ]
+    pool = NodePool(config, "engine", launches, ControlClient)
+    losses = Losses()
+    try:
+        pool.join(config.kv_cache_gib)
+        assert pool.reserve([GEOMETRY], 1) == [num_blocks]
+        (attachments,) = pool.open_sessions([num_blocks], LIMITS)
+        pool.watch(losses.put)
+        yield pool, losses, attachments
+    finally:
+        pool.close()
+
+
+def _start(
+    directory: Path, timeout_s: float, kv_cache_gib: float | None
+) -> MemoryNodeProcess:
+    return MemoryNodeProcess(
+        directory, kv_cache_gib=kv_cache_gib, cpus=CPUS, startup_timeout_s=timeout_s
+    )
+
+
+def options(**given: Any) -> AttentionOffloadConfig:
+    return AttentionOffloadConfig(**{"kv_cache_gib": KV_GIB, **given})
+
+
+def test_local_nodes_die_and_hang(tmp_path: Path) -> None:
+    """Killed, it is noticed at once; stopped, after the timeout. Both are replaced."""
+    config = options(num_local_nodes=2, partition="blocks", request_timeout_s=2.0)
+    with opened_pool(config, tmp_path, 200) as (pool, losses, before):
+        for generation, number in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
+            victim = ControlClient(before[1].address, 5)
+            os.kill(victim.info.pid, number)
+            error = losses.get(timeout=10)
+            assert error.node == before[1].address
+            assert victim.wait_until_lost(5)
+            victim.close()
+            (after,) = pool.reopen(use_standby=False)
+            assert [a.num_blocks for a in after] == [100, 100]
+            assert {a.generation for a in after} == {generation}
+            assert not {a.session for a in after} & {a.session for a in before}
+            before = after
+        assert losses.empty()
+
+
+def test_heads_hold_no_more_than_the_least_node(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    """The rest stays free for other engines, and all of it when the engine leaves."""
+    small = start_node("127.0.0.1:0", "--kv-cache-gib", "0.05")
+    large = start_node("127.0.0.1:0")
+    config = AttentionOffloadConfig(memory_nodes=(large.address, small.address))
+    geometry = make_geometry(num_query_heads=8, num_kv_heads=2)
+    pool = NodePool(config, "engine", [], ControlClient)
+    pool.join(None)
+    (num_blocks,) = pool.reserve([geometry], 1)
+    half_block_bytes = 2 * 2 * 16 * 1 * 64 * 4
+    assert (pool.kind, num_blocks) == ("heads", int(0.05 * GIB) // half_block_bytes)
+    pool.open_sessions([num_blocks], LIMITS)
+    watcher = ControlClient(large.address, 5)
+    free = GIB // 4 - num_blocks * half_block_bytes
+    assert watcher.info.kv_bytes_free == free
+    pool.close()
+    assert eventually(lambda: watcher.refresh_info().kv_bytes_free == GIB // 4)
+    watcher.close()
+
+
+def test_standby_takes_over(start_node: StartNode, tmp_path: Path) -> None:
+    """Where the lost node stays away, and only from a standby that is large enough."""
+    lost, small, spare = (start_node("127.0.0.1:0") for _ in range(3))
+    greedy = NodePool(
+        AttentionOffloadConfig(memory_nodes=(small.address,)), "x", [], ControlClient
+    )
+    greedy.join(None)
+    greedy.reserve([GEOMETRY], 1)
+    config = options(
+        memory_nodes=(lost.address,), standby_nodes=(small.address, spare.address)
+    )
+    with opened_pool(config, tmp_path) as (pool, losses, _):
+        lost.kill()
+        losses.get(timeout=10)
+        with pytest.raises(MemoryNodeError, match="cannot connect"):
+            pool.reopen(use_standby=False)
+        ((attachment,),) = pool.reopen(use_standby=True)
+        assert (attachment.address, attachment.num_blocks) == (spare.address, 100)
+        assert attachment.generation == 2
+    greedy.close()
+
+
+def test_recovery_gives_new_sessions_to_the_workers(tmp_path: Path) -> None:
+    """Two losses, of which one comes while the workers are being attached."""
+    given: list[list[Attachment]] = []
+
+    def attach(attachments: list[list[Attachment]]) -> list[tuple[str, str] | None]:
+        given.append(attachments[0])
+        return [("node", "gone again")] if len(given) == 1 else [None]
+
+    with opened_pool(options(), tmp_path) as (pool, losses, before):
+        recovery = Recovery(pool, attach, 60.0, losses.put)
+        assert not recovery.is_pending
+        os.kill(ControlClient(before[0].address, 5).info.pid, signal.SIGKILL)
+        recovery.report_loss(losses.get(timeout=10))
+        assert recovery.is_pending
+        recovery.finish()
+        assert not recovery.is_pending
+        assert [a.generation for (a,) in given] == [1, 2]
+        recovery.report_loss(MemoryNodeError("node", "of an old step"), 1)
+        assert not recovery.is_pending
+        recovery.close()
+        assert losses.empty()
+
+
+def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
+    node = start_node("127.0.0.1:0")
+    with opened_pool(options(memory_nodes=(node.address,)), tmp_path) as (pool, got, _):
+        recovery = Recovery(pool, lambda _: [None], 1.0, got.put)
+        node.kill()
+        recovery.report_loss(got.get(timeout=10))
+        with pytest.raises(MemoryNodeError, match=r"Within 1 s \(recovery_timeout_s\)"):
+            recovery.finish()
+        assert "must be back or a standby take over" in str(got.get(timeout=10))
+
+
+def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
+    """It ends, unless a token comes out in between."""
+    with opened_pool(options(), tmp_path) as (pool, losses, _):
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put)
+
+        def lose_and_recover() -> None:
+            recovery.report_loss(MemoryNodeError("node", "poison"))
+            recovery.finish()
+
+        for _ in range(7):
+            lose_and_recover()
+            recovery.note_progress()
+        for _ in range(5):
+            lose_and_recover()
+        with pytest.raises(MemoryNodeError, match="lost 6 times in a row without"):
+            lose_and_recover()

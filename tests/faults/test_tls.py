@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutual TLS between engines and nodes, on control connections and data channels."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from certificates import Authority, Identity
+from node_process import NodeProcess, eventually
+from paged_batch import PagedBatch, max_error
+from raw_session import RawSession, make_geometry
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.credentials import (
+    NO_CREDENTIALS,
+    Credentials,
+    read_token,
+)
+
+OTHER_TOKEN = b"f" * 64
+
+
+def credentials_of(identity: Identity, token_file: str = "") -> Credentials:
+    return Credentials.of_compute_node(
+        token_file, identity.cert, identity.key, identity.ca
+    )
+
+
+def connect(node: NodeProcess, credentials: Credentials) -> None:
+    with closing(ControlClient(node.address, 5, credentials)) as client:
+        assert client.stats().node.pid == node.process.pid
+
+
+def test_tls(
+    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+) -> None:
+    engine = authority.sign("engine", "DNS:engine")
+    connect(node_with_tls, credentials_of(engine, str(token_file)))
+    with pytest.raises(MemoryNodeError, match="the token is not the one"):
+        connect(node_with_tls, Credentials(OTHER_TOKEN, credentials_of(engine).tls))
+
+
+def test_silent_peer_of_a_node_with_tls(node_with_tls: NodeProcess) -> None:
+    """It gets no further than the handshake's deadline."""
+    with Address.parse(node_with_tls.address).connect(5) as sock:
+        sock.settimeout(20)
+        assert sock.recv(1) == b""
+    connections = psutil.Process(node_with_tls.process.pid).net_connections()
+    assert [c.status for c in connections if c.raddr] == []
+
+
+def test_options_of_an_engine(authority: Authority, token_file: Path) -> None:
+    """They name files; what is in the files stays out of what vLLM hashes and logs."""
+    identity = authority.sign("config", "DNS:config")
+    config = AttentionOffloadConfig(
+        auth_token_file=str(token_file),
+        tls_cert=identity.cert,
+        tls_key=identity.key,
+        tls_ca=identity.ca,
+    )
+    credentials = config.load_credentials()
+    assert credentials.token == read_token(str(token_file))
+    assert credentials.tls is not None
+    assert credentials.token.decode() not in repr(config)
+    assert AttentionOffloadConfig().load_credentials() == NO_CREDENTIALS
+    with pytest.raises(ValueError, match="only some of tls_cert, tls_key and tls_ca"):
+        AttentionOffloadConfig(tls_cert=identity.cert)
+
+
+def test_frames_over_tls(
+    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+) -> None:
+    """Data channels are encrypted, too; the second step is longer than a record."""
+    credentials = credentials_of(
+        authority.sign("worker", "DNS:worker"), str(token_file)
+    )
+    geometry = make_geometry()
+    batch = PagedBatch(geometry, 16, 1)
+    address = node_with_tls.address
+    with closing(RawSession(address, geometry, 16, credentials)) as session:
+        for num_new in (1, 200, 1):
+            step, qkv = batch.grow([num_new])
+            session.send_step(step)
+            out, _ = session.attend(0, qkv)
+            exact, _ = batch.expected(torch.float64)
+            assert max_error(out, exact) < 1e-4
+
+
+def test_tls_refuses_a_stranger(
+    node_with_tls: NodeProcess,
+    authority: Authority,
+    other_authority: Authority,
+) -> None:
+    """Either side refuses a certificate of another authority."""
+    stranger = other_authority.sign("stranger", "IP:127.0.0.1")
+    with pytest.raises(MemoryNodeError, match="TLS was not agreed"):
+        connect(node_with_tls, credentials_of(stranger))
+    ours = authority.sign("ours", "DNS:ours")
+    gullible = Identity(stranger.cert, stranger.key, ours.ca)
+    with pytest.raises(MemoryNodeError, match="TLS was not agreed"):
+        connect(node_with_tls, credentials_of(gullible))
+    assert eventually(lambda: "refused a connection of" in node_with_tls.log())
+
+
+def test_tls_compares_the_name(
+    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+) -> None:
+    """The node's certificate names its address only."""
+    credentials = credentials_of(
+        authority.sign("engine", "DNS:engine"), str(token_file)
+    )
+    port = Address.parse(node_with_tls.address).port
+    with pytest.raises(MemoryNodeError, match="TLS was not agreed.*Hostname mismatch"):
+        ControlClient(f"localhost:{port}", 5, credentials)
+
+
+def test_tls_on_one_side(
+    node_with_tls: NodeProcess, node: NodeProcess, authority: Authority
+) -> None:
+    with pytest.raises(MemoryNodeError, match="the connection broke"):
+        connect(node_with_tls, NO_CREDENTIALS)
+    with pytest.raises(MemoryNodeError, match="TLS was not agreed"):
+        connect(node, credentials_of(authority.sign("engine", "DNS:engine")))
+    sentence = "Check that the peer is vllm-attn-offload and that both sides use TLS"
+    assert eventually(lambda: sentence in node.log())
+
+
+def test_tls_files(authority: Authority, tmp_path: Path) -> None:
+    one, other = (authority.sign(name, "DNS:a") for name in ("one", "other"))
+    with pytest.raises(ValueError, match="Check that the key belongs"):
+        credentials_of(Identity(one.cert, other.key, one.ca))
+    with pytest.raises(ValueError, match=r"tls_key '/nowhere' is not a file"):
+        credentials_of(Identity(one.cert, "/nowhere", one.ca))

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A peer cannot fill the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from vllm_attn_offload.memory_node.log_limit import LogLimit
+
+
+def record(number: int, level: int = logging.WARNING) -> logging.LogRecord:
+    return logging.LogRecord("name", level, "path", 1, "line %d", (number,), None)
+
+
+def test_burst_then_few() -> None:
+    limit = LogLimit(burst=3, per_s=20)
+    assert [limit.filter(record(n)) for n in range(6)].count(True) == 3
+    assert limit.filter(record(0, logging.ERROR))
+    time.sleep(0.1)
+    following = record(7)
+    assert limit.filter(following)
+    assert following.getMessage() == "line 7 (3 lines before were dropped)"
+    last = record(8)
+    limit.filter(last)
+    assert last.getMessage() == "line 8"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns are taken in the order in which they were asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from node_process import eventually
+
+from vllm_attn_offload.memory_node.turns import Turns
+
+
+def test_turns_are_handed_over_in_order() -> None:
+    turns = Turns()
+    taken: list[int] = []
+
+    def take(number: int) -> None:
+        with turns:
+            taken.append(number)
+
+    with turns:
+        threads = [threading.Thread(target=take, args=(n,)) for n in range(8)]
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            assert eventually(lambda count=count: turns.num_waiting == count)
+    for thread in threads:
+        thread.join(5)
+    assert taken == list(range(8))
+
+
+def test_a_greedy_thread_waits_in_line() -> None:
+    """Whoever releases and asks again at once is behind those who waited."""
+    turns = Turns()
+    taken: list[str] = []
+
+    def greedy() -> None:
+        for _ in range(50):
+            with turns:
+                taken.append("greedy")
+                time.sleep(0.001)
+
+    with turns:
+        thread = threading.Thread(target=greedy)
+        thread.start()
+        assert eventually(lambda: turns.num_waiting == 1)
+    waits = []
+    for _ in range(10):
+        asked = len(taken)
+        with turns:
+            waits.append(len(taken) - asked)
+            # The greedy thread is back in line before the turn ends.
+            assert eventually(lambda: turns.num_waiting == 1 or not thread.is_alive())
+    thread.join(5)
+    # The turn that was under way when it was asked, and no other.
+    assert max(waits) <= 1
+
+
+def test_one_at_a_time() -> None:
+    turns = Turns()
+    inside = most = total = 0
+
+    def work() -> None:
+        nonlocal inside, most, total
+        for _ in range(200):
+            with turns:
+                inside += 1
+                most = max(most, inside)
+                total += 1
+                time.sleep(0)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (most, total) == (1, 800)
+
+
+def test_turn_ends_with_an_exception() -> None:
+    turns = Turns()
+    with pytest.raises(ValueError, match="inside"), turns:
+        raise ValueError("inside")
+    with turns:
+        assert turns.num_waiting == 0

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How this host's CPUs and memory are divided between local memory nodes."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import pytest
+from vllm.config import VllmConfig
+
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.placement import local_cpus, local_kv_cache_gib
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "given", "expected"),
+    [
+        (1, "8-15", ["8-15"]),
+        (2, "0-4", ["0,1", "2,3,4"]),
+        (3, "6,7", ["6,7", "6,7", "6,7"]),
+    ],
+)
+def test_given_cpus(num_nodes: int, given: str, expected: list[str]) -> None:
+    config = AttentionOffloadConfig(num_local_nodes=num_nodes, local_node_cpus=given)
+    assert local_cpus(config, VllmConfig()) == expected
+
+
+def test_nodes_avoid_the_cores_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the ranks that another engine of the deployment starts."""
+    first, *rest = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{first}")
+    (cpus,) = local_cpus(AttentionOffloadConfig(), VllmConfig())
+    assert cpus == ",".join(map(str, rest))
+
+
+def test_local_memory() -> None:
+    """A node alone uses its own default; several share what one would take."""
+    assert local_kv_cache_gib(AttentionOffloadConfig(), 1) is None
+    assert local_kv_cache_gib(AttentionOffloadConfig(kv_cache_gib=2), 3) == 2
+    available = psutil.virtual_memory().available / (1 << 30)
+    share = local_kv_cache_gib(AttentionOffloadConfig(num_local_nodes=2), 2)
+    assert share is not None
+    assert 0.5 < share / (available / 8) < 2

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's attention from a GPU: which copy, kernel and message waits for which.
+
+Nothing of a layer makes the compute stream wait for the host but the reply itself, and
+the host waits for one event: its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_attn_offload.attention.cuda_metadata import CudaStep
+from vllm_attn_offload.attention.cuda_remote_rows import RemoteRows
+from vllm_attn_offload.attention.cuda_staging import StagedRows
+from vllm_attn_offload.attention.cuda_store import LayerStores
+from vllm_attn_offload.attention.device_streams import DeviceStreams
+from vllm_attn_offload.attention.local_attention import LocalAttention
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+
+_Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _Lane:
+    """What one micro-batch has of its own: a copy stream, rows out, rows back."""
+
+    def __init__(self, streams: DeviceStreams) -> None:
+        self.streams = streams
+        self.rows = StagedRows(streams)
+        self.remote = RemoteRows(streams)
+
+
+class DeviceExchange:
+    """Moves layers between a device and the memory nodes.
+
+    Args:
+        nodes: Data channels; they take and give tensors of the host.
+        make_streams: New streams of the device, for each micro-batch.
+        attention: Attends prefills on the device.
+    """
+
+    def __init__(
+        self,
+        nodes: NodeGroup,
+        make_streams: Callable[[], DeviceStreams],
+        attention: LocalAttention,
+    ) -> None:
+        self._nodes = nodes
+        self._make_streams = make_streams
+        self._attention = attention
+        self._lanes: list[_Lane] = []
+        self._stores = LayerStores(nodes, make_streams())
+
+    def attend(
+        self,
+        metadata: AttentionOffloadMetadata,
+        layer: int,
+        qkv: _Qkv,
+        output: torch.Tensor,
+        softmax_scale: float,
+    ) -> None:
+        """Attend one layer of a step.
+
+        Args:
+            metadata: The step, or one micro-batch of it.
+            layer: Index of the layer in the session's geometry.
+            qkv: ``[num_tokens, heads, size]`` each, on the device.
+            output: ``[num_tokens, num_heads, v_head_size]``; filled once the compute
+                stream gets there.
+            softmax_scale: Factor of ``q k^T``.
+
+        Raises:
+            MemoryNodeError: A node is gone, too slow, or refused this layer or one
+                before it that was only stored.
+        """
+        if metadata.step is None:
+            # Stores of the step before must be sent before this step is.
+            self._stores.finish()
+        step = metadata.ensure_sent(self._nodes)
+        plan = step.plan
+        if not plan.prefills:
+            self._attend_remotely(metadata, step, layer, qkv, output)
+            return
+        source = metadata.source
+        assert isinstance(source, CudaStep)
+        remote_rows = plan.remote_rows
+        if remote_rows is not None and not remote_rows.size:
+            self._stores.post(step, layer, qkv)
+            self._attention.attend(qkv, output, source, softmax_scale)
+        else:
+            self._attend_both(metadata, step, layer, qkv, output, softmax_scale)
+
+    def close(self) -> None:
+        """Wait until nothing is being sent; the nodes were closed before."""
+        self._stores.close()
+
+    def _attend_remotely(
+        self,
+        metadata: AttentionOffloadMetadata,
+        step: GroupStep,
+        layer: int,
+        qkv: _Qkv,
+        output: torch.Tensor,
+    ) -> None:
+        lane = self._lane(metadata.micro_batch)
+        rows, mark = lane.rows.copy_out(qkv, may_read_in_place=True)
+        # Its kernels are queued behind ours while ours run.
+        metadata.let_others_compute()
+        mark.wait()
+        self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
+        metadata.let_others_compute()
+        reply = lane.remote.host_out(output)
+        self._nodes.collect_remote(step, layer, reply)
+        lane.streams.copy(output, reply)
+        lane.streams.join()
+
+    def _attend_both(
+        self,
+        metadata: AttentionOffloadMetadata,
+        step: GroupStep,
+        layer: int,
+        qkv: _Qkv,
+        output: torch.Tensor,
+        softmax_scale: float,
+    ) -> None:
+        """Attend prefills here, other rows there, and merge what has both parts."""
+        lane, source = self._lane(metadata.micro_batch), metadata.source
+        assert isinstance(source, CudaStep)
+        rows, mark = lane.rows.copy_out(qkv, may_read_in_place=True)
+        lse = self._attention.attend(qkv, output, source, softmax_scale)
+        mark.wait()
+        self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
+        remote = lane.remote
+        remote.begin(step, output)
+        self._nodes.collect_remote(step, layer, remote.out, remote.lse)
+        remote.copy_in()
+        lane.streams.join()
+        self._attention.merge(output, lse, remote.on_device)
+
+    def _lane(self, micro_batch: int) -> _Lane:
+        while len(self._lanes) <= micro_batch:
+            self._lanes.append(_Lane(self._make_streams()))
+        return self._lanes[micro_batch]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of prefill chunks on the GPU, by vLLM's FlashAttention."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+from vllm_attn_offload.attention.cuda_metadata import CudaStep
+from vllm_attn_offload.attention.local_attention import RemotePart
+
+
+class FlashPrefill:
+    """``LocalAttention`` by FlashAttention and vLLM's merge kernel.
+
+    Args:
+        head_size: Of q, k and v.
+
+    Raises:
+        ValueError: This build or GPU has no FlashAttention for that size.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        # Late: vLLM's other builds do not have them, but merge, too.
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,
+            get_flash_attn_version,
+        )
+
+        self._attend = flash_attn_varlen_func
+        version = get_flash_attn_version(head_size=head_size)
+        if version is None:
+            raise ValueError(
+                f"Attention offloading attends prefills of head size {head_size} with "
+                "FlashAttention, which vLLM does not have for this GPU. Allowed: "
+                "compute capability 8.0 or newer. Run without --attention-offload."
+            )
+        self._version: int = version
+
+    def attend(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        step: CudaStep,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        """Causal attention of every request over its own rows of this step.
+
+        Requests with one row come along: leaving them out costs more than they do.
+        """
+        query, key, value = qkv
+        _, lse = self._attend(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=step.query_start_loc,
+            cu_seqlens_k=step.query_start_loc,
+            max_seqlen_q=step.max_query_len,
+            max_seqlen_k=step.max_query_len,
+            softmax_scale=softmax_scale,
+            causal=True,
+            return_softmax_lse=True,
+            fa_version=self._version,
+        )
+        return lse
+
+    def merge(
+        self, output: torch.Tensor, lse: torch.Tensor, remote: RemotePart
+    ) -> None:
+        """Complete ``output`` by what nodes attended."""
+        merge_remote(output, lse, remote)
+
+
+def merge_remote(output: torch.Tensor, lse: torch.Tensor, remote: RemotePart) -> None:
+    """Complete local attention by what nodes attended, on any device.
+
+    Args:
+        output: ``[num_tokens, num_heads, v_head_size]``, the local part.
+        lse: ``[num_heads, num_tokens]`` fp32, of the local part.
+        remote: The other part; rows that it does not have stay as they are.
+    """
+    merged = remote.out
+    if remote.lse is not None:
+        local_lse = lse.index_select(1, remote.rows)
+        local_lse.masked_fill_(remote.is_alone.bool(), -torch.inf)
+        merged = torch.empty_like(remote.out)
+        merge_attn_states(
+            merged,
+            remote.out,
+            remote.lse.contiguous(),
+            output.index_select(0, remote.rows),
+            local_lse,
+        )
+    output.index_copy_(0, remote.rows, merged)

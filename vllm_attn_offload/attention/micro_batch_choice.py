@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a decode step is worth two micro-batches, by the times of earlier steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Literal
+
+from vllm_attn_offload.attention.micro_batch_split import StepCosts
+from vllm_attn_offload.logger import get_logger
+
+logger = get_logger(__name__)
+
+NumMicroBatches = Literal[1, 2, "auto"]
+
+#: Steps that are timed each way before a decision.
+NUM_SAMPLES = 3
+#: Steps after which a decision is tested again.
+NUM_STEPS_DECIDED = 512
+#: Share of a step that must be saved for a decision to change.
+MIN_GAIN = 0.03
+#: Where less of a step waits for attention, nothing that hides it can gain enough:
+#: cutting costs more compute (smaller matrix products) and two hand-overs a layer.
+MIN_WAIT_SHARE = 0.08
+
+
+@dataclass(slots=True)
+class _DecodeTimes:
+    """Sums over decode steps, and the decision that is in force."""
+
+    num_decode_steps: int = 0
+    num_cut_steps: int = 0
+    decode_s: float = 0.0
+    decode_wait_s: float = 0.0
+    num_micro_batch_changes: int = 0
+    is_cut: bool = False
+    whole_step_s: float = 0.0
+    cut_step_s: float = 0.0
+    wait_share: float = 0.0
+
+
+@dataclass(slots=True)
+class _Regime:
+    """Steps of about one size: samples, then a decision that holds for a while."""
+
+    is_cut: bool
+    is_decided: bool = False
+    num_steps: int = 0
+    whole_s: list[float] = field(default_factory=list)
+    cut_s: list[float] = field(default_factory=list)
+    wait_s: list[float] = field(default_factory=list)
+
+    @property
+    def wait_share(self) -> float:
+        """Of a whole step."""
+        return sum(self.wait_s) / sum(self.whole_s)
+
+    def wants_cut(self) -> bool:
+        """Of the next step."""
+        return self.is_cut if self.is_decided else len(self.whole_s) >= NUM_SAMPLES
+
+    def add(self, is_cut: bool, step_s: float, wait_s: float) -> bool:
+        """Take a sample; True when it led to a decision."""
+        if self.is_decided:
+            self.num_steps += 1
+            if self.num_steps >= NUM_STEPS_DECIDED:
+                self.is_decided, self.num_steps = False, 0
+                self.whole_s, self.cut_s, self.wait_s = [], [], []
+            return False
+        if is_cut:
+            self.cut_s.append(step_s)
+        else:
+            self.whole_s.append(step_s)
+            self.wait_s.append(wait_s)
+        return self._decide()
+
+    def _decide(self) -> bool:
+        if len(self.whole_s) < NUM_SAMPLES:
+            return False
+        if self.wait_share < MIN_WAIT_SHARE:
+            self.is_cut = False
+        elif len(self.cut_s) < NUM_SAMPLES:
+            return False
+        else:
+            whole, cut = median(self.whole_s), median(self.cut_s)
+            # The present state stays unless the other is clearly better.
+            self.is_cut = cut <= whole * (
+                1 / (1 - MIN_GAIN) if self.is_cut else 1 - MIN_GAIN
+            )
+        self.is_decided = True
+        return True
+
+
+class MicroBatchChoice:
+    """Decides for every decode step, and keeps the inputs of the decision.
+
+    Steps are told apart by their size, in half powers of two of rows and of cached
+    tokens. In each size a few steps are timed whole; where they wait for attention, a
+    few are timed cut, and the faster way is kept until it is tested again.
+
+    Args:
+        option: 1 and 2 decide beforehand. auto measures; not for several ranks, which
+            must all do the same.
+    """
+
+    def __init__(self, option: NumMicroBatches) -> None:
+        self.costs = StepCosts()
+        self._option = option
+        self._regimes: dict[tuple[int, int], _Regime] = {}
+        self._size = (0, 0)
+        self._regime = _Regime(False)
+        self._times = _DecodeTimes(is_cut=option == 2)
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether any step may be cut."""
+        return self._option != 1
+
+    def wants_cut(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether a decode step should be cut.
+
+        Args:
+            num_rows: Requests of the step.
+            num_tokens: Cached tokens of all its requests.
+        """
+        self._size = (num_rows, num_tokens)
+        if self._option != "auto":
+            return self._option == 2
+        if num_rows < 2:
+            return False
+        key = (int(2 * math.log2(num_rows)), int(2 * math.log2(num_tokens)))
+        if key not in self._regimes:
+            self._regimes[key] = _Regime(self._regime.is_cut)
+        self._regime = self._regimes[key]
+        return self._regime.wants_cut()
+
+    def record(self, is_cut: bool, step_s: float, wait_s: float) -> None:
+        """Take the times of the step that was asked about last.
+
+        Args:
+            is_cut: How it ran.
+            step_s: All of the model's forward.
+            wait_s: Of it, waiting for attention with nothing to compute.
+        """
+        times = self._times
+        times.num_decode_steps += 1
+        times.num_cut_steps += is_cut
+        times.decode_s += step_s
+        times.decode_wait_s += wait_s
+        if (
+            self._option == "auto"
+            and self._size[0] >= 2
+            and self._regime.add(is_cut, step_s, wait_s)
+        ):
+            self._adopt(self._regime)
+
+    def times(self) -> dict[str, float]:
+        """Sums of decode steps since the start, and what was decided last and why."""
+        return {name: float(value) for name, value in asdict(self._times).items()}
+
+    def _adopt(self, regime: _Regime) -> None:
+        times, (num_rows, num_tokens) = self._times, self._size
+        times.whole_step_s = median(regime.whole_s)
+        times.cut_step_s = median(regime.cut_s) if regime.cut_s else 0.0
+        times.wait_share = regime.wait_share
+        wait_s = times.wait_share * times.whole_step_s
+        self.costs = StepCosts(
+            (times.whole_step_s - wait_s) / num_rows, wait_s / num_tokens
+        )
+        if regime.is_cut == times.is_cut:
+            return
+        times.is_cut = regime.is_cut
+        times.num_micro_batch_changes += 1
+        logger.info(
+            "Decode steps of about %d requests and %s cached tokens now run as %s: "
+            "whole %.1f ms, of which %.0f %% wait for attention; in two micro-batches "
+            "%.1f ms.",
+            num_rows,
+            f"{num_tokens:,}",
+            "two micro-batches" if regime.is_cut else "one batch",
+            1e3 * times.whole_step_s,
+            100 * times.wait_share,
+            1e3 * times.cut_step_s,
+        )

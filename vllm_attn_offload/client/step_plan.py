@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each memory node gets of a scheduler step, and what stays on the compute node.
+
+Prefill is compute-bound and stays: only rows whose keys lie on the nodes are sent there
+(Lamina, arXiv 2405.01814, section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_attn_offload.client.partition import Partition
+from vllm_attn_offload.memory_node.step import AttentionStep, Int32Array, Int64Array
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStep:
+    """A step as vLLM describes it.
+
+    ``query_start_loc`` is int32 ``[num_reqs + 1]``, ``seq_lens`` int32 ``[num_reqs]``
+    (tokens of a request, this step's included), ``slot_mapping`` int64
+    ``[num_tokens]``, ``block_table`` int32 ``[num_reqs, width]``.
+    """
+
+    query_start_loc: Int32Array
+    seq_lens: Int32Array
+    slot_mapping: Int64Array
+    block_table: Int32Array
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of q, k and v."""
+        return int(self.slot_mapping.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStep:
+    """One node's part of a step.
+
+    Args:
+        step: Sent as the STEP frame.
+        positions: Which of the plan's remote rows it attends for; None: all.
+        query_rows: The same as rows of the batch; None: all of the batch.
+        stored_rows: Rows of the batch whose k, v it stores; None: all.
+    """
+
+    step: AttentionStep
+    positions: Int64Array | None
+    query_rows: Int64Array | None
+    stored_rows: Int64Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A request's rows ``[begin, end)`` that attend to each other on the compute node;
+    with ``has_context`` they attend to cached tokens on the nodes, too."""
+
+    begin: int
+    end: int
+    has_context: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step, divided.
+
+    Args:
+        num_tokens: Rows of the batch.
+        remote_rows: Rows of the batch that nodes attend for; None: all.
+        prefills: Requests with local attention.
+        nodes: One part per memory node.
+        needs_merge: Whether a row's output has more than one part.
+    """
+
+    num_tokens: int
+    remote_rows: Int64Array | None
+    prefills: tuple[Prefill, ...]
+    nodes: tuple[NodeStep, ...]
+    needs_merge: bool
+
+
+def plan_step(batch: BatchStep, partition: Partition, block_size: int) -> StepPlan:
+    """Divide a step between the compute node and the memory nodes.
+
+    A row of a decoding request sees all of its request's tokens on the nodes, its own
+    included. Rows of a longer chunk see the tokens that were cached before the step.
+    """
+    starts = batch.query_start_loc.astype(np.int64)
+    query_lens = np.diff(starts)
+    is_decode = query_lens == 1
+    visible = np.where(is_decode, batch.seq_lens, batch.seq_lens - query_lens)
+    is_remote = (query_lens > 0) & (visible > 0)
+    prefills = tuple(
+        Prefill(int(starts[index]), int(starts[index + 1]), bool(visible[index] > 0))
+        for index in np.flatnonzero(query_lens > 1)
+    )
+    all_remote = bool(is_remote.all())
+    lens = query_lens[is_remote]
+    rows = None if all_remote else _rows_of(starts[:-1][is_remote], lens)
+    visible = visible[is_remote].astype(np.int32)
+    width = max(1, -(-int(visible.max(initial=1)) // block_size))
+    table = batch.block_table[:, :width] if all_remote else None
+    if table is None:
+        table = batch.block_table[is_remote, :width]
+    whole = AttentionStep(_offsets(lens), visible, batch.slot_mapping, table)
+    if partition.kind == "heads" or partition.num_nodes == 1:
+        nodes = (NodeStep(whole, None, rows, None),) * partition.num_nodes
+    else:
+        nodes = tuple(
+            _blocks_of_node(whole, rows, partition, node, block_size)
+            for node in range(partition.num_nodes)
+        )
+    needs_merge = any(prefill.has_context for prefill in prefills) or (
+        partition.kind == "blocks" and partition.num_nodes > 1
+    )
+    return StepPlan(batch.num_tokens, rows, prefills, nodes, needs_merge)
+
+
+def _blocks_of_node(
+    whole: AttentionStep,
+    rows: Int64Array | None,
+    partition: Partition,
+    node: int,
+    block_size: int,
+) -> NodeStep:
+    """The requests, tokens and blocks that lie on one node.
+
+    A request's last block may be partial; as the last of its node, too, it needs no
+    length of its own, and attention does not ask for the order of the others.
+    """
+    table, lens = whole.block_table, whole.seq_lens
+    columns = np.arange(table.shape[1], dtype=np.int64)
+    tokens = np.clip(lens[:, None] - columns * block_size, 0, block_size)
+    safe = np.where(tokens > 0, table, 0)
+    is_here = (tokens > 0) & (partition.node_of_block[safe] == node)
+    local_lens = np.where(is_here, tokens, 0).sum(1).astype(np.int32)
+    has_any = local_lens > 0
+    compact = _compacted(partition.local_block[safe], is_here)[has_any]
+    query_lens = np.diff(whole.query_start_loc)
+    positions = _rows_of(whole.query_start_loc[:-1][has_any], query_lens[has_any])
+    slots, stored_rows = _slots_of_node(whole.slot_mapping, partition, node, block_size)
+    return NodeStep(
+        AttentionStep(
+            _offsets(query_lens[has_any]), local_lens[has_any], slots, compact
+        ),
+        positions,
+        positions if rows is None else rows[positions],
+        stored_rows,
+    )
+
+
+def _slots_of_node(
+    slot_mapping: Int64Array, partition: Partition, node: int, block_size: int
+) -> tuple[Int64Array, Int64Array]:
+    """Local slots, and the rows of the batch that they are of."""
+    blocks = slot_mapping // block_size
+    is_here = (slot_mapping >= 0) & (partition.node_of_block[blocks] == node)
+    rows = np.flatnonzero(is_here)
+    local = partition.local_block[blocks[rows]].astype(np.int64)
+    return local * block_size + slot_mapping[rows] % block_size, rows
+
+
+def _compacted(ids: Int32Array, is_here: BoolArray) -> Int32Array:
+    """Move the marked ids of every row to its front, in order."""
+    counts = is_here.sum(1)
+    compact = np.zeros((ids.shape[0], max(1, int(counts.max(initial=0)))), np.int32)
+    place = is_here.cumsum(1) - 1
+    request, _ = np.nonzero(is_here)
+    compact[request, place[is_here]] = ids[is_here]
+    return compact
+
+
+def _offsets(lens: npt.NDArray[np.integer]) -> Int32Array:
+    return np.concatenate((np.zeros(1, np.int32), lens.cumsum(dtype=np.int32)))
+
+
+def _rows_of(
+    begins: npt.NDArray[np.integer], lens: npt.NDArray[np.integer]
+) -> Int64Array:
+    """Rows ``begin .. begin + len`` of every request, one after another."""
+    ends = lens.cumsum(dtype=np.int64)
+    total = int(ends[-1]) if ends.size else 0
+    shift = np.repeat(begins - (ends - lens), lens)
+    return np.arange(total, dtype=np.int64) + shift

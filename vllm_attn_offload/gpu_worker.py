@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offloading worker on CUDA compute nodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
+from vllm_attn_offload.attention.cuda_streams import CudaStreams
+from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.plugin import BACKEND_PATH
+from vllm_attn_offload.worker import AttentionOffloadWorker
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import CompilationTimes
+
+
+class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
+    """vLLM's GPU worker, for both of its model runners, with attention on nodes."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        # With an explicit size the base class does not ask whether weights leave room
+        # for a local KV cache, and captures no graphs to find out; the size itself is
+        # never used.
+        vllm_config.cache_config.kv_cache_memory_bytes = 1
+        super().__init__(vllm_config, *args, **kwargs)
+        self._exchange: DeviceExchange | None = None
+
+    def determine_available_memory(self) -> int:
+        """Warm the model up; the pool's size comes from the memory nodes."""
+        super().determine_available_memory()
+        return 0
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Compile and capture; attention returns zeros meanwhile."""
+        # Dummy steps of the second model runner look real but are not.
+        self._connect_layers(None)
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._connect_layers(self._nodes)
+
+    def shutdown(self) -> None:
+        """Close the data channels, then shut the worker down."""
+        super().shutdown()
+        self._close_exchange()
+
+    def _connect_layers(self, nodes: NodeGroup | None) -> None:
+        self._close_exchange()
+        layers = self._attention_layers()
+        if nodes is not None and layers:
+            device = self.device
+            assert device is not None
+            self._exchange = DeviceExchange(
+                nodes,
+                lambda: CudaStreams(device),
+                FlashPrefill(next(iter(layers.values())).head_size),
+            )
+        self._connect_impls(nodes, self._exchange)
+
+    def _close_exchange(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.close()
+
+    def _register_backend(self) -> None:
+        # Also where VLLM_PLUGINS leaves the plugin out.
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+
+    def _layer_problems(self) -> list[str]:
+        return super()._layer_problems() + [
+            f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
+            for name, layer in self._attention_layers().items()
+            if layer.head_size_v != layer.head_size
+        ]

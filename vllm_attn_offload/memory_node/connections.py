@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's open connections: how many there may be, and which one makes room."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+
+from vllm_attn_offload.transport.control import hang_up
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """A peer that was accepted.
+
+    ``peer`` is its host, or its user where it came over a Unix socket. ``is_admitted``
+    says that the handshake is over. ``reservations`` are freed with the connection.
+    """
+
+    sock: socket.socket
+    peer: str
+    last_active: float = field(default_factory=time.monotonic)
+    reservations: list[str] = field(default_factory=list)
+    is_admitted: bool = False
+    is_data_channel: bool = False
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether an engine would lose something with it."""
+        return self.is_data_channel or bool(self.reservations)
+
+    def touch(self) -> None:
+        """Note that the peer was just heard."""
+        self.last_active = time.monotonic()
+
+
+class Connections:
+    """Bounds connections in total and per peer; safe for concurrent callers.
+
+    Where there is no room, a connection that holds nothing ends: one that is not
+    admitted before one that is, and then the one that was silent for longest. Idle
+    peers, however many, never keep an engine out.
+
+    Args:
+        max_total: Connections at a time.
+        max_per_peer: Of these, from one peer.
+    """
+
+    def __init__(self, max_total: int, max_per_peer: int) -> None:
+        self._max_total = max_total
+        self._max_per_peer = max_per_peer
+        self._open: set[Connection] = set()
+        self._num_served = 0
+        self._lock = threading.Lock()
+
+    def admit(self, sock: socket.socket, peer: str) -> Connection | None:
+        """Register a connection, or None where there is no room for it."""
+        with self._lock:
+            # Those that made room are still served until their thread notices.
+            if self._num_served >= 2 * self._max_total or not self._make_room(peer):
+                return None
+            connection = Connection(sock, peer)
+            self._open.add(connection)
+            self._num_served += 1
+            return connection
+
+    def remove(self, connection: Connection) -> None:
+        """Forget an admitted connection, once."""
+        with self._lock:
+            self._open.discard(connection)
+            self._num_served -= 1
+
+    def end_all(self) -> None:
+        """Hang up on everybody."""
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            hang_up(connection.sock)
+
+    def _make_room(self, peer: str) -> bool:
+        from_peer = [c for c in self._open if c.peer == peer]
+        if len(from_peer) >= self._max_per_peer:
+            return self._end_idlest(from_peer)
+        if len(self._open) >= self._max_total:
+            return self._end_idlest(list(self._open))
+        return True
+
+    def _end_idlest(self, candidates: list[Connection]) -> bool:
+        idle = [c for c in candidates if not c.is_in_use]
+        if not idle:
+            return False
+        idlest = min(idle, key=lambda c: (c.is_admitted, c.last_active))
+        self._open.discard(idlest)
+        hang_up(idlest.sock)
+        return True

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's side of the first messages: TLS, protocol versions, proof of the token."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from collections.abc import Callable
+
+from vllm_attn_offload.protocol import (
+    HANDSHAKE_BYTES,
+    Authenticate,
+    Authenticated,
+    Challenge,
+    Error,
+    Hello,
+    NodeInfo,
+    compatibility_hash,
+    version_mismatch,
+)
+from vllm_attn_offload.transport.authentication import Role, is_proof, new_nonce, prove
+from vllm_attn_offload.transport.control import (
+    message_decoder,
+    receive_message,
+    send_message,
+)
+from vllm_attn_offload.transport.credentials import Credentials
+
+_hello_decoder = message_decoder(Hello)
+_authenticate_decoder = message_decoder(Authenticate)
+
+
+class RefusedError(RuntimeError):
+    """A peer may not talk to this node; the message says why."""
+
+
+class Handshake:
+    """Admits one peer within a deadline that no trickle of bytes moves.
+
+    Args:
+        credentials: The node's own.
+        timeout_s: For everything from the first byte of TLS to the last message.
+    """
+
+    def __init__(self, credentials: Credentials, timeout_s: float) -> None:
+        self._credentials = credentials
+        self._deadline = time.monotonic() + timeout_s
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """The socket to talk over: ``sock`` itself, or an encrypted one around it."""
+        if self._credentials.tls is None or sock.family == socket.AF_UNIX:
+            return sock
+        return self._credentials.tls.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False
+        )
+
+    def shake(self, sock: socket.socket, info: Callable[[], NodeInfo]) -> None:
+        """Agree on TLS, versions and the token, then say what the node is.
+
+        Args:
+            sock: Result of ``wrap``.
+            info: What to tell an admitted peer.
+
+        Raises:
+            RefusedError: Another version, or the peer does not know the token.
+            ProtocolError: The peer speaks something else.
+            OSError: The peer is gone, too slow, or shows no good certificate.
+        """
+        if isinstance(sock, ssl.SSLSocket):
+            sock.settimeout(self._remaining_s())
+            sock.do_handshake()
+        hello = receive_message(
+            sock,
+            _hello_decoder,
+            max_bytes=HANDSHAKE_BYTES,
+            timeout_s=self._remaining_s(),
+        )
+        if hello.compatibility_hash != compatibility_hash():
+            self._refuse(sock, version_mismatch("this memory node", hello))
+        if self._credentials.token:
+            proof = self._challenge(sock, self._credentials.token)
+            send_message(sock, Authenticated(proof, info()), self._remaining_s())
+        else:
+            send_message(sock, info(), self._remaining_s())
+
+    def _challenge(self, sock: socket.socket, token: bytes) -> bytes:
+        """Check that the peer knows ``token``; our own proof of it."""
+        ours = new_nonce()
+        send_message(sock, Challenge(ours), self._remaining_s())
+        answer = receive_message(
+            sock,
+            _authenticate_decoder,
+            max_bytes=HANDSHAKE_BYTES,
+            timeout_s=self._remaining_s(),
+        )
+        if not is_proof(answer.proof, token, Role.COMPUTE_NODE, ours, answer.nonce):
+            self._refuse(
+                sock,
+                "the token is not the one of this memory node. Give the same file to "
+                "--auth-token-file there and to auth_token_file here.",
+            )
+        return prove(token, Role.MEMORY_NODE, ours, answer.nonce)
+
+    def _refuse(self, sock: socket.socket, sentence: str) -> None:
+        send_message(sock, Error(sentence), self._remaining_s())
+        raise RefusedError(sentence)
+
+    def _remaining_s(self) -> float:
+        remaining_s = self._deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("the handshake took too long")
+        return remaining_s

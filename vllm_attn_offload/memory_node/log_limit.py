@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a peer from filling the disk with lines about itself."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+
+class LogLimit(logging.Filter):
+    """Lets a burst of lines pass, then few a second; errors pass always.
+
+    Args:
+        burst: Lines that pass at once.
+        per_s: Lines a second after that.
+    """
+
+    def __init__(self, burst: int, per_s: float) -> None:
+        super().__init__()
+        self._burst = burst
+        self._per_s = per_s
+        self._allowance = float(burst)
+        self._last = time.monotonic()
+        self._num_dropped = 0
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written; the first after a gap says how many were not."""
+        if record.levelno >= logging.ERROR:
+            return True
+        with self._lock:
+            now = time.monotonic()
+            refill = (now - self._last) * self._per_s
+            self._allowance = min(self._burst, self._allowance + refill)
+            self._last = now
+            if self._allowance < 1:
+                self._num_dropped += 1
+                return False
+            self._allowance -= 1
+            dropped, self._num_dropped = self._num_dropped, 0
+        if dropped:
+            record.msg = (
+                f"{record.getMessage()} ({dropped:,} lines before were dropped)"
+            )
+            record.args = ()
+        return True

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What engines hold on a node: reserved memory, open sessions, who may attach."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import threading
+from dataclasses import dataclass
+
+from vllm_attn_offload.memory_node.capacity import GIB, CapacityError, CapacityLedger
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DTYPE_BYTES,
+    DecodeAttention,
+    RowLayout,
+)
+from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
+from vllm_attn_offload.memory_node.session import Session
+from vllm_attn_offload.memory_node.step import step_num_bytes
+from vllm_attn_offload.memory_node.turns import Turns
+from vllm_attn_offload.protocol import (
+    AttachSession,
+    CapacityReserved,
+    OpenSession,
+    ReserveCapacity,
+    SessionGeometry,
+    SessionOpened,
+    SessionStats,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESERVATIONS = 256
+_MAX_FRAME_BYTES = 1 << 30
+
+
+@dataclass(slots=True)
+class _Reservation:
+    request: ReserveCapacity
+    num_blocks: int
+    kv_bytes: int
+    frame_bytes: int = 0
+    attach_token: str = ""
+    session: Session | None = None
+
+
+class Reservations:
+    """Splits a node between engines; safe for concurrent callers.
+
+    Args:
+        attention: The kernel that attends.
+        kv_bytes: Budget for KV blocks of all engines.
+    """
+
+    def __init__(self, attention: DecodeAttention, kv_bytes: int) -> None:
+        self.ledger = CapacityLedger(kv_bytes)
+        self._attention = attention
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._held: dict[str, _Reservation] = {}
+        # Frames are received into memory of their own, which engines also compete for.
+        self._max_frame_bytes = max(_MAX_FRAME_BYTES, kv_bytes // 4)
+
+    def reserve(self, request: ReserveCapacity) -> CapacityReserved:
+        """Hold memory for a worker.
+
+        Raises:
+            CapacityError: Less is free, or the node serves too many workers.
+            ValueError: The geometry is wrong or no block fits.
+        """
+        _check_geometry(request.geometry)
+        block_bytes = bytes_per_block(request.geometry, self._attention)
+        num_blocks = request.kv_bytes // block_bytes
+        if num_blocks < 1:
+            raise ValueError(
+                f"{request.kv_bytes:,} bytes of KV cache hold no block of "
+                f"{block_bytes:,} bytes. Raise kv_cache_gib."
+            )
+        reservation = secrets.token_hex(8)
+        kv_bytes = num_blocks * block_bytes
+        with self._lock:
+            if len(self._held) >= _MAX_RESERVATIONS:
+                raise CapacityError(
+                    f"{len(self._held)} workers hold memory of this node; at most "
+                    f"{_MAX_RESERVATIONS} may. Stop another engine of this node."
+                )
+            self.ledger.reserve(reservation, kv_bytes)
+            self._held[reservation] = _Reservation(request, num_blocks, kv_bytes)
+        logger.info(
+            "reserved %.2f GiB (%d blocks) for engine %s rank %d; %.2f GiB stay free",
+            kv_bytes / GIB,
+            num_blocks,
+            request.engine,
+            request.shard.tp_rank,
+            self.ledger.free_bytes / GIB,
+        )
+        return CapacityReserved(reservation, num_blocks, kv_bytes)
+
+    def open(self, request: OpenSession) -> SessionOpened:
+        """Turn a reservation of the caller into a pool.
+
+        Raises:
+            CapacityError: The pool is larger than what is reserved, or the host has
+                no memory for it.
+            ValueError: It is open already, or its frames would be too long.
+        """
+        entry = self._held.get(request.reservation)
+        if entry is None or entry.session:
+            raise ValueError("this connection has no such unopened reservation")
+        if request.num_blocks > entry.num_blocks:
+            asked = request.num_blocks * entry.kv_bytes // entry.num_blocks
+            raise CapacityError(
+                f"a pool of {request.num_blocks:,} blocks needs {asked / GIB:.2f} GiB, "
+                f"but {entry.kv_bytes / GIB:.2f} GiB are reserved. Raise kv_cache_gib "
+                "or lower num_gpu_blocks_override."
+            )
+        self._reserve_frames(entry, request)
+        entry.session = self._session(entry, request)
+        entry.attach_token = secrets.token_hex(16)
+        logger.info(
+            "opened session %s: engine %s rank %d, %d layers, %d blocks",
+            request.reservation,
+            entry.request.engine,
+            entry.request.shard.tp_rank,
+            len(entry.request.geometry.layers),
+            request.num_blocks,
+        )
+        return SessionOpened(request.reservation, entry.attach_token)
+
+    def attach(self, request: AttachSession) -> Session:
+        """The session that a worker may use from now on; its token is used up.
+
+        Raises:
+            ValueError: There is no such session, or the worker does not fit it.
+        """
+        with self._lock:
+            entry = self._held.get(request.session)
+            if entry is None or entry.session is None:
+                raise ValueError(f"there is no open session {request.session!r}")
+            _check_attach(entry.session, entry.attach_token, request)
+            entry.attach_token = ""
+            entry.session.worker_kv_bytes = request.worker_kv_bytes
+            return entry.session
+
+    def release(self, reservation: str) -> None:
+        """Free a reservation and its session; unknown names are ignored."""
+        with self._lock:
+            entry = self._held.pop(reservation, None)
+        if entry is None:
+            return
+        if entry.session is not None:
+            entry.session.close()
+        self.ledger.release(reservation)
+        logger.info(
+            "released engine %s rank %d; %.2f GiB are free",
+            entry.request.engine,
+            entry.request.shard.tp_rank,
+            self.ledger.free_bytes / GIB,
+        )
+
+    def release_all(self) -> None:
+        """Free everything."""
+        with self._lock:
+            names = list(self._held)
+        for name in names:
+            self.release(name)
+
+    def stats(self) -> list[SessionStats]:
+        """Counters of the open sessions."""
+        with self._lock:
+            sessions = [entry.session for entry in self._held.values()]
+        return [session.stats() for session in sessions if session]
+
+    def _reserve_frames(self, entry: _Reservation, request: OpenSession) -> None:
+        longest = _longest_frame(entry.request.geometry, request)
+        if longest > _MAX_FRAME_BYTES:
+            raise ValueError(
+                f"frames of up to {longest / GIB:.2f} GiB were asked for; at most "
+                f"{_MAX_FRAME_BYTES / GIB:.0f} GiB are allowed. Lower max_num_seqs, "
+                "max_num_batched_tokens or max_model_len."
+            )
+        with self._lock:
+            held = sum(other.frame_bytes for other in self._held.values())
+            if held + longest > self._max_frame_bytes:
+                raise CapacityError(
+                    f"frames of up to {longest / GIB:.2f} GiB were asked for, but "
+                    f"other sessions hold {held / GIB:.2f} of the "
+                    f"{self._max_frame_bytes / GIB:.2f} GiB that this node keeps for "
+                    "them. Lower max_num_batched_tokens, or stop another engine."
+                )
+            entry.frame_bytes = longest
+
+    def _session(self, entry: _Reservation, request: OpenSession) -> Session:
+        try:
+            return Session(entry.request, request, self._attention, self._turns)
+        # torch reports a full GPU as a RuntimeError.
+        except (OSError, MemoryError, RuntimeError) as error:
+            entry.frame_bytes = 0
+            raise CapacityError(
+                f"{entry.kv_bytes / GIB:.2f} GiB are reserved, but the memory node's "
+                f"host cannot allocate them now ({error}). Stop other processes there, "
+                "or start the node with a smaller --kv-cache-gib."
+            ) from error
+
+
+def _longest_frame(geometry: SessionGeometry, request: OpenSession) -> int:
+    """Bytes of the longest frame that the session's limits would let in."""
+    row_bytes = DTYPE_BYTES[geometry.dtype] * max(
+        RowLayout.of(layer).width for layer in geometry.layers
+    )
+    step_bytes = step_num_bytes(
+        request.max_num_reqs, request.max_num_tokens, request.max_blocks_per_req
+    )
+    return max(step_bytes, request.max_num_tokens * row_bytes)
+
+
+def _check_attach(session: Session, token: str, request: AttachSession) -> None:
+    if not hmac.compare_digest(token.encode(), request.attach_token.encode()):
+        raise ValueError("the attach token is wrong or was used before")
+    if session.generation != request.generation:
+        raise ValueError(
+            f"generation {request.generation} of the session is over; "
+            f"{session.generation} is current"
+        )
+    if session.geometry.digest() != request.geometry_digest:
+        raise ValueError(
+            "the worker's attention layers differ from the session's (heads, head "
+            "sizes, block size or dtype). Use the same model and vLLM version in all "
+            "ranks of an engine."
+        )
+
+
+def _check_geometry(geometry: SessionGeometry) -> None:
+    for layer in geometry.layers:
+        if layer.group >= len(geometry.groups):
+            raise ValueError(
+                f"layer {layer.name} names KV group {layer.group}, which is missing"
+            )
+        if layer.num_query_heads % layer.num_kv_heads:
+            raise ValueError(
+                f"layer {layer.name} has {layer.num_query_heads} query heads for "
+                f"{layer.num_kv_heads} KV heads; it must be a multiple"
+            )
+    if len(geometry.groups) > 1:
+        raise ValueError(
+            f"{len(geometry.groups)} KV groups were given; this release serves 1. "
+            "Use a model whose layers all use full attention."
+        )

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All memory nodes of an engine: joined, reserved, opened and watched together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+
+from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.partition import (
+    PartitionKind,
+    choose_partition,
+    pool_blocks,
+    shard_geometry,
+)
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.logger import get_logger
+from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.pool_node import Connect, Launch, PoolNode
+from vllm_attn_offload.protocol import (
+    CapacityReserved,
+    OpenSession,
+    ReserveCapacity,
+    SessionGeometry,
+    Shard,
+)
+
+logger = get_logger(__name__)
+
+#: A node that was there before answers at once, or is not back yet.
+_REJOIN_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """The largest step that a worker sends."""
+
+    max_num_tokens: int
+    max_num_reqs: int
+    max_blocks_per_req: int
+
+
+class NodePool:
+    """The KV pool of one engine, spread over its memory nodes.
+
+    Args:
+        config: The engine's options.
+        engine: Name of the engine, shown by the nodes.
+        local: Start one local node each; used where the options name no nodes.
+        connect: Opens control channels.
+    """
+
+    def __init__(
+        self,
+        config: AttentionOffloadConfig,
+        engine: str,
+        local: Sequence[Launch],
+        connect: Connect,
+    ) -> None:
+        self.generation = 0
+        self.kind: PartitionKind = "heads"
+        self._config = config
+        self._engine = engine
+        self._connect = connect
+        self._standby = list(config.standby_nodes)
+        self._nodes = [self._node(each) for each in config.memory_nodes or local]
+        self._on_loss: Callable[[MemoryNodeError], None] | None = None
+        self._limits: SessionLimits | None = None
+        # Per node and rank.
+        self._requests: list[list[ReserveCapacity]] = [[] for _ in self._nodes]
+        self._reserved: list[list[CapacityReserved]] = [[] for _ in self._nodes]
+        self._opened_blocks: list[list[int]] = []
+
+    def join(self, kv_cache_gib: float | None) -> None:
+        """Start or connect to all nodes at once.
+
+        Args:
+            kv_cache_gib: Budget of a node that is started; None for its default.
+
+        Raises:
+            MemoryNodeError: One of them cannot be started or reached.
+        """
+        timeout_s = self._config.startup_timeout_s
+        with ThreadPoolExecutor(len(self._nodes)) as threads:
+            joins = [
+                threads.submit(node.join, kv_cache_gib, timeout_s)
+                for node in self._nodes
+            ]
+        for join in joins:
+            join.result()
+        for node in self._nodes:
+            if node.pid is not None:
+                logger.info(
+                    "Attention offload: started a memory node on this host's %s "
+                    "(pid %d), because memory_nodes names none",
+                    node.info.device,
+                    node.pid,
+                )
+
+    def reserve(self, geometries: list[SessionGeometry], num_engines: int) -> list[int]:
+        """Hold memory on every node for every worker.
+
+        Args:
+            geometries: Per rank, its layers.
+            num_engines: Engines that share what is free.
+
+        Returns:
+            Per rank, the size of its pool in blocks.
+
+        Raises:
+            ValueError: The asked-for partition does not fit the layers.
+            MemoryNodeError: A node refuses or is gone.
+        """
+        num_nodes, num_ranks = len(self._nodes), len(geometries)
+        self.kind, reason = choose_partition(
+            self._config.partition, geometries[0], num_nodes
+        )
+        shards = [shard_geometry(each, self.kind, num_nodes) for each in geometries]
+        for index, node in enumerate(self._nodes):
+            kv_bytes = self._kv_bytes(node, num_engines) // num_ranks
+            self._requests[index] = [
+                ReserveCapacity(
+                    engine=self._engine,
+                    shard=Shard(rank, num_ranks, index, num_nodes),
+                    geometry=shard,
+                    kv_bytes=max(1, kv_bytes),
+                )
+                for rank, shard in enumerate(shards)
+            ]
+            self._reserve_on(index)
+        self._log_capacity(reason)
+        return [pool_blocks(self.kind, self._blocks(rank)) for rank in range(num_ranks)]
+
+    def open_sessions(
+        self, num_blocks: list[int], limits: SessionLimits
+    ) -> list[list[Attachment]]:
+        """Turn all reservations into pools.
+
+        Args:
+            num_blocks: Per rank, the size of the pool that the scheduler uses.
+            limits: The largest step.
+
+        Returns:
+            Per rank, one attachment per node.
+
+        Raises:
+            MemoryNodeError: A node refuses or is gone.
+        """
+        self._limits = limits
+        by_rank = [
+            _divide(count, self._blocks(rank), self.kind)
+            for rank, count in enumerate(num_blocks)
+        ]
+        self._opened_blocks = [list(counts) for counts in zip(*by_rank, strict=True)]
+        for index in range(len(self._nodes)):
+            self._give_back_surplus(index)
+        return self._open()
+
+    def watch(self, on_loss: Callable[[MemoryNodeError], None]) -> None:
+        """Report every node that is lost from now on, from threads."""
+        self._on_loss = on_loss
+        for node in self._nodes:
+            node.watch(on_loss)
+
+    def reopen(self, *, use_standby: bool) -> list[list[Attachment]]:
+        """Bring lost nodes back and open a new generation of sessions on all of them.
+
+        What the nodes held is gone for all of them: requests are computed again.
+
+        Args:
+            use_standby: Replace nodes that stay away.
+
+        Returns:
+            As ``open_sessions``.
+
+        Raises:
+            MemoryNodeError: A node is not back, or holds less than before.
+        """
+        self.generation += 1
+        for node in self._nodes:
+            node.check()
+        self._restart_local()
+        for index, node in enumerate(self._nodes):
+            if node.is_lost:
+                self._bring_back(index, use_standby=use_standby)
+            else:
+                node.release()
+                self._reserve_on(index)
+        return self._open()
+
+    def check_health(self) -> None:
+        """Ask every node.
+
+        Raises:
+            MemoryNodeError: One does not answer.
+        """
+        for node in self._nodes:
+            node.refresh_info()
+
+    def request_stop(self) -> None:
+        """Ask local nodes to end, without waiting for them."""
+        for node in self._nodes:
+            node.request_stop()
+
+    def close(self) -> None:
+        """Leave all nodes; local ones end. Safe to call twice."""
+        for node in self._nodes:
+            node.close()
+
+    def _node(self, source: str | Launch) -> PoolNode:
+        return PoolNode(source, self._connect, self._config.request_timeout_s)
+
+    def _kv_bytes(self, node: PoolNode, num_engines: int) -> int:
+        """What all workers together may hold on a node."""
+        if self._config.kv_cache_gib is not None:
+            return int(self._config.kv_cache_gib * GIB)
+        # Before any engine of this deployment took its share.
+        share = node.info.kv_bytes_free // num_engines
+        free = node.refresh_info().kv_bytes_free
+        return free if num_engines == 1 else min(free, share)
+
+    def _blocks(self, rank: int) -> tuple[int, ...]:
+        return tuple(reserved[rank].num_blocks for reserved in self._reserved)
+
+    def _reserve_on(self, index: int) -> None:
+        """Reserve on one node; the next time it must hold exactly the same.
+
+        Raises:
+            MemoryNodeError: It refuses, or holds less than its sessions had.
+        """
+        node, requests = self._nodes[index], self._requests[index]
+        self._reserved[index] = [node.reserve(request) for request in requests]
+        self._requests[index] = [
+            msgspec.structs.replace(request, kv_bytes=reserved.kv_bytes)
+            for request, reserved in zip(requests, self._reserved[index], strict=True)
+        ]
+
+    def _give_back_surplus(self, index: int) -> None:
+        """Leave to others what no block of the pool needs: the least node limits a
+        partition by heads, and the user may limit the pool."""
+        node, reserved = self._nodes[index], self._reserved[index]
+        shrunk = [
+            msgspec.structs.replace(
+                request,
+                kv_bytes=each.kv_bytes
+                * min(blocks, each.num_blocks)
+                // each.num_blocks,
+            )
+            for request, each, blocks in zip(
+                self._requests[index], reserved, self._opened_blocks[index], strict=True
+            )
+        ]
+        if shrunk != self._requests[index]:
+            self._requests[index] = shrunk
+            node.release()
+            self._reserve_on(index)
+
+    def _open(self) -> list[list[Attachment]]:
+        assert self._limits is not None
+        by_node = [
+            [
+                self._open_session(node, reserved, num_blocks)
+                for reserved, num_blocks in zip(
+                    self._reserved[index], self._opened_blocks[index], strict=True
+                )
+            ]
+            for index, node in enumerate(self._nodes)
+        ]
+        return [list(attachments) for attachments in zip(*by_node, strict=True)]
+
+    def _open_session(
+        self, node: PoolNode, reserved: CapacityReserved, num_blocks: int
+    ) -> Attachment:
+        assert self._limits is not None
+        opened = node.open_session(
+            OpenSession(
+                reservation=reserved.reservation,
+                generation=self.generation,
+                num_blocks=num_blocks,
+                max_num_tokens=self._limits.max_num_tokens,
+                max_num_reqs=self._limits.max_num_reqs,
+                max_blocks_per_req=self._limits.max_blocks_per_req,
+            )
+        )
+        return Attachment(
+            node.address,
+            opened.session,
+            opened.attach_token,
+            self.generation,
+            num_blocks,
+        )
+
+    def _restart_local(self) -> None:
+        """Start the processes of all lost local nodes at once.
+
+        One that does not start raises when its turn comes to be brought back.
+        """
+        with ThreadPoolExecutor(len(self._nodes)) as threads:
+            for index, node in enumerate(self._nodes):
+                if node.is_lost:
+                    threads.submit(node.start, self._needed_gib(index))
+
+    def _needed_gib(self, index: int) -> float:
+        return sum(request.kv_bytes for request in self._requests[index]) / GIB
+
+    def _bring_back(self, index: int, *, use_standby: bool) -> None:
+        """Restart or reconnect a lost node, or let a standby take its place.
+
+        Raises:
+            MemoryNodeError: Neither is possible now; of the lost node itself.
+        """
+        lost = self._nodes[index]
+        try:
+            self._take_in(index, lost)
+        except MemoryNodeError:
+            if not use_standby or not self._replace(index, lost):
+                raise
+
+    def _replace(self, index: int, lost: PoolNode) -> bool:
+        for address in list(self._standby):
+            try:
+                self._take_in(index, self._node(address))
+            except MemoryNodeError as error:
+                logger.warning("Attention offload: a standby is no help. %s", error)
+                continue
+            self._standby.remove(address)
+            if isinstance(lost.source, str):
+                self._standby.append(lost.source)
+            logger.warning(
+                "Attention offload: standby %s takes over from memory node %s",
+                address,
+                lost.address,
+            )
+            return True
+        return False
+
+    def _take_in(self, index: int, node: PoolNode) -> None:
+        """Join a node and hold on it what its place in the pool needs."""
+        self._nodes[index], before = node, self._nodes[index]
+        try:
+            node.join(self._needed_gib(index), _REJOIN_TIMEOUT_S)
+            self._reserve_on(index)
+            self._check_size(index)
+        except MemoryNodeError:
+            node.lose()
+            self._nodes[index] = before
+            raise
+        if self._on_loss is not None:
+            node.watch(self._on_loss)
+
+    def _check_size(self, index: int) -> None:
+        node, needed = self._nodes[index], self._opened_blocks[index]
+        held = [reserved.num_blocks for reserved in self._reserved[index]]
+        if any(mine < least for mine, least in zip(held, needed, strict=True)):
+            raise MemoryNodeError(
+                node.address,
+                f"its kernel ({node.info.attention_kernel}) fits {min(held):,} blocks "
+                f"where {max(needed):,} were held before. Use a standby with the same "
+                "device and kernel.",
+            )
+
+    def _log_capacity(self, reason: str) -> None:
+        for node, reserved in zip(self._nodes, self._reserved, strict=True):
+            logger.info(
+                "Attention offload: memory node %s (%s, %s kernel) holds %.2f GiB of "
+                "KV cache, %s blocks; limits of the compute host do not apply",
+                node.address,
+                node.info.device,
+                node.info.attention_kernel,
+                sum(each.kv_bytes for each in reserved) / GIB,
+                f"{min(each.num_blocks for each in reserved):,}",
+            )
+        logger.info(
+            "Attention offload: %d memory node(s), partition by %s, because %s",
+            len(self._nodes),
+            self.kind,
+            reason,
+        )
+
+
+def _divide(
+    num_blocks: int, held: tuple[int, ...], kind: PartitionKind
+) -> tuple[int, ...]:
+    """Blocks of each node, of a pool that may be smaller than what is held."""
+    if kind == "heads":
+        return (num_blocks,) * len(held)
+    total = sum(held)
+    counts = [num_blocks * each // total for each in held]
+    for index in range(num_blocks - sum(counts)):
+        counts[index] += 1
+    return tuple(counts)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers, which compute again what a lost memory node held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_attn_offload.logger import get_logger
+from vllm_attn_offload.recovery import Recovery
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    _SchedulerBase = Scheduler
+else:
+    _SchedulerBase = object
+
+logger = get_logger(__name__)
+
+
+class AttentionOffloadSchedulerMixin(_SchedulerBase):
+    """Drops the step in which a node was lost, and all that was computed before.
+
+    Running requests are preempted and computed again from their tokens, so that no
+    client gets a wrong or a repeated token, only later ones.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._recovery = Recovery.of_engine(vllm_config)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Plan the next step, on a pool that exists.
+
+        Raises:
+            MemoryNodeError: A lost node is not back in time.
+        """
+        if self._recovery.is_pending:
+            self._drop_computed()
+            self._recovery.finish()
+        return super().schedule(throttle_prefills)
+
+    def update_from_output(
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take a step's tokens, unless KV blocks were lost before or while it ran."""
+        if self._recovery.is_pending:
+            # Before the base looks at the output: what is in flight becomes stale.
+            self._drop_computed()
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if any(each.outputs for each in outputs.values()):
+            self._recovery.note_progress()
+        return outputs
+
+    def _drop_computed(self) -> None:
+        num_tokens = sum(request.num_computed_tokens for request in self.running)
+        if self.running:
+            logger.warning(
+                "Attention offload: %d running requests are computed again, %s tokens",
+                len(self.running),
+                f"{num_tokens:,}",
+            )
+        self.reset_prefix_cache(reset_running_requests=True)
+
+
+class AttentionOffloadScheduler(AttentionOffloadSchedulerMixin, Scheduler):
+    """For synchronous scheduling, as on CPU compute nodes."""
+
+
+class AsyncAttentionOffloadScheduler(AttentionOffloadSchedulerMixin, AsyncScheduler):
+    """For scheduling ahead of the output."""
