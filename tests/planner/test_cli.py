@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def test_plan_command_in_its_own_process() -> None:
     command += "sys.exit(main(sys.argv[1:]))"
     arguments = ["plan", str(CONFIGS / "llama-3-8b"), "--compute", "1xH100"]
     arguments += ["--memory", "2xH20", "--network", "400Gbps", "--context", "8192"]
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments, "--json"],
         capture_output=True,
@@ -57,8 +58,11 @@ def test_plan_command_in_its_own_process() -> None:
         check=True,
         env={"HF_HUB_OFFLINE": "1", "PATH": ""},
     )
-    # 5 s is the target on a quiet machine; continuous integration is not one.
-    assert time.perf_counter() - start < 10
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # 5 s is the target on a quiet machine; continuous integration is not one, so this
+    # counts CPU seconds, and grants twice as many.
+    assert used_s < 10
     document = json.loads(done.stdout)
     assert document["price_list"] == "lamina-table-1"
     assert document["offloaded"][0]["usd_per_hour"] == pytest.approx(11.06 + 2 * 4.63)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_attn_offload.planner import cost_model as cost
@@ -20,6 +22,18 @@ def test_linear_time_roofline() -> None:
     # 1e9 parameters: 2 GB at 1 TB/s is 2 ms; 1000 rows are 2e12 flops, 20 ms.
     assert cost.model_time(SHAPE, DEVICE, 1, 1) == pytest.approx(2e-3, rel=1e-4)
     assert cost.model_time(SHAPE, DEVICE, 1, 1000) == pytest.approx(20e-3)
+
+
+def test_micro_batches_share_the_output_head() -> None:
+    """A fifth of the weights is read once per step, not per micro-batch."""
+    shape = replace(SHAPE, lm_head_params=2e8, lm_head_bytes=4e8)
+    device = replace(DEVICE, step_overhead_us=100, row_overhead_us=10)
+    layers_s = cost.layers_time(shape, device, 1, 1)
+    overhead_s = cost.overhead_time(shape, device, 1, 2)
+    assert layers_s == pytest.approx(1.6e-3, rel=1e-4)
+    assert overhead_s == pytest.approx(0.4e-3 + 120e-6)
+    whole_s = cost.model_time(shape, DEVICE, 1, 2)
+    assert whole_s == pytest.approx(cost.model_time(SHAPE, DEVICE, 1, 2))
 
 
 def test_gemm_curve_replaces_the_roofline() -> None:

@@ -51,7 +51,12 @@ def test_user_file_adds_and_replaces(tmp_path: Path) -> None:
     [
         ("[device.X]\nspeed = 1\n", "unknown keys speed"),
         ("[device.X]\ntflops = 1\n", "lacks date, memory_gb"),
-        ("[device.X]\ntflops = -1\n", "negative"),
+        ("[device.X]\ntflops = -1\n", "tflops = -1 is not possible"),
+        ("[device.X]\nmemory_gbps = 0\n", "more than zero"),
+        ('[device.X]\ntflops = "fast"\n', "is no number"),
+        ("[device.X]\ngemm_curve = [[8, 1], [1, 1]]\n", "gemm_curve is wrong"),
+        ('[network.X]\ngbps = true\nsource = "s"\n', "is no number"),
+        ("[network.X]\nlatency_us = 5\n", "lacks gbps"),
         ("[device", "Cannot read hardware file"),
     ],
 )

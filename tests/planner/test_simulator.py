@@ -33,6 +33,9 @@ class FixedSteps:
     ) -> tuple[float, float, float]:
         return self.model_s, self.attention_s, 0.0
 
+    def overhead(self, batch: int) -> float:
+        return 0.0
+
     def prefill(self, tokens: float, context: float) -> float:
         return tokens * self.prefill_s
 

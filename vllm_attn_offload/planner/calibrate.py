@@ -1,54 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a machine and write a hardware TOML for `plan`."""
+"""Measure a machine and its memory nodes, and write a hardware TOML for `plan`."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from tqdm import tqdm
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.planner.engine_probe import (
+    BATCHES,
+    QUICK_BATCHES,
+    EngineProbe,
+)
+from vllm_attn_offload.planner.hardware import Device, Network
 from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.node_probe import (
+    GRID,
+    QUICK_GRID,
+    NodeProbe,
+    model_geometry,
+)
+from vllm_attn_offload.planner.node_session import TIMEOUT_S
 from vllm_attn_offload.planner.probes import (
     AttentionProbe,
     Entry,
     GemmProbe,
     MemoryProbe,
     Probe,
+    ProbeResult,
 )
+from vllm_attn_offload.protocol import Dtype
+from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 
 HEADER = "# Written by vllm-attn-offload calibrate; running it again replaces it."
-# Seconds per probe: three local ones and one per memory node stay below two minutes.
-BUDGET_S, QUICK_BUDGET_S = 15.0, 1.0
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+# Seconds per probe. With the start of vLLM all of them stay below two minutes.
+BUDGETS_S = {MemoryProbe: 3.0, GemmProbe: 9.0, AttentionProbe: 8.0}
+NODE_BUDGET_S, ENGINE_BUDGET_S = 20.0, 12.0
+QUICK_SHARE = 0.1
+# vLLM's default on a CPU; block sizes of GPUs are smaller, and matter less there.
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16
 
 
-def local_probes(
-    device: torch.device, dtype: torch.dtype, shape: ModelShape | None = None
-) -> list[Probe]:
-    """Memory, GEMM and attention probes in the sizes of `shape`, or of a 1B model."""
-    if shape is None:
-        matrices: tuple[tuple[int, int], ...] = (
-            (2560, 2048),
-            (2048, 2048),
-            (11264, 2048),
-            (2048, 5632),
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What to measure, and where to write it.
+
+    Args:
+        name: Of the device; NAME-node and the network NAME go with it.
+        output: The TOML file.
+        device: Torch device of the compute side.
+        dtype: Of weights, activations and KV.
+        addresses: Running memory nodes of one engine.
+        shape: Measure in its sizes; None: those of a model with 1B parameters.
+        engine_model: Also time vLLM with this model.
+        cpus: Of vLLM's worker; empty: its default.
+        trust: ``auth_token_file``, ``tls_cert``, ``tls_key``, ``tls_ca``; all or none.
+        is_quick: Fewer repetitions and points.
+    """
+
+    name: str
+    output: Path
+    device: str
+    dtype: Dtype
+    addresses: tuple[str, ...]
+    shape: ModelShape | None = None
+    engine_model: str | None = None
+    cpus: str = ""
+    trust: Mapping[str, str] = field(default_factory=dict)
+    is_quick: bool = False
+
+    def run(self) -> str:
+        """Measure, write the file, and return what was found beyond it.
+
+        Raises:
+            ValueError: A device or model cannot be used, or the file is not ours.
+            MemoryNodeError: A memory node cannot be used.
+        """
+        check_output(self.output)
+        device = parse_device(self.device)
+        for address in self.addresses:
+            # Before a minute goes by with other things.
+            ControlClient(address, TIMEOUT_S, self._credentials()).close()
+        if self.cpus:
+            torch.set_num_threads(len(self.cpus.split(",")))
+        share = QUICK_SHARE if self.is_quick else 1.0
+        results: list[ProbeResult] = []
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns) as bar, torch.inference_mode():
+            probes = self._probes(device)
+            task = bar.add_task("", total=len(probes) + bool(self.engine_model))
+            for probe in probes:
+                bar.update(task, description=probe.title)
+                budget_s = BUDGETS_S.get(type(probe), NODE_BUDGET_S)
+                results.append(probe.run(budget_s * share))
+                bar.advance(task)
+            if self.engine_model is not None:
+                engine = self._engine_probe(results)
+                bar.update(task, description=engine.title)
+                results.append(engine.run(ENGINE_BUDGET_S * share))
+                bar.advance(task)
+        write_hardware(self.output, self.name, results)
+        return "\n".join(note for result in results for note in result.notes)
+
+    def _probes(self, device: torch.device) -> list[Probe]:
+        dtype = getattr(torch, self.dtype)
+        matrices, heads = layer_sizes(self.shape)
+        gemm = GemmProbe(device, dtype, matrices)
+        num_layers = 16 if self.shape is None else self.shape.num_layers
+        block_size = CPU_BLOCK_SIZE if device.type == "cpu" else GPU_BLOCK_SIZE
+        node = NodeProbe(
+            self.addresses,
+            model_geometry(num_layers, *heads, self.dtype, block_size),
+            gemm.layer_call,
+            QUICK_GRID if self.is_quick else GRID,
+            self._credentials(),
         )
-        attention = AttentionProbe(device, dtype)
-    else:
-        matrices = layer_matrices(shape)
-        group = shape.groups[0]
-        head_size = group.q_elements // group.num_heads
-        heads = group.num_heads, group.num_kv_heads
-        attention = AttentionProbe(device, dtype, *heads, head_size)
-    return [MemoryProbe(device), GemmProbe(device, dtype, matrices), attention]
+        local = AttentionProbe(device, dtype, *heads)
+        return [MemoryProbe(device), gemm, local, node]
+
+    def _credentials(self) -> Credentials:
+        if not self.trust:
+            return NO_CREDENTIALS
+        return Credentials.of_compute_node(**self.trust)
+
+    def _engine_probe(self, results: Sequence[ProbeResult]) -> EngineProbe:
+        assert self.engine_model is not None
+        assert self.shape is not None
+        device, node, network = merged(results).values()
+        origin: dict[str, Any] = {"name": self.name, "source": "", "date": ""}
+        curve = cast(list[list[float]], device["gemm_curve"])
+        return EngineProbe(
+            self.engine_model,
+            self.dtype,
+            self.shape,
+            self.addresses,
+            [(rows, seconds) for rows, seconds in curve],
+            Device(**origin | node),
+            Network(**origin | network),
+            self.cpus,
+            self.trust,
+            QUICK_BATCHES if self.is_quick else BATCHES,
+        )
+
+
+def layer_sizes(
+    shape: ModelShape | None,
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, int, int]]:
+    """(out, in) of a layer's matrices, and query heads, KV heads and head size."""
+    if shape is None:
+        matrices = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))
+        return matrices, (16, 4, 128)
+    group = shape.groups[0]
+    head_size = group.q_elements // group.num_heads
+    return layer_matrices(shape), (group.num_heads, group.num_kv_heads, head_size)
 
 
 def layer_matrices(shape: ModelShape) -> tuple[tuple[int, int], ...]:
@@ -69,35 +180,42 @@ def layer_matrices(shape: ModelShape) -> tuple[tuple[int, int], ...]:
     )
 
 
-def calibrate(
-    name: str,
+def write_hardware(
     output: Path,
-    probes: Sequence[Probe],
-    quick: bool = False,
+    name: str,
+    results: Sequence[ProbeResult],
     description: str = platform.platform(),
 ) -> None:
-    """Run `probes` and write [device.`name`], and [network.`name`] if one measured it.
+    """Write [device.NAME], [device.NAME-node] and [network.NAME], as far as measured.
 
     Raises:
         ValueError: `output` is someone else's file, or its folder does not exist.
     """
-    _check_output(output)
-    device: dict[str, Entry] = {}
-    network: dict[str, Entry] = {}
-    with tqdm(probes, unit="probe") as bar:
-        for probe in bar:
-            bar.set_description(probe.title)
-            result = probe.run(QUICK_BUDGET_S if quick else BUDGET_S)
-            device |= result.device
-            network |= result.network
-    tables = {f'device."{name}"': device, f'network."{name}"': network}
+    check_output(output)
     source = f"measured by vllm-attn-offload calibrate on {description}"
-    lines = [HEADER]
-    for title, entries in tables.items():
-        if entries:
-            lines += ["", f"[{title}]", *_toml_lines(entries)]
+    lines = [HEADER, *(f"# {note}" for r in results for note in r.notes)]
+    for title, table in merged(results).items():
+        if table:
+            lines += ["", f"[{title.format(name)}]", *_toml_lines(table)]
             lines += [f'source = "{source}"', f'date = "{date.today()}"']
     output.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def merged(results: Sequence[ProbeResult]) -> dict[str, dict[str, Entry]]:
+    """Tables of device, node and network by title; later results replace earlier ones,
+    as vLLM's own GEMM rates do those of torch."""
+    device: dict[str, Entry] = {}
+    node: dict[str, Entry] = {}
+    network: dict[str, Entry] = {}
+    for result in results:
+        device |= result.device
+        node |= result.node
+        network |= result.network
+    return {
+        'device."{}"': device,
+        'device."{}-node"': node,
+        'network."{}"': network,
+    }
 
 
 def parse_device(text: str) -> torch.device:
@@ -120,7 +238,9 @@ def parse_device(text: str) -> torch.device:
 def _toml_lines(entries: Mapping[str, Entry]) -> list[str]:
     lines = []
     for key, value in entries.items():
-        if isinstance(value, list):
+        if isinstance(value, bool):
+            lines.append(f"{key} = {str(value).lower()}")
+        elif isinstance(value, list):
             points = ", ".join(f"[{x:g}, {y:.6g}]" for x, y in value)
             lines.append(f"{key} = [{points}]")
         else:
@@ -128,7 +248,12 @@ def _toml_lines(entries: Mapping[str, Entry]) -> list[str]:
     return lines
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Refuse a file that calibrate did not write, before anything is measured.
+
+    Raises:
+        ValueError: someone else's file, or no such folder.
+    """
     if output.exists() and HEADER not in output.read_text("utf-8").splitlines()[:1]:
         raise ValueError(
             f"{output} exists and was not written by calibrate. It is not overwritten. "

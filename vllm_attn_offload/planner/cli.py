@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.planner.calibrate_command import add_calibrate, run_calibrate
 from vllm_attn_offload.planner.deployment import Offload, Workload
 from vllm_attn_offload.planner.failures import Failures, NodeLoss
 from vllm_attn_offload.planner.hardware import (
@@ -21,7 +23,7 @@ from vllm_attn_offload.planner.hardware import (
     parse_group,
     parse_network,
 )
-from vllm_attn_offload.planner.model_config import read_model_shape
+from vllm_attn_offload.planner.model_config import ENGINE_DTYPES, read_model_shape
 from vllm_attn_offload.planner.plan import Question, answer
 from vllm_attn_offload.planner.traces import Request, read_trace, summarize
 
@@ -33,7 +35,6 @@ PLAN_EPILOG = """examples:
       --trace AzureLLMInferenceTrace_conv.csv --slo-tbt-ms 100 --simulate
   vllm-attn-offload plan ./Qwen3-8B --compute 1xL40S --memory 4xRTX3090 --search
 """
-CALIBRATE_HELP = "measure this machine and write a hardware TOML that plan uses"
 
 
 def _positive(kind: type) -> Callable[[str], float]:
@@ -128,23 +129,9 @@ def _add_workload(plan: argparse.ArgumentParser) -> None:
     )
     add("--micro-batches", type=_positive(int), default=2, help="up to N (default 2)")
     add("--partition", choices=("auto", "heads", "blocks"), default="auto")
-    add("--kv-dtype", default="auto", help="auto (16 bit) or fp8")
+    add("--dtype", choices=("auto", *ENGINE_DTYPES), default="auto")
+    add("--kv-dtype", default="auto", help="auto (like --dtype) or fp8")
     add("--weight-bits", type=_positive(float), help="instead of the config's dtype")
-
-
-def _add_calibrate(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-) -> None:
-    calibrate = commands.add_parser(
-        "calibrate", help=CALIBRATE_HELP, description=CALIBRATE_HELP
-    )
-    add = calibrate.add_argument
-    add("--output", type=Path, default=Path("hardware.toml"), help="file to write")
-    add("--name", default="local", help="device name to use with plan --compute")
-    add("--device", default="cpu", help="torch device: cpu or cuda:N (default cpu)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--model", help="measure in this model's matrix and head sizes")
-    add("--quick", action="store_true", help="a few seconds, fewer repetitions")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,17 +139,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-attn-offload", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
-    _add_calibrate(commands)
+    add_calibrate(commands)
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `plan` or `calibrate`; returns the exit status (2: bad input)."""
     args = build_parser().parse_args(argv)
-    run = _plan if args.command == "plan" else _calibrate
+    run = _plan if args.command == "plan" else run_calibrate
     try:
         return run(args)
-    except ValueError as error:
+    except (ValueError, MemoryNodeError) as error:
         print(f"vllm-attn-offload {args.command}: error: {error}", file=sys.stderr)
         return 2
 
@@ -203,7 +190,7 @@ def _plan(args: argparse.Namespace) -> int:
         partition=args.partition,
     )
     workload, requests = _workload(args)
-    shape = read_model_shape(args.model, args.kv_dtype, args.weight_bits)
+    shape = read_model_shape(args.model, args.kv_dtype, args.weight_bits, args.dtype)
     question = Question(
         shape, offload, workload, requests, int(args.micro_batches), args.price_list
     )
@@ -246,23 +233,3 @@ def _failures(args: argparse.Namespace) -> Failures:
         )
     losses = tuple(NodeLoss(at_s, down_s) for at_s, down_s in args.node_loss)
     return Failures(share, factor, losses)
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    # torch takes seconds to import, and plan does without it.
-    from vllm_attn_offload.planner.calibrate import (
-        DTYPES,
-        calibrate,
-        local_probes,
-        parse_device,
-    )
-
-    shape = read_model_shape(args.model) if args.model else None
-    probes = local_probes(parse_device(args.device), DTYPES[args.dtype], shape)
-    calibrate(args.name, args.output, probes, args.quick)
-    print(
-        f"Wrote {args.output}. Next: vllm-attn-offload plan MODEL --hardware "
-        f"{args.output} --compute 1x{args.name} --memory 1x{args.name} "
-        f"--price {args.name}=USD_PER_HOUR"
-    )
-    return 0

@@ -20,6 +20,7 @@ from vllm_attn_offload.planner.hardware import (
     Device,
     DeviceGroup,
     common_price_list,
+    groups_price,
     price_per_hour,
 )
 from vllm_attn_offload.planner.model_shape import ModelShape
@@ -49,12 +50,12 @@ class Comparison:
     @property
     def best_offload(self) -> Estimate | None:
         """The offloaded deployment with the cheapest token."""
-        return min(self.offloaded, key=lambda e: e.usd_per_mtoken, default=None)
+        return min(self.offloaded, key=lambda e: e.cost_per_token, default=None)
 
     @property
     def best_alternative(self) -> Estimate | None:
         """The homogeneous deployment with the cheapest token."""
-        return min(self.alternatives, key=lambda e: e.usd_per_mtoken, default=None)
+        return min(self.alternatives, key=lambda e: e.cost_per_token, default=None)
 
 
 def compare(
@@ -64,26 +65,34 @@ def compare(
     max_micro_batches: int = 2,
     price_list: str | None = None,
 ) -> Comparison:
-    """Evaluate `offload` with 1..max_micro_batches and both homogeneous alternatives.
+    """Evaluate `offload` with 1..max_micro_batches and the homogeneous alternatives.
+
+    Where a device has no price, every device counts the same.
 
     Raises:
-        ValueError: a device without a price, or an impossible partition.
+        ValueError: an impossible partition, or a compute device that runs no model.
     """
     devices = [offload.compute.device, offload.memory.device]
+    if devices[0].attention_only:
+        raise ValueError(
+            f"{devices[0].name} cannot be a compute device: it was measured as a "
+            "memory node. Allowed as --compute: devices that run the model. Swap "
+            "--compute and --memory."
+        )
     prices = price_list or common_price_list(devices)
-    usd = offload.compute.count * price_per_hour(devices[0], prices)
-    usd += offload.memory.count * price_per_hour(devices[1], prices)
+    usd = groups_price([offload.compute, offload.memory], prices)
     refused: dict[str, None] = {}
     offloaded: list[Estimate] = []
     for n in range(1, max_micro_batches + 1):
         attempt = partial(evaluate_offload, shape, offload, workload, usd, n)
         offloaded += _try(attempt, refused)
     alternatives: list[Estimate] = []
-    for device in {d.name: d for d in devices}.values():
-        attempt = partial(_equal_cost, shape, device, workload, usd, prices)
+    for device in {d.name: d for d in devices if not d.attention_only}.values():
+        count = _equal_count(offload, device, usd, prices)
+        attempt = partial(_equal_cost, shape, device, count, workload, usd, prices)
         alternatives += _try(attempt, refused)
-    best = min(offloaded, key=lambda e: e.usd_per_mtoken, default=None)
-    rival = min(alternatives, key=lambda e: e.usd_per_mtoken, default=None)
+    best = min(offloaded, key=lambda e: e.cost_per_token, default=None)
+    rival = min(alternatives, key=lambda e: e.cost_per_token, default=None)
     return Comparison(
         shape=shape,
         workload=workload,
@@ -92,7 +101,7 @@ def compare(
         alternatives=tuple(alternatives),
         refused=tuple(refused),
         min_network_gbps=_min_network(shape, offload, best),
-        price_list=prices or "mixed",
+        price_list="none" if usd is None else prices or "mixed",
         verdict=_verdict(offload, best, rival, list(refused)),
         notes=_notes(offload, prices),
     )
@@ -107,21 +116,31 @@ def _try(attempt: Callable[[], Estimate], refused: dict[str, None]) -> list[Esti
         return []
 
 
+def _equal_count(
+    offload: Offload, device: Device, usd: float | None, prices: str | None
+) -> int:
+    """How many of `device` cost as much as `offload`; without a price as many."""
+    if usd is None:
+        return offload.compute.count + offload.memory.count
+    return max(round(usd / price_per_hour(device, prices)), 1)
+
+
 def _equal_cost(
     shape: ModelShape,
     device: Device,
+    count: int,
     workload: Workload,
-    usd: float,
+    usd: float | None,
     prices: str | None,
 ) -> Estimate:
-    """Homogeneous devices of about `usd` per hour; more if the model needs it."""
-    price = price_per_hour(device, prices)
-    count = max(round(usd / price), 1)
+    """At least `count` devices; more if the model needs it."""
+    price = None if usd is None else price_per_hour(device, prices)
     reason = DoesNotFitError(f"{device.name}: more than {MAX_HOMOGENEOUS} are needed.")
     for n in range(count, max(count, MAX_HOMOGENEOUS) + 1):
         try:
             group = DeviceGroup(device, n)
-            return evaluate_homogeneous(shape, group, workload, n * price)
+            total = None if price is None else n * price
+            return evaluate_homogeneous(shape, group, workload, total)
         except DoesNotFitError as error:
             reason = error
     raise reason
@@ -134,8 +153,9 @@ def _min_network(
     if best is None:
         return None
     rows = best.batch / best.replicas / best.num_batches
+    model_s = best.model_s + best.overhead_s / best.num_batches
     need = best.replicas * cost.min_bandwidth(
-        shape, rows, best.model_s, best.attention_s, ALPHA
+        shape, rows, model_s, best.attention_s, ALPHA
     )
     partition = offload.resolved_partition(shape)
     replication = shape.wire_bytes(offload.memory.count, partition) / shape.wire_bytes()
@@ -150,25 +170,27 @@ def _verdict(
         return f"Do not offload, because it does not fit. {refused[0]}"
     if rival is None:
         return f"Offload: no homogeneous alternative holds the model. {refused[-1]}"
-    gain = rival.usd_per_mtoken / best.usd_per_mtoken - 1
+    gain = rival.cost_per_token / best.cost_per_token - 1
+    unit = "device" if best.usd_per_hour is None else "dollar"
     batches = f"batch {best.batch:,} against {rival.batch:,}"
     if gain >= MARGIN:
-        more = f"{gain:.0%} more tokens per dollar"
+        more = f"{gain:.0%} more tokens per {unit}"
         return f"Offload: {more} than {rival.label} ({batches})."
     if gain > -MARGIN:
         return (
-            f"No clear gain: {gain:+.0%} tokens per dollar against {rival.label} "
+            f"No clear gain: {gain:+.0%} tokens per {unit} against {rival.label} "
             f"({batches}), within the model's error. Prefer the simpler deployment."
         )
     reason = _reason(offload, best, rival)
     return (
-        f"Do not offload, because {reason}: {-gain:.0%} fewer tokens per dollar than "
+        f"Do not offload, because {reason}: {-gain:.0%} fewer tokens per {unit} than "
         f"{rival.label} ({batches})."
     )
 
 
 def _reason(offload: Offload, best: Estimate, rival: Estimate) -> str:
-    work = best.model_s + best.attention_s + best.wire_s
+    model_s = best.model_s + best.overhead_s
+    work = model_s + best.attention_s + best.wire_s
     if rival.label.endswith(offload.memory.device.name):
         return (
             f"{offload.memory.device.name} alone is cheaper: the same devices can also "
@@ -187,7 +209,7 @@ def _reason(offload: Offload, best: Estimate, rival: Estimate) -> str:
     if best.bottleneck == "attention":
         return f"{offload.memory} read the KV cache too slowly for their price"
     return (
-        f"the model itself takes {best.model_s / work:.0%} of a step, and the memory "
+        f"the model itself takes {model_s / work:.0%} of a step, and the memory "
         "nodes' share of the budget would have bought compute devices"
     )
 
@@ -195,7 +217,14 @@ def _reason(offload: Offload, best: Estimate, rival: Estimate) -> str:
 def _notes(offload: Offload, prices: str | None) -> tuple[str, ...]:
     notes = []
     devices = [offload.compute.device, offload.memory.device]
-    if prices is None:
+    unpriced = list(dict.fromkeys(d.name for d in devices if not d.price))
+    if unpriced:
+        notes.append(
+            f"No price for {', '.join(unpriced)}: every device counts the same. Pass "
+            + " ".join(f"--price {name}=USD_PER_HOUR" for name in unpriced)
+            + " to compare cost."
+        )
+    elif prices is None:
         sources = "; ".join(
             f"{d.name}: {next(iter(d.price.values())).source}" for d in devices
         )
@@ -204,8 +233,13 @@ def _notes(offload: Offload, prices: str | None) -> tuple[str, ...]:
         )
     for device in dict.fromkeys(d.name for d in devices):
         kind = next(d for d in devices if d.name == device)
-        used = kind.price.get(prices or "") or next(iter(kind.price.values()))
-        for what, source in (("figures", kind.source), ("price", used.source)):
-            if "assumption" in source:
-                notes.append(f"{kind.name} {what}: {source}.")
+        sources_of = [("figures", kind.source)]
+        if kind.price:
+            used = kind.price.get(prices or "") or next(iter(kind.price.values()))
+            sources_of.append(("price", used.source))
+        notes += [
+            f"{kind.name} {what}: {source}."
+            for what, source in sources_of
+            if "assumption" in source
+        ]
     return tuple(notes)

@@ -62,16 +62,33 @@ def allreduce_time(shape: ModelShape, device: Device, tp: int, rows: float) -> f
 
 
 def model_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
-    """t_m: everything but attention for one step of `rows` tokens on `tp` devices."""
+    """Everything but attention for `rows` tokens: the layers, and what is around."""
+    layers_s = layers_time(shape, device, tp, rows)
+    return layers_s + overhead_time(shape, device, tp, rows)
+
+
+def layers_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
+    """t_m: layers without attention for one (micro-)batch of `rows` on `tp` devices."""
     activations = 2 * shape.activation_bytes * rows * shape.hidden_size
     step = linear_time(
         device,
-        (shape.streamed_bytes(rows) + activations) / tp,
-        shape.flops_per_token * rows / tp,
+        (shape.streamed_bytes(rows) - shape.lm_head_bytes + activations) / tp,
+        (shape.flops_per_token - 2 * shape.lm_head_params) * rows / tp,
         rows,
     )
-    overhead = device.step_overhead_us + shape.num_layers * device.layer_overhead_us
-    return step + allreduce_time(shape, device, tp, rows) + overhead * 1e-6
+    overhead_s = shape.num_layers * device.layer_overhead_us * 1e-6
+    return step + allreduce_time(shape, device, tp, rows) + overhead_s
+
+
+def overhead_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
+    """Output head, sampling and scheduling: once per step, and hidden by nothing.
+
+    A step's micro-batches are its layers; the rest sees all `rows` requests at once.
+    """
+    head_s = linear_time(
+        device, shape.lm_head_bytes / tp, 2 * shape.lm_head_params * rows / tp, rows
+    )
+    return head_s + (device.step_overhead_us + rows * device.row_overhead_us) * 1e-6
 
 
 def attention_time(
@@ -82,6 +99,8 @@ def attention_time(
     Bytes over bandwidth, or flops over peak where the query heads per KV head make it
     compute-bound (MLA on a device with few flops, or a CPU). Lamina section 3.2. A
     measured `attention_gbps` contains the flops of the geometry it was measured in.
+    Every layer call has a fixed part, and one per request (storing k and v, starting
+    its softmax).
     """
     bandwidth = device.attention_gbps
     if bandwidth is None:
@@ -92,7 +111,8 @@ def attention_time(
     work = rows * shape.kv_bytes(context) / (bandwidth * 1e9)
     if tflops is not None:
         work = max(work, rows * shape.attention_flops(context) / (tflops * 1e12))
-    return work / num_devices + shape.num_layers * device.attention_call_us * 1e-6
+    call_us = device.attention_call_us + rows * device.attention_row_us
+    return work / num_devices + shape.num_layers * call_us * 1e-6
 
 
 def wire_time(
@@ -146,8 +166,9 @@ def max_batch(shape: ModelShape, kv_budget_bytes: float, context: float) -> int:
 
 
 def memory_budget(device: Device, count: float) -> float:
-    """Usable bytes of `count` devices."""
-    return count * device.memory_gb * 1e9 * MEMORY_FRACTION
+    """Usable bytes of `count` devices; a measured node's are its own KV budget."""
+    share = 1.0 if device.attention_only else MEMORY_FRACTION
+    return count * device.memory_gb * 1e9 * share
 
 
 def prefill_time(
@@ -159,6 +180,8 @@ def prefill_time(
 ) -> float:
     """Prefill of `tokens` prompt tokens: GEMMs plus causal attention.
 
+    The output head sees one row of a prompt, in a step that decodes others.
+
     Args:
         context: tokens that a prompt token attends to on average; by default half of
             `tokens`, one causal prompt. A window caps it.
@@ -166,7 +189,7 @@ def prefill_time(
     seen = tokens / 2 if context is None else context
     attention_flops = tokens * shape.attention_flops(seen)
     peak = device.tflops * 1e12 * device.compute_efficiency
-    return model_time(shape, device, tp, tokens) + attention_flops / (peak * tp)
+    return layers_time(shape, device, tp, tokens) + attention_flops / (peak * tp)
 
 
 def usd_per_mtoken(usd_per_hour: float, tokens_per_s: float) -> float:

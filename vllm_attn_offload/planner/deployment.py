@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_attn_offload.planner import cost_model as cost
 from vllm_attn_offload.planner.hardware import DeviceGroup, Network
@@ -62,13 +63,16 @@ class Offload:
 class Estimate:
     """Steady state at one batch size: `batch` requests over `replicas` engines.
 
-    Times are of one micro-batch of one engine, in seconds.
+    Times are of one micro-batch of one engine, in seconds; `overhead_s` is of a whole
+    step. Without a price both USD fields are None.
     """
 
     label: str
     batch: int
+    num_devices: int
     replicas: int
     num_batches: int
+    overhead_s: float
     model_s: float
     attention_s: float
     wire_s: float
@@ -76,10 +80,16 @@ class Estimate:
     decode_tokens_per_s: float
     prefill_share: float
     tokens_per_s: float
-    usd_per_hour: float
-    usd_per_mtoken: float
+    usd_per_hour: float | None
+    usd_per_mtoken: float | None
     batch_limit: str
     bottleneck: str
+
+    @property
+    def cost_per_token(self) -> float:
+        """What deployments are ranked by: USD, or device hours where a price lacks."""
+        paid = self.num_devices if self.usd_per_hour is None else self.usd_per_hour
+        return paid / self.tokens_per_s
 
 
 class DoesNotFitError(ValueError):
@@ -90,27 +100,31 @@ class DoesNotFitError(ValueError):
 class _Candidate:
     """One of `replicas` engines before its batch is chosen.
 
-    `step` maps rows to t_m, t_a and t_w; `usd_per_hour` is of all replicas.
+    `step` maps rows to t_m, t_a and t_w, `overhead` rows to what no micro-batch hides;
+    `usd_per_hour` and `num_devices` are of all replicas.
     """
 
     label: str
+    num_devices: int
     step: Callable[[float], tuple[float, float, float]]
+    overhead: Callable[[float], float]
     kv_budget: float
     prefill_s: float
-    usd_per_hour: float
+    usd_per_hour: float | None
     num_batches: int = 1
     replicas: int = 1
 
     def tbt(self, batch: int) -> float:
         """Time between tokens in seconds."""
-        return cost.step_time(*self.step(batch / self.num_batches), self.num_batches)
+        n = self.num_batches
+        return cost.step_time(*self.step(batch / n), n) + self.overhead(batch)
 
 
 def evaluate_offload(
     shape: ModelShape,
     offload: Offload,
     workload: Workload,
-    usd_per_hour: float,
+    usd_per_hour: float | None,
     num_batches: int = 1,
 ) -> Estimate:
     """Best split of the compute devices into engines that share the memory nodes.
@@ -151,7 +165,7 @@ def _evaluate_engine(
     tp: int,
     replicas: int,
     workload: Workload,
-    usd_per_hour: float,
+    usd_per_hour: float | None,
     num_batches: int,
 ) -> Estimate:
     """One of `replicas` engines, with its share of the memory nodes, scaled up."""
@@ -164,7 +178,7 @@ def _evaluate_engine(
 
     def step(rows: float) -> tuple[float, float, float]:
         return (
-            cost.model_time(shape, compute, rotating, rows),
+            cost.layers_time(shape, compute, rotating, rows),
             cost.attention_time(shape, memory, share, rows, workload.context),
             cost.wire_time(shape, network, rows, nodes, ports, partition),
         )
@@ -173,7 +187,9 @@ def _evaluate_engine(
     ship = shape.kv_bytes(workload.prompt) / (network.bytes_per_s * ports)
     candidate = _Candidate(
         label=f"{offload.compute} + {offload.memory}",
+        num_devices=offload.compute.count + nodes,
         step=step,
+        overhead=partial(cost.overhead_time, shape, compute, rotating),
         kv_budget=cost.memory_budget(memory, share),
         prefill_s=max(prefill, ship),
         usd_per_hour=usd_per_hour,
@@ -195,7 +211,10 @@ def _model_replica_size(tp: int, num_batches: int) -> int:
 
 
 def evaluate_homogeneous(
-    shape: ModelShape, group: DeviceGroup, workload: Workload, usd_per_hour: float
+    shape: ModelShape,
+    group: DeviceGroup,
+    workload: Workload,
+    usd_per_hour: float | None,
 ) -> Estimate:
     """Best split of one kind of device into equal tensor-parallel replicas.
 
@@ -209,11 +228,13 @@ def evaluate_homogeneous(
 
         def step(rows: float) -> tuple[float, float, float]:
             attention = cost.attention_time(shape, device, tp, rows, workload.context)
-            return cost.model_time(shape, device, tp, rows), attention, 0.0
+            return cost.layers_time(shape, device, tp, rows), attention, 0.0
 
         candidate = _Candidate(
             label=str(group),
+            num_devices=group.count,
             step=step,
+            overhead=partial(cost.overhead_time, shape, device, tp),
             kv_budget=cost.memory_budget(device, tp) - shape.weight_bytes,
             prefill_s=cost.prefill_time(shape, device, tp, workload.prompt),
             usd_per_hour=usd_per_hour,
@@ -256,8 +277,10 @@ def _best(shape: ModelShape, workload: Workload, c: _Candidate) -> Estimate:
     return Estimate(
         label=c.label,
         batch=batch * c.replicas,
+        num_devices=c.num_devices,
         replicas=c.replicas,
         num_batches=c.num_batches,
+        overhead_s=c.overhead(batch),
         model_s=model_s,
         attention_s=attention_s,
         wire_s=wire_s,
@@ -266,7 +289,9 @@ def _best(shape: ModelShape, workload: Workload, c: _Candidate) -> Estimate:
         prefill_share=prefill_s * tokens_per_s,
         tokens_per_s=tokens_per_s,
         usd_per_hour=c.usd_per_hour,
-        usd_per_mtoken=cost.usd_per_mtoken(c.usd_per_hour, tokens_per_s),
+        usd_per_mtoken=None
+        if c.usd_per_hour is None
+        else cost.usd_per_mtoken(c.usd_per_hour, tokens_per_s),
         batch_limit=batch_limit,
         bottleneck=_bottleneck(model_s, attention_s, wire_s, prefill_s * decode),
     )

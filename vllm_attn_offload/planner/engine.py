@@ -31,6 +31,9 @@ class StepModel(Protocol):
     ) -> tuple[float, float, float]:
         """Model, attention and wire time of one of `num_batches` micro-batches."""
 
+    def overhead(self, batch: int) -> float:
+        """What a step costs once, whatever the number of micro-batches."""
+
     def prefill(self, tokens: float, context: float) -> float:
         """Prefill of `tokens` that see `context` on average; 0 if it runs elsewhere."""
 
@@ -177,6 +180,7 @@ class Engine:
             step_s = step_time(model_s, shared, wire_s, n)
             if step_s < best_s:
                 best_s, work_s = step_s, n * attention_s
+        best_s += self.model.overhead(batch)
         self.pool.report(self.index, work_s, best_s)
         self.memory_busy_s += work_s * steps
         return best_s

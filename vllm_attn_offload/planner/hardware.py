@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 CATALOGUE_PATH = Path(__file__).with_name("hardware.toml")
+NOT_NUMBERS = frozenset(("source", "date", "price", "gemm_curve", "attention_only"))
+ABOVE_ZERO = frozenset(
+    ("tflops", "memory_gb", "memory_gbps", "link_gbps", "gbps", "usd_per_hour")
+    + ("attention_gbps", "attention_tflops", "efficiency", "compute_efficiency")
+    + ("memory_efficiency", "attention_efficiency")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,9 @@ class Device:
     `link_gbps` 1e9 bytes/s (link: one direction, inside one host). The efficiencies
     scale datasheet peaks; a device measured by `calibrate` carries `gemm_curve`
     (rows, seconds per 1e9 bytes of weights) and `attention_gbps` instead.
+    Overheads: once per step and per request of a step (scheduling, sampling), once per
+    layer on the compute side, once per layer call and per request of it on the side
+    that attends. `attention_only` marks a memory node that runs no model.
     Default efficiencies: attention 0.7 is Lamina (arXiv 2405.01814) Figure 3; the
     other two, and 2 us for a hop inside a host, are assumptions.
     """
@@ -47,11 +56,14 @@ class Device:
     memory_efficiency: float = 0.85
     attention_efficiency: float = 0.7
     step_overhead_us: float = 0.0
+    row_overhead_us: float = 0.0
     layer_overhead_us: float = 0.0
     attention_call_us: float = 0.0
+    attention_row_us: float = 0.0
     attention_gbps: float | None = None
     attention_tflops: float | None = None
     gemm_curve: tuple[tuple[float, float], ...] = ()
+    attention_only: bool = False
     price: Mapping[str, Price] = field(default_factory=dict)
 
     def ideal(self) -> Device:
@@ -63,8 +75,10 @@ class Device:
             attention_efficiency=1.0,
             link_latency_us=0.0,
             step_overhead_us=0.0,
+            row_overhead_us=0.0,
             layer_overhead_us=0.0,
             attention_call_us=0.0,
+            attention_row_us=0.0,
             attention_gbps=None,
             attention_tflops=None,
             gemm_curve=(),
@@ -135,32 +149,73 @@ def _checked(table: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]
             f"{', '.join(sorted(known))}. Remove or correct them."
         )
     for key, value in table.items():
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(
-                f"{where}: {key} = {value} is negative. It must be zero or more. "
-                "Correct the value."
-            )
+        _check_value(key, value, where)
     return dict(table)
+
+
+def _check_value(key: str, value: object, where: str) -> None:
+    """Numbers are numbers, and nothing is negative or divided by zero."""
+    if key in NOT_NUMBERS:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"{where}: {key} = {value!r} is no number. It must be one, without quotes. "
+            "Correct the value."
+        )
+    if not 0 <= value < float("inf") or (value == 0 and key in ABOVE_ZERO):
+        least = "more than zero" if key in ABOVE_ZERO else "zero or more"
+        raise ValueError(
+            f"{where}: {key} = {value} is not possible. It must be {least}. Correct "
+            "the value."
+        )
+
+
+def _parse_curve(points: Any, where: str) -> tuple[tuple[float, float], ...]:
+    try:
+        curve = tuple((float(rows), float(seconds)) for rows, seconds in points)
+    except (TypeError, ValueError):
+        curve = ((0.0, 0.0),)
+    rows = [r for r, _ in curve]
+    if rows != sorted(set(rows)) or any(value <= 0 for pair in curve for value in pair):
+        raise ValueError(
+            f"{where}: gemm_curve is wrong. It must be a list of [rows, seconds per "
+            "1e9 bytes of weights], above zero and with rising rows. Correct it, or "
+            "run vllm-attn-offload calibrate."
+        )
+    return curve
 
 
 def _parse_device(name: str, table: Mapping[str, Any], where: str) -> Device:
     values = _checked(table, Device, where)
     prices = values.pop("price", {})
     values["price"] = {
-        key: Price(**_checked(entry, Price, f"{where}.price.{key}"))
+        key: _parse_price(entry, f"{where}.price.{key}")
         for key, entry in prices.items()
     }
-    curve = values.pop("gemm_curve", ())
-    values["gemm_curve"] = tuple((float(r), float(s)) for r, s in curve)
-    missing = sorted(
-        {"tflops", "memory_gb", "memory_gbps", "source", "date"} - set(values)
-    )
+    values["gemm_curve"] = _parse_curve(values.pop("gemm_curve", ()), where)
+    _require(("tflops", "memory_gb", "memory_gbps", "source", "date"), values, where)
+    return Device(name=name, **values)
+
+
+def _parse_price(table: Mapping[str, Any], where: str) -> Price:
+    values = _checked(table, Price, where)
+    _require(("usd_per_hour", "source", "date"), values, where)
+    return Price(**values)
+
+
+def _parse_network(name: str, table: Mapping[str, Any], where: str) -> Network:
+    values = _checked(table, Network, where)
+    _require(("gbps",), values, where)
+    return Network(name, **values)
+
+
+def _require(needed: Sequence[str], values: Mapping[str, Any], where: str) -> None:
+    missing = sorted(set(needed) - set(values))
     if missing:
         raise ValueError(
-            f"{where} lacks {', '.join(missing)}. A device needs tflops, memory_gb, "
-            "memory_gbps, source and date. Add them."
+            f"{where} lacks {', '.join(missing)}. Needed are {', '.join(needed)}. Add "
+            "what is missing."
         )
-    return Device(name=name, **values)
 
 
 def read_hardware(path: Path) -> Catalogue:
@@ -182,9 +237,7 @@ def read_hardware(path: Path) -> Catalogue:
         for name, table in document.get("device", {}).items()
     }
     networks = {
-        name: Network(
-            name, **_checked(table, Network, f"{path.name}: [network.{name}]")
-        )
+        name: _parse_network(name, table, f"{path.name}: [network.{name}]")
         for name, table in document.get("network", {}).items()
     }
     return Catalogue(devices, networks)
@@ -241,6 +294,13 @@ def common_price_list(devices: Sequence[Device]) -> str | None:
         if all(name in device.price for device in devices):
             return name
     return None
+
+
+def groups_price(groups: Sequence[DeviceGroup], price_list: str | None) -> float | None:
+    """USD per hour of all `groups`, or None if one of their devices has no price."""
+    if not all(group.device.price for group in groups):
+        return None
+    return sum(g.count * price_per_hour(g.device, price_list) for g in groups)
 
 
 def price_per_hour(device: Device, price_list: str | None) -> float:

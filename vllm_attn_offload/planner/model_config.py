@@ -23,9 +23,10 @@ from vllm_attn_offload.planner.model_shape import (
 from vllm_attn_offload.planner.parameters import count_parameters
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
+ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 # MXFP4 packs 32 4-bit values with one 8-bit scale.
 QUANT_BITS = {"mxfp4": 4.25, "fp8": 8.0}
-KV_DTYPE_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
+KV_DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0}
 
 
 def find_config(model: str) -> Path:
@@ -130,26 +131,35 @@ def _config_error(path: Path, kind: str, detail: str) -> str:
 
 
 def read_model_shape(
-    model: str, kv_dtype: str = "auto", weight_bits: float | None = None
+    model: str,
+    kv_dtype: str = "auto",
+    weight_bits: float | None = None,
+    dtype: str = "auto",
 ) -> ModelShape:
     """Shape of `model` (path, directory or hub id).
 
     Args:
-        kv_dtype: "auto" (16 bit), "bfloat16", "float16" or "fp8".
+        kv_dtype: "auto" (like `dtype`), or one of KV_DTYPE_BYTES.
         weight_bits: bits per weight, instead of what the config says.
+        dtype: of unquantized weights and of activations; "auto": the config's for
+            weights, 16 bit for activations, as vLLM does.
 
     Raises:
         ValueError: unreadable config, or attention the planner cannot describe.
     """
-    if kv_dtype not in KV_DTYPE_BYTES:
+    if kv_dtype not in ("auto", *KV_DTYPE_BYTES):
         raise ValueError(
-            f"kv_dtype={kv_dtype!r} is unknown. Allowed: {', '.join(KV_DTYPE_BYTES)}. "
-            "Choose one of these."
+            f"kv_dtype={kv_dtype!r} is unknown. Allowed: auto, "
+            f"{', '.join(KV_DTYPE_BYTES)}. Choose one of these."
         )
     path = find_config(model)
     (config,) = read_configs([path])
     name = path.parent.name if path.name == "config.json" else path.stem
-    return shape_from_config(config, name, KV_DTYPE_BYTES[kv_dtype], weight_bits)
+    if dtype != "auto":
+        config |= {"dtype": dtype}
+    element_bytes = 2.0 if dtype == "auto" else DTYPE_BITS[dtype] / 8
+    kv_bytes = KV_DTYPE_BYTES.get(kv_dtype, element_bytes)
+    return shape_from_config(config, name, kv_bytes, weight_bits, element_bytes)
 
 
 def shape_from_config(
@@ -157,6 +167,7 @@ def shape_from_config(
     name: str,
     kv_element_bytes: float = 2.0,
     weight_bits: float | None = None,
+    activation_bytes: float = 2.0,
 ) -> ModelShape:
     """Shape from an already defaulted configuration mapping.
 
@@ -178,12 +189,15 @@ def shape_from_config(
         groups=_layer_groups(config, name),
         dense_params=count.linear + count.lm_head,
         dense_bytes=(count.linear * linear_bits + count.lm_head * base_bits) / 8,
+        lm_head_params=count.lm_head,
+        lm_head_bytes=count.lm_head * base_bits / 8,
         expert_params=count.experts,
         expert_bytes=count.experts * expert_bits / 8,
         num_experts=count.num_experts,
         experts_per_token=count.experts_per_token,
         embedding_params=count.embedding,
         embedding_bytes=count.embedding * base_bits / 8,
+        activation_bytes=activation_bytes,
         kv_element_bytes=kv_element_bytes,
     )
 

@@ -75,8 +75,9 @@ def mla_group(
 class ModelShape:
     """Sizes of one model. Bytes are of the whole model, not of a tensor-parallel rank.
 
-    `dense_*` are weights that every decode step reads, `expert_*` the routed experts,
-    `embedding_bytes` input embeddings that a step only looks up.
+    `dense_*` are weights that every decode step reads, `lm_head_*` those of them
+    outside the layers, `expert_*` the routed experts, `embedding_bytes` input
+    embeddings that a step only looks up.
     """
 
     name: str
@@ -84,6 +85,8 @@ class ModelShape:
     groups: tuple[LayerGroup, ...]
     dense_params: float
     dense_bytes: float
+    lm_head_params: float = 0.0
+    lm_head_bytes: float = 0.0
     expert_params: float = 0.0
     expert_bytes: float = 0.0
     num_experts: int = 0

@@ -16,6 +16,7 @@ from vllm_attn_offload.planner.report import (
     comparison_json,
     format_comparison,
     format_table,
+    format_usd,
 )
 from vllm_attn_offload.planner.scenario import simulate_comparison
 from vllm_attn_offload.planner.search import search_ratios
@@ -90,7 +91,8 @@ def _search_table(rows: list[Any]) -> str:
             f"{e.batch:,}",
             f"{e.tbt_s * 1e3:.1f}",
         ]
-        + [f"{e.tokens_per_s:,.0f}", f"{e.usd_per_hour:.2f}", f"{e.usd_per_mtoken:.2f}"]
+        + [f"{e.tokens_per_s:,.0f}", format_usd(e.usd_per_hour)]
+        + [format_usd(e.usd_per_mtoken)]
         for e in rows[:SEARCH_ROWS]
     ]
     title = (

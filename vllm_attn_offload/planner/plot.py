@@ -63,7 +63,7 @@ def _plot_ratios(axes: Any, ranked: Ranked) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     alone: set[str] = set()
     for compute, memory, estimate in ranked:
-        per_dollar = 3600 * estimate.tokens_per_s / estimate.usd_per_hour / 1e6
+        per_dollar = 3600 / estimate.cost_per_token / 1e6
         if memory is not None:
             point = (memory.count / compute.count, per_dollar)
             lines.setdefault(str(compute), []).append(point)
@@ -75,8 +75,10 @@ def _plot_ratios(axes: Any, ranked: Ranked) -> None:
     for label, points in sorted(lines.items()):
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker="o", label=label)
-    axes.set(xlabel="memory devices per compute device", ylabel="Mtoken per USD")
-    axes.set_title("Throughput per dollar (dotted: homogeneous)", fontsize=10)
+    is_priced = all(estimate.usd_per_hour is not None for _, _, estimate in ranked)
+    unit = "USD" if is_priced else "device hour"
+    axes.set(xlabel="memory devices per compute device", ylabel=f"Mtoken per {unit}")
+    axes.set_title(f"Throughput per {unit} (dotted: homogeneous)", fontsize=10)
     if lines:
         axes.legend(fontsize=8)
 

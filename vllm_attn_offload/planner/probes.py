@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from statistics import median
@@ -17,15 +17,20 @@ import torch
 # Weights and KV must not sit in a cache: a step reads them once.
 WORKING_SET_BYTES = 256 << 20
 
-Entry = float | list[list[float]]
+Entry = bool | float | list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Entries for [device.NAME] and for [network.NAME]."""
+    """Entries for the compute device, a memory node and the network between them.
+
+    `notes` become comments in the file.
+    """
 
     device: dict[str, Entry] = field(default_factory=dict)
     network: dict[str, Entry] = field(default_factory=dict)
+    node: dict[str, Entry] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Probe(Protocol):
@@ -40,7 +45,10 @@ class Probe(Protocol):
 def time_call(
     call: Callable[[], object], device: torch.device, budget_s: float
 ) -> float:
-    """Median seconds of `call`, after one warm-up, at least three times."""
+    """Median seconds of `call`, after one warm-up, at least three times.
+
+    A call that is slower than the whole budget is not repeated.
+    """
 
     def once() -> float:
         start = time.perf_counter()
@@ -49,7 +57,9 @@ def time_call(
             torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
-    once()
+    first_s = once()
+    if first_s > budget_s:
+        return first_s
     end = time.perf_counter() + budget_s
     times = [once() for _ in range(3)]
     while time.perf_counter() < end:
@@ -108,25 +118,39 @@ class GemmProbe:
     device: torch.device
     dtype: torch.dtype
     shapes: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256)
     title: str = "GEMM rates"
+    _turn: Iterator[list[torch.Tensor]] | None = None
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's weights."""
+        return sum(n * k for n, k in self.shapes) * self.dtype.itemsize
+
+    def layer_call(self, rows: int) -> Callable[[], None]:
+        """What multiplies `rows` rows with the next layer's matrices."""
+        if self._turn is None:
+            copies = max(WORKING_SET_BYTES // self.layer_bytes, 1)
+            self._turn = cycle(
+                [[self._weight(n, k) for n, k in self.shapes] for _ in range(copies)]
+            )
+        turn = self._turn
+        inputs = [self._weight(rows, k) for _, k in self.shapes]
+
+        def call() -> None:
+            for x, w in zip(inputs, next(turn), strict=True):
+                torch.nn.functional.linear(x, w)
+
+        return call
 
     def run(self, budget_s: float) -> ProbeResult:
         """One layer's matrices, at each number of rows."""
         layer_params = sum(n * k for n, k in self.shapes)
-        layer_bytes = layer_params * self.dtype.itemsize
-        copies = max(WORKING_SET_BYTES // layer_bytes, 1)
-        layers = [[self._weight(n, k) for n, k in self.shapes] for _ in range(copies)]
-        turn = cycle(layers)
+        layer_bytes = self.layer_bytes
         curve, tflops = [], 0.0
         for rows in self.rows:
-            inputs = [self._weight(rows, k) for _, k in self.shapes]
-
-            def step(inputs: list[torch.Tensor] = inputs) -> None:
-                for x, w in zip(inputs, next(turn), strict=True):
-                    torch.nn.functional.linear(x, w)
-
-            seconds = time_call(step, self.device, budget_s / len(self.rows))
+            call = self.layer_call(rows)
+            seconds = time_call(call, self.device, budget_s / len(self.rows))
             curve.append([float(rows), seconds / layer_bytes * 1e9])
             tflops = max(tflops, 2 * layer_params * rows / seconds / 1e12)
         return ProbeResult({"gemm_curve": curve, "tflops": tflops})
@@ -187,36 +211,3 @@ class AttentionProbe:
     def _cache(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = torch.randn((2, *shape)).to(self.device, self.dtype).unbind()
         return k, v
-
-
-@dataclass(slots=True)
-class ExchangeProbe:
-    """Round trip and bandwidth of one exchange with a memory node.
-
-    `exchange(sent, received)` performs one with that many bytes each way and returns
-    when the reply is complete. The caller owns the connection.
-    """
-
-    exchange: Callable[[int, int], object]
-    sizes: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
-    title: str = "exchange with the memory node"
-
-    def run(self, budget_s: float) -> ProbeResult:
-        """Sizes from 1 KiB to 4 MiB each way."""
-        host = torch.device("cpu")
-        seconds = [
-            time_call(
-                lambda size=size: self.exchange(size, size),  # type: ignore[misc]
-                host,
-                budget_s / len(self.sizes),
-            )
-            for size in self.sizes
-        ]
-        fixed_s, bandwidth = fit_line([2 * size for size in self.sizes], seconds)
-        return ProbeResult(
-            network={
-                "gbps": bandwidth * 8 / 1e9,
-                "latency_us": fixed_s * 1e6,
-                "efficiency": 1.0,
-            }
-        )

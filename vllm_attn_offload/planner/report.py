@@ -20,13 +20,19 @@ ROWS: tuple[tuple[str, Callable[[Estimate], str]], ...] = (
     ("  model, per micro-batch", lambda e: f"{e.model_s * 1e3:.1f}"),
     ("  attention", lambda e: f"{e.attention_s * 1e3:.1f}"),
     ("  network", lambda e: f"{e.wire_s * 1e3:.1f}"),
+    ("  output head, scheduling", lambda e: f"{e.overhead_s * 1e3:.1f}"),
     ("Prefill, share of time", lambda e: f"{e.prefill_share:.0%}"),
     ("Tokens/s", lambda e: f"{e.tokens_per_s:,.0f}"),
     ("  decode only", lambda e: f"{e.decode_tokens_per_s:,.0f}"),
-    ("USD/hour", lambda e: f"{e.usd_per_hour:.2f}"),
-    ("USD/Mtoken", lambda e: f"{e.usd_per_mtoken:.2f}"),
+    ("USD/hour", lambda e: format_usd(e.usd_per_hour)),
+    ("USD/Mtoken", lambda e: format_usd(e.usd_per_mtoken)),
     ("Bottleneck", lambda e: e.bottleneck),
 )
+
+
+def format_usd(usd: float | None) -> str:
+    """Cents, or that there is no price."""
+    return "no price" if usd is None else f"{usd:.2f}"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

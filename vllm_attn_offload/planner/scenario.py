@@ -46,7 +46,7 @@ class OffloadSteps:
         key = batch, num_batches
         if key not in self._model:
             self._partition = self.offload.resolved_partition(self.shape)
-            self._model[key] = cost.model_time(self.shape, compute.device, tp, rows)
+            self._model[key] = cost.layers_time(self.shape, compute.device, tp, rows)
         ports = min(compute.count, memory.count)
         return (
             self._model[key],
@@ -60,6 +60,12 @@ class OffloadSteps:
                 self._partition,
             ),
         )
+
+    def overhead(self, batch: int) -> float:
+        """Output head, sampling and scheduling."""
+        compute = self.offload.compute
+        tp = compute.count // max(self.num_batches - 1, 1)
+        return cost.overhead_time(self.shape, compute.device, tp, batch)
 
     def prefill(self, tokens: float, context: float) -> float:
         """Prefill of `tokens` at a mean `context`; 0 when it runs elsewhere."""
@@ -87,9 +93,14 @@ class HomogeneousSteps:
         """Model and attention time; no wire."""
         device, tp = self.group.device, self.group.count
         if batch not in self._model:
-            self._model[batch] = cost.model_time(self.shape, device, tp, batch)
+            self._model[batch] = cost.layers_time(self.shape, device, tp, batch)
         attention = cost.attention_time(self.shape, device, tp, batch, context)
         return self._model[batch], attention, 0.0
+
+    def overhead(self, batch: int) -> float:
+        """Output head, sampling and scheduling."""
+        device, tp = self.group.device, self.group.count
+        return cost.overhead_time(self.shape, device, tp, batch)
 
     def prefill(self, tokens: float, context: float) -> float:
         """Prefill of `tokens` at a mean `context`; 0 when it runs elsewhere."""

@@ -18,7 +18,7 @@ from vllm_attn_offload.planner.hardware import (
     Device,
     DeviceGroup,
     common_price_list,
-    price_per_hour,
+    groups_price,
 )
 from vllm_attn_offload.planner.model_shape import ModelShape
 
@@ -36,6 +36,9 @@ def search_ratios(
     """Every ratio that fits, and homogeneous groups (memory None), cheapest first."""
     compute, memory = offload.compute.device, offload.memory.device
     prices = price_list or common_price_list([compute, memory])
+    if not (compute.price and memory.price):
+        # One price without the other would rank dollars against devices.
+        compute, memory = replace(compute, price={}), replace(memory, price={})
     found: list[tuple[DeviceGroup, DeviceGroup | None, Estimate]] = []
     for a in COMPUTE_COUNTS:
         for b in MEMORY_COUNTS:
@@ -49,9 +52,10 @@ def search_ratios(
             best = result.best_offload
             if best is not None:
                 found.append((candidate.compute, candidate.memory, best))
-    kinds = [compute] if compute.name == memory.name else [compute, memory]
+    both = {compute.name: compute, memory.name: memory}.values()
+    kinds = [device for device in both if not device.attention_only]
     found += [(g, None, e) for g, e in _homogeneous(shape, kinds, workload, prices)]
-    return sorted(found, key=lambda item: item[2].usd_per_mtoken)
+    return sorted(found, key=lambda item: item[2].cost_per_token)
 
 
 def _homogeneous(
@@ -60,7 +64,7 @@ def _homogeneous(
     for device in kinds:
         for count in COMPUTE_COUNTS:
             group = DeviceGroup(device, count)
-            usd = count * price_per_hour(device, prices)
+            usd = groups_price([group], prices)
             try:
                 yield group, evaluate_homogeneous(shape, group, workload, usd)
             except DoesNotFitError:

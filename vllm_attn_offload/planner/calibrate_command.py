@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-attn-offload calibrate`: its options, and what it measures in which order."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from vllm_attn_offload.planner.model_config import ENGINE_DTYPES, read_model_shape
+
+CALIBRATE_HELP = "measure this machine and write a hardware TOML that plan uses"
+CALIBRATE_EPILOG = """examples:
+  vllm-attn-offload calibrate --model Qwen/Qwen3-0.6B
+  vllm-attn-offload calibrate --memory-node 10.0.0.7:7600 --name box --model ./Qwen3-8B
+Then plan with it, without editing the file:
+  vllm-attn-offload plan MODEL --hardware hardware.toml --compute 1xbox \\
+      --memory 1xbox-node --network box
+"""
+
+
+TRUST_OPTIONS = {
+    "auth_token_file": "file with the token of the nodes' --auth-token-file",
+    "tls_cert": "certificate (PEM) of this host",
+    "tls_key": "private key (PEM) of --tls-cert",
+    "tls_ca": "authority (PEM) that signed the certificates of host and nodes",
+}
+
+
+def add_calibrate(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    """Add the subcommand."""
+    calibrate = commands.add_parser(
+        "calibrate",
+        help=CALIBRATE_HELP,
+        description=CALIBRATE_HELP,
+        epilog=CALIBRATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = calibrate.add_argument
+    add("--output", type=Path, default=Path("hardware.toml"), help="file to write")
+    add("--name", default="local", help="device name to use with plan --compute")
+    add("--device", default="cpu", help="torch device: cpu or cuda:N (default cpu)")
+    add("--dtype", choices=ENGINE_DTYPES, default="bfloat16")
+    add(
+        "--memory-node",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="a running memory node, may be repeated; none: start one here",
+    )
+    add("--model", help="measure in this model's sizes, and time vLLM with it")
+    add("--no-engine", action="store_true", help="with --model: do not start vLLM")
+    add("--cpus", type=_cpus, metavar="LIST", help="of the compute side, such as 0-7")
+    add("--node-cpus", type=_cpus, metavar="LIST", help="of a memory node started here")
+    add("--quick", action="store_true", help="fewer repetitions and points")
+    trust = calibrate.add_argument_group("trust", "For memory nodes on other hosts.")
+    for name, text in TRUST_OPTIONS.items():
+        option = f"--{name.replace('_', '-')}"
+        trust.add_argument(option, default="", metavar="PATH", help=text)
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measure, write, say how to go on.
+
+    Raises:
+        ValueError: bad options, or vLLM does not serve the model here.
+        MemoryNodeError: a memory node cannot be used.
+    """
+    # torch takes seconds to import, and plan does without it.
+    from vllm_attn_offload.planner.calibrate import Calibration, check_output
+
+    check_output(args.output)
+    if args.memory_node and args.node_cpus:
+        raise ValueError(
+            "--node-cpus was given with --memory-node. It binds a memory node that is "
+            "started here. Leave it out, or start that node with its own --cpus."
+        )
+    shape = read_model_shape(args.model, dtype=args.dtype) if args.model else None
+    with ExitStack() as stack:
+        cpus, node_cpus = _share_cpus(args)
+        addresses = args.memory_node or [_start_node(stack, _text(node_cpus))]
+        allowed = os.sched_getaffinity(0)
+        stack.callback(os.sched_setaffinity, 0, allowed)
+        os.sched_setaffinity(0, cpus or allowed)
+        calibration = Calibration(
+            name=args.name,
+            output=args.output,
+            device=args.device,
+            dtype=args.dtype,
+            addresses=tuple(addresses),
+            shape=shape,
+            engine_model=None if args.no_engine else args.model,
+            cpus=_text(cpus),
+            trust=_trust(args),
+            is_quick=args.quick,
+        )
+        print(calibration.run())
+    print(
+        f"Wrote {args.output}. Next: vllm-attn-offload plan MODEL --hardware "
+        f"{args.output} --compute 1x{args.name} --memory {len(addresses)}x"
+        f"{args.name}-node --network {args.name}"
+    )
+    return 0
+
+
+def _trust(args: argparse.Namespace) -> dict[str, str]:
+    """The engine's options of the same names, where one is given."""
+    given = {name: getattr(args, name) for name in TRUST_OPTIONS}
+    tls = [given[name] for name in ("tls_cert", "tls_key", "tls_ca")]
+    if any(tls) and not all(tls):
+        raise ValueError(
+            "Only some of --tls-cert, --tls-key and --tls-ca were given. Allowed: all "
+            "three, or none. Give the missing ones."
+        )
+    return given if any(given.values()) else {}
+
+
+def _cpus(text: str) -> frozenset[int]:
+    # Late: it comes with the memory node's imports, which plan does without.
+    from vllm_attn_offload.memory_node.options import cpu_list
+
+    return cpu_list(text)
+
+
+def _text(cpus: frozenset[int]) -> str:
+    return ",".join(map(str, sorted(cpus)))
+
+
+def _share_cpus(args: argparse.Namespace) -> tuple[frozenset[int], frozenset[int]]:
+    """CPUs of the compute side and of a node here: halves, as an engine's default.
+
+    Empty: all that are allowed.
+    """
+    none: frozenset[int] = frozenset()
+    allowed = sorted(os.sched_getaffinity(0))
+    if args.memory_node or args.device != "cpu" or len(allowed) == 1:
+        return args.cpus or none, args.node_cpus or none
+    half = frozenset(allowed[: len(allowed) - len(allowed) // 2])
+    ours = args.cpus or half - (args.node_cpus or none) or half
+    theirs = args.node_cpus or frozenset(allowed) - ours
+    return ours, theirs
+
+
+def _start_node(stack: ExitStack, cpus: str) -> str:
+    from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+
+    folder = Path(tempfile.mkdtemp(prefix="calibrate-"))
+    node = MemoryNodeProcess(
+        folder, kv_cache_gib=None, cpus=cpus, startup_timeout_s=60.0
+    )
+    stack.callback(node.stop)
+    return node.address
