@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything worth knowing from one GPU box in under 8 minutes, as one JSON file.
 
-Needs torch, triton, numpy and this repository; ``--dry-run`` walks every step without
-a GPU, on tiny problems in Triton's interpreter.
+Needs torch, triton, numpy and this repository, and for its last three steps vLLM with
+this package installed; ``--dry-run`` walks every step without a GPU, on tiny problems
+in Triton's interpreter, with one pair of engines in place of all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 import torch
 from decode_providers import PROVIDERS, Inputs, Workload, draw_inputs
-from gpu_system import measure_transports, run_end_to_end
+from gpu_engines import compare_tokens, measure_decode
+from gpu_exchange import measure_exchange
+from gpu_system import measure_transports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -221,8 +224,19 @@ def step_transport(bench: Bench) -> dict[str, Any]:
     return measure_transports(bench.device, is_dry=bench.is_dry)
 
 
-def step_end_to_end(bench: Bench) -> dict[str, Any]:
-    return run_end_to_end(bench.device)
+def step_exchange(bench: Bench) -> dict[str, Any]:
+    """One layer's way to a node and back, by part."""
+    return measure_exchange(bench.device, is_dry=bench.is_dry)
+
+
+def step_equality(bench: Bench) -> dict[str, Any]:
+    """Tokens of both model runners, eager and in graphs, with both kinds of node."""
+    return compare_tokens(bench.device, is_dry=bench.is_dry)
+
+
+def step_decode(bench: Bench) -> dict[str, Any]:
+    """Tokens per second beside stock, also of long contexts; what pools hold."""
+    return measure_decode(bench.device, is_dry=bench.is_dry)
 
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -231,7 +245,9 @@ STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "copy-bandwidth": step_copy_bandwidth,
     "kernel-bandwidth": step_kernel_bandwidth,
     "transport": step_transport,
-    "end-to-end": step_end_to_end,
+    "exchange": step_exchange,
+    "equality": step_equality,
+    "decode": step_decode,
 }
 
 

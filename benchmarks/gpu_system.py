@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of ``gpu_suite.py`` beyond kernels: the way of a layer's rows, an engine."""
+"""Steps of ``gpu_suite.py`` beyond kernels: the way of a layer's rows, a node."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,61 +146,20 @@ def _print_transports(rows: list[dict[str, Any]], reason: str) -> None:
         print(f"sockets: {reason}")
 
 
-def run_end_to_end(device: torch.device) -> dict[str, Any]:
-    """A tiny model through vLLM, stock and from a node that runs the kernels.
-
-    Both engines use whatever vLLM is installed; the node holds its blocks on
-    ``device``. Greedy tokens in fp32 must be equal.
-
-    Raises:
-        RuntimeError: An engine or the node failed, or tokens differ.
-    """
-    reason = missing(("vllm", "transformers", *NODE_PACKAGES))
-    if reason:
-        print(f"skipped: {reason}")
-        return {"skipped": reason}
-    import tiny_llama
-
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="attn-offload-suite-") as work:
-        tiny_llama.save(Path(work, "model"))
-        results["stock"] = _generate(work)
-        with _memory_node(work, device) as address:
-            results["offload"] = _generate(work, address)
-    print(f"tokens {results['offload']['tokens']}")
-    if results["stock"]["tokens"] != results["offload"]["tokens"]:
-        raise RuntimeError(f"tokens differ from stock vLLM's: {results}")
-    return {"identical": True, **results}
-
-
-def _generate(work: str, *nodes: str) -> dict[str, Any]:
-    output = Path(work, "offload.json" if nodes else "stock.json")
-    # The engine is compiled or on the CPU as it pleases; only the node interprets.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    engine = subprocess.run(
-        [sys.executable, HERE / "tiny_llama.py", Path(work, "model"), output, *nodes],
-        capture_output=True,
-        text=True,
-        timeout=_ENGINE_TIMEOUT_S,
-        env=environment,
-    )
-    if engine.returncode:
-        raise RuntimeError((engine.stdout + engine.stderr)[-1500:])
-    result: dict[str, Any] = json.loads(output.read_text("utf-8"))
-    return result
-
-
 @contextmanager
-def _memory_node(work: str, device: torch.device) -> Iterator[str]:
-    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-    path = Path(work, "node.sock")
-    log = Path(work, "node.log")
+def memory_node(
+    work: str, device: torch.device, *, kv_cache_gib: float, name: str
+) -> Iterator[str]:
+    """A node on ``device``; yields its address."""
+    is_gpu = device.type == "cuda"
+    path = Path(work, f"{name}.sock")
+    log = Path(work, f"{name}.log")
     with log.open("wb") as sink:
         node = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
-                *("--listen", f"unix:{path}", "--kv-cache-gib", "0.1"),
-                *("--device", name, "--attention-kernel", "triton"),
+                *("--listen", f"unix:{path}", "--kv-cache-gib", str(kv_cache_gib)),
+                *("--device", f"cuda:{device.index or 0}" if is_gpu else "cpu"),
             ],
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -1,86 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock vLLM and attention offloading side by side: decode rate and where time goes.
 
-Both engines run on this host, with the same prompts, in turns. The decode rate is the
+All engines run on this host, with the same prompts, in turns. The decode rate is the
 batch divided by the median time between tokens after prefill; every request has its
-own tokens. Run ``python benchmarks/offline.py --help`` for the options.
+own tokens. ``--ablate`` compares one micro-batch, two, and stock; ``--sweep-nodes``
+memory nodes. Run ``python benchmarks/offline.py --help`` for the options.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
 import environment
+import offline_tables
+from offline_engines import EngineProcess, as_option, engine_options, offload_engine
+from offline_nodes import sweep_nodes
+from offline_trace import trace
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from smollm2 import prepare
 
-ENGINE_SCRIPT = Path(__file__).with_name("offline_engine.py")
 CHECK_PROMPTS, CHECK_TOKENS = 8, 12
 MIN_IDENTICAL = {"float32": 1.0, "bfloat16": 0.75, "float16": 0.75}
-MARGIN_TOKENS = 512
-
-
-class EngineProcess:
-    """An engine in a process of its own.
-
-    Args:
-        name: Shown in the table.
-        options: Keyword arguments of ``vllm_attn_offload.LLM``.
-        variables: Added to the environment.
-        log: Where the engine's output goes.
-    """
-
-    def __init__(
-        self, name: str, options: dict[str, Any], variables: dict[str, str], log: TextIO
-    ) -> None:
-        self.name = name
-        read, write = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, str(ENGINE_SCRIPT), str(write), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            text=True,
-            pass_fds=(write,),
-            env=os.environ
-            | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-            | variables,
-        )
-        os.close(write)
-        self._answers = os.fdopen(read)
-        self._log = log.name
-
-    def wait_until_ready(self) -> None:
-        """Wait for the model to be loaded."""
-        self._read()
-
-    def ask(self, request: dict[str, Any]) -> Any:
-        """Send a request and wait for its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._read())
-
-    def stop(self) -> None:
-        """End the engine."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _read(self) -> str:
-        line = self._answers.readline()
-        if not line:
-            raise SystemExit(f"The {self.name} engine ended. See its log: {self._log}")
-        return line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,8 +47,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compute-cpus", default="0", metavar="LIST")
     parser.add_argument("--node-cpus", default="1", metavar="LIST")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--micro-batches",
+        nargs="+",
+        default=["auto"],
+        choices=("1", "2", "auto"),
+        help="an offloading engine for each; default: auto",
+    )
+    parser.add_argument(
+        "--ablate",
+        action="store_true",
+        help="the same as --micro-batches 1 2, with what bounds the gain",
+    )
+    parser.add_argument(
+        "--trace-out",
+        type=Path,
+        help="write a Chrome trace of one step at the largest point, and a PNG beside",
+    )
+    parser.add_argument(
+        "--sweep-nodes",
+        type=lambda text: [int(count) for count in text.split(",")],
+        metavar="1,2,4",
+        help="compare capacity and traffic of several local nodes, and nothing else",
+    )
     parser.add_argument("--output", type=Path, help="write JSON here")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.ablate:
+        arguments.micro_batches = ["1", "2"]
+    return arguments
 
 
 def main() -> None:
@@ -111,38 +82,50 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console()
     model = arguments.model or str(prepare())
+    report: dict[str, Any] = {}
     with Path("/tmp/attn-offload-benchmark.log").open("w") as log:
-        engines = start_engines(arguments, model, log)
-        try:
-            for engine in engines:
-                engine.wait_until_ready()
-            check(engines, arguments.dtype, console)
-            rows = measure(engines, arguments)
-        finally:
-            for engine in engines:
-                engine.stop()
-    facts = environment.describe()
-    print_tables(console, rows, facts)
+        if arguments.sweep_nodes:
+            report["nodes"] = sweep_nodes(arguments, model, log)
+            offline_tables.print_nodes(console, report["nodes"])
+        else:
+            report["rows"] = compare(arguments, model, log, console)
+        if arguments.trace_out:
+            trace(arguments, model, log)
+            console.print(f"wrote {arguments.trace_out} and a PNG beside it")
+    report["environment"] = facts = environment.describe()
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average']}"
+    )
     if arguments.output:
-        report = {"environment": facts, "rows": rows}
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def compare(
+    arguments: argparse.Namespace, model: str, log: TextIO, console: Console
+) -> list[dict[str, Any]]:
+    """Stock and offloading engines in turns; prints the tables."""
+    engines = start_engines(arguments, model, log)
+    try:
+        for engine in engines:
+            engine.wait_until_ready()
+        check(engines, arguments.dtype, console)
+        rows = measure(engines, arguments)
+    finally:
+        for engine in engines:
+            engine.stop()
+    offline_tables.print_rates(console, rows)
+    offline_tables.print_sums(console, rows)
+    if arguments.ablate:
+        offline_tables.print_ablation(console, rows)
+    return rows
 
 
 def start_engines(
     arguments: argparse.Namespace, model: str, log: TextIO
 ) -> list[EngineProcess]:
-    """One stock engine per binding, and the offloading one last."""
-    longest = max(arguments.context) + MARGIN_TOKENS
-    pool_gib = pool_size_gib(model, arguments, longest)
-    common = {
-        "model": model,
-        "dtype": arguments.dtype,
-        "enforce_eager": not arguments.compile,
-        "max_model_len": longest,
-        "max_num_seqs": max(arguments.batch),
-        "max_num_batched_tokens": 2048,
-    }
-    engines = [
+    """One stock engine per binding, then the offloading ones."""
+    common, pool_gib = engine_options(arguments, model)
+    stock = [
         EngineProcess(
             f"stock, CPUs {cpus}",
             {**common, "kv_cache_memory_bytes": int(pool_gib * (1 << 30))},
@@ -151,43 +134,27 @@ def start_engines(
         )
         for cpus in arguments.stock_cpus
     ]
-    offload = {
-        **common,
-        "attention_offload": True,
-        "attention_offload_config": {
-            "kv_cache_gib": pool_gib,
-            "local_node_cpus": arguments.node_cpus,
-        },
-    }
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus}
-    return [*engines, EngineProcess("offload", offload, variables, log)]
-
-
-def pool_size_gib(model: str, arguments: argparse.Namespace, longest: int) -> float:
-    """KV bytes of the largest batch, with a fifth to spare."""
-    config = json.loads(Path(model, "config.json").read_text("utf-8"))
-    head_size = config["hidden_size"] // config["num_attention_heads"]
-    item_bytes = 4 if arguments.dtype == "float32" else 2
-    token_bytes = (
-        2
-        * config["num_hidden_layers"]
-        * config["num_key_value_heads"]
-        * head_size
-        * item_bytes
-    )
-    return round(
-        1.2 * token_bytes * longest * max(arguments.batch) / (1 << 30) + 0.1, 2
-    )
+    offload = [
+        offload_engine(
+            arguments, model, log, option, num_microbatches=as_option(option)
+        )
+        for option in arguments.micro_batches
+    ]
+    return [*stock, *offload]
 
 
 def check(engines: list[EngineProcess], dtype: str, console: Console) -> None:
     """Compare greedy tokens; a wrong engine prints no numbers."""
     request = {"check": [CHECK_PROMPTS, CHECK_TOKENS]}
     answers = [engine.ask(request) for engine in engines]
-    same = sum(a == b for a, b in zip(answers[0], answers[-1], strict=True))
-    console.print(f"{same} of {CHECK_PROMPTS} greedy sequences equal stock's ({dtype})")
-    if same < MIN_IDENTICAL[dtype] * CHECK_PROMPTS:
-        raise SystemExit("Offloading gives other tokens than stock; nothing is timed.")
+    for engine, answer in zip(engines[1:], answers[1:], strict=True):
+        same = sum(a == b for a, b in zip(answers[0], answer, strict=True))
+        console.print(
+            f"{engine.name}: {same} of {CHECK_PROMPTS} greedy sequences equal those "
+            f"of {engines[0].name} ({dtype})"
+        )
+        if same < MIN_IDENTICAL[dtype] * CHECK_PROMPTS:
+            raise SystemExit(f"{engine.name} gives other tokens; nothing is timed.")
 
 
 def measure(
@@ -214,23 +181,24 @@ def measure(
 def summarise(
     point: tuple[int, int], by_engine: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """One row: medians, ratio, and the offloading engine's time per layer."""
+    """One row: medians of every engine, and an offloading step's sums."""
     step_ms = {
         name: 1e3 * statistics.median(answer["step_s"] for answer in answers)
         for name, answers in by_engine.items()
     }
-    stock = min(time for name, time in step_ms.items() if name != "offload")
-    parts = by_engine["offload"][0]["layer_us"]
+    stock = [time for name, time in step_ms.items() if name.startswith("stock")]
     return {
         "batch": point[0],
         "context": point[1],
         "step_ms": step_ms,
         "tokens_per_s": {name: 1e3 * point[0] / time for name, time in step_ms.items()},
-        "offload_over_best_stock": stock / step_ms["offload"],
-        "layer_us": {
-            part: statistics.median(a["layer_us"][part] for a in by_engine["offload"])
-            for part in parts
+        "over_best_stock": {
+            name: min(stock) / time
+            for name, time in step_ms.items()
+            if stock and name.startswith("offload")
         },
+        "layer_us": medians(by_engine, "layer_us"),
+        "sums": medians(by_engine, "sums"),
         "runs_step_ms": {
             name: [1e3 * answer["step_s"] for answer in answers]
             for name, answers in by_engine.items()
@@ -238,35 +206,16 @@ def summarise(
     }
 
 
-def print_tables(
-    console: Console, rows: list[dict[str, Any]], facts: dict[str, object]
-) -> None:
-    """The decode rates, then where the offloading engine's time goes."""
-    names = list(rows[0]["step_ms"])
-    rates = Table(title="Decode: ms per token (tokens/s), median")
-    for heading in ("batch", "context", *names, "offload / best stock"):
-        rates.add_column(heading, justify="right")
-    parts = list(rows[0]["layer_us"])
-    layers = Table(title="Offload: µs per layer, median")
-    for heading in ("batch", "context", *parts):
-        layers.add_column(heading, justify="right")
-    for row in rows:
-        cells = [
-            f"{row['step_ms'][name]:.1f} ({row['tokens_per_s'][name]:.0f})"
-            for name in names
-        ]
-        ratio = f"{row['offload_over_best_stock']:.2f}x"
-        rates.add_row(str(row["batch"]), str(row["context"]), *cells, ratio)
-        layers.add_row(
-            str(row["batch"]),
-            str(row["context"]),
-            *(f"{row['layer_us'][part]:.0f}" for part in parts),
-        )
-    console.print(rates)
-    console.print(layers)
-    console.print(
-        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average']}"
-    )
+def medians(by_engine: dict[str, list[Any]], kind: str) -> dict[str, dict[str, float]]:
+    """Medians over runs of every offloading engine's parts."""
+    return {
+        name: {
+            part: statistics.median(answer[kind][part] for answer in answers)
+            for part in answers[0][kind]
+        }
+        for name, answers in by_engine.items()
+        if answers[0][kind]
+    }
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Engine:
 
         self._llm = LLM(**options)
         self._is_offload = bool(options.get("attention_offload"))
+        self._offload_options = options.get("attention_offload_config", {})
         self._num_requests = 0
 
     def check(self, num_prompts: int, num_tokens: int) -> list[list[int]]:
@@ -55,35 +56,92 @@ class Engine:
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def capacity(self) -> int:
+        """Tokens of the KV pool that the scheduler sees."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None
+        return cache.num_gpu_blocks * cache.block_size
+
     def measure(self, point: Point) -> dict[str, Any]:
         """Prefill a batch, then time decode steps.
 
         Returns:
-            ``step_s``, the median time between tokens, and where it went per layer.
+            ``step_s``, the median time between tokens; where it went per layer, and
+            sums of a step.
         """
+        names = self._prefill(point)
+        before = self._breakdown()
+        intervals = self._decode(point.steps)
+        after = self._breakdown()
+        self._abort(names)
+        spent = {part: after[part] - before[part] for part in after}
+        return {
+            "step_s": statistics.median(intervals),
+            "layer_us": _per_layer_us(spent, point.steps),
+            "sums": _per_step(spent, intervals, point.batch),
+        }
+
+    def first_token(
+        self, num_prompt: int, num_cached: int, num_new: int, seed: int
+    ) -> dict[str, Any]:
+        """Seconds to the first token of a cold prompt, and of one that is cached."""
+        draw = random.Random(f"first-token-{seed}")
+        cold, cached, new = (
+            draw.choices(VOCABULARY, k=k) for k in (num_prompt, num_cached, num_new)
+        )
+        cold_s, cold_token = self._time_first_token(cold)
+        self._time_first_token(cached)
+        cached_s, cached_token = self._time_first_token(cached + new)
+        return {
+            "cold_s": cold_s,
+            "cached_s": cached_s,
+            "tokens": [cold_token, cached_token],
+        }
+
+    def _time_first_token(self, prompt: list[int]) -> tuple[float, int]:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        started = time.perf_counter()
+        (output,) = self._llm.generate(
+            TokensPrompt(prompt_token_ids=prompt), params, use_tqdm=False
+        )
+        return time.perf_counter() - started, output.outputs[0].token_ids[0]
+
+    def trace(self, point: Point) -> list[list[Any]]:
+        """Worker's events of a few decode steps; see ``timeline.py``."""
+        import timeline
+
+        names = self._prefill(point)
+        self._llm.collective_rpc(timeline.start_recording)
+        self._decode(point.steps)
+        (events,) = self._llm.collective_rpc(timeline.stop_recording)
+        self._abort(names)
+        return events
+
+    def _prefill(self, point: Point) -> list[str]:
         names = self._add_requests(point)
-        engine = self._llm.llm_engine
         started: set[str] = set()
         while len(started) < point.batch:
-            started.update(output.request_id for output in engine.step())
-        for _ in range(WARM_UP_STEPS):
-            engine.step()
-        before = self._breakdown()
+            started.update(output.request_id for output in self._llm.llm_engine.step())
+        self._decode(WARM_UP_STEPS)
+        return names
+
+    def _decode(self, num_steps: int) -> list[float]:
         intervals = []
         last = time.perf_counter()
-        for _ in range(point.steps):
-            engine.step()
+        for _ in range(num_steps):
+            self._llm.llm_engine.step()
             now = time.perf_counter()
             intervals.append(now - last)
             last = now
-        after = self._breakdown()
+        return intervals
+
+    def _abort(self, names: list[str]) -> None:
+        engine = self._llm.llm_engine
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
-        return {
-            "step_s": statistics.median(intervals),
-            "layer_us": _per_layer_us(before, after),
-        }
 
     def _add_requests(self, point: Point) -> list[str]:
         from vllm import SamplingParams
@@ -100,27 +158,48 @@ class Engine:
         return names
 
     def _breakdown(self) -> dict[str, float]:
-        """Seconds since start by part, on the worker and on the memory node."""
+        """Sums since start by part, on the worker and on the memory nodes."""
         if not self._is_offload:
             return {}
-        from vllm_attn_offload.client.control_client import ControlClient
-        from vllm_attn_offload.engine_config import run_dir
-        from vllm_attn_offload.memory_node.launcher import local_address
-
         (times,) = self._llm.collective_rpc("exchange_times")
-        node = ControlClient(local_address(run_dir(0)), timeout_s=10)
-        (session,) = node.stats().sessions
-        node.close()
+        sessions = [self._session(address) for address in self._addresses()]
+        parts = {
+            "node receive": "receive_s",
+            "node store": "store_s",
+            "node attend": "attend_s",
+            "node send": "send_s",
+        }
         return {
-            "layer_calls": times["num_layer_calls"],
+            "steps": times["num_steps"],
+            "layer calls": times["num_layer_calls"],
+            "cut steps": times["num_cut_steps"],
+            "forward": times["decode_s"],
             "pack": times["pack_s"],
             "send": times["send_s"],
             "wait": times["wait_s"],
-            "node receive": session.receive_s,
-            "node store": session.store_s,
-            "node attend": session.attend_s,
-            "node send": session.send_s,
+            **{
+                part: sum(getattr(session, field) for session in sessions)
+                for part, field in parts.items()
+            },
+            "bytes": sum(s.bytes_received + s.bytes_sent for s in sessions),
         }
+
+    def _addresses(self) -> list[str]:
+        from vllm_attn_offload.engine_config import run_dir
+        from vllm_attn_offload.memory_node.launcher import local_address
+
+        joined = self._offload_options.get("memory_nodes")
+        count = self._offload_options.get("num_local_nodes", 1)
+        return joined or [local_address(run_dir(0, node)) for node in range(count)]
+
+    @staticmethod
+    def _session(address: str) -> Any:
+        from vllm_attn_offload.client.control_client import ControlClient
+
+        node = ControlClient(address, timeout_s=10)
+        (session,) = node.stats().sessions
+        node.close()
+        return session
 
 
 def _prompts(point: Point) -> list[list[int]]:
@@ -129,16 +208,37 @@ def _prompts(point: Point) -> list[list[int]]:
     return [draw.choices(VOCABULARY, k=point.context) for _ in range(point.batch)]
 
 
-def _per_layer_us(
-    before: dict[str, float], after: dict[str, float]
-) -> dict[str, float]:
-    if not after:
+def _per_layer_us(spent: dict[str, float], num_steps: int) -> dict[str, float]:
+    """Time of a layer by part, both micro-batches together."""
+    if not spent:
         return {}
-    calls = after["layer_calls"] - before["layer_calls"]
+    num_layers = spent["layer calls"] / spent["steps"]
+    parts = ("pack", "send", "wait", *(p for p in spent if p.startswith("node ")))
+    return {part: 1e6 * spent[part] / (num_steps * num_layers) for part in parts}
+
+
+def _per_step(
+    spent: dict[str, float], intervals: list[float], batch: int
+) -> dict[str, float]:
+    """Milliseconds of an average step: who was busy, who was idle."""
+    if not spent:
+        return {}
+    num_steps = len(intervals)
+    step = 1e3 * sum(intervals) / num_steps
+    ms = {part: 1e3 * value / num_steps for part, value in spent.items()}
+    node = ms["node receive"] + ms["node store"] + ms["node attend"] + ms["node send"]
+    num_layers = spent["layer calls"] / spent["steps"]
     return {
-        part: 1e6 * (after[part] - before[part]) / calls
-        for part in after
-        if part != "layer_calls"
+        "step": step,
+        "compute busy": step - ms["wait"],
+        "of it forward": ms["forward"] - ms["wait"],
+        "compute idle": ms["wait"],
+        "node busy": node,
+        "node idle": step - node,
+        "wire": ms["send"] + ms["node receive"] + ms["node send"],
+        "cut share": spent["cut steps"] / num_steps,
+        "layers": num_layers,
+        "bytes per row and layer": spent["bytes"] / (num_steps * batch * num_layers),
     }
 
 
@@ -149,8 +249,15 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        if "check" in request:
-            answer: Any = engine.check(*request["check"])
+        answer: Any
+        if "first_token" in request:
+            answer = engine.first_token(*request["first_token"])
+        elif "check" in request:
+            answer = engine.check(*request["check"])
+        elif "capacity" in request:
+            answer = engine.capacity()
+        elif "trace" in request:
+            answer = engine.trace(Point(**request["trace"]))
         else:
             answer = engine.measure(Point(**request))
         print(json.dumps(answer), file=answers, flush=True)

@@ -141,7 +141,7 @@ def per_dollar_grid() -> tuple[list[tuple[float, str]], float]:
                         theirs = evaluate_homogeneous(model, group, load, price)
                     except DoesNotFitError:
                         continue  # nothing to compare where a side holds no request
-                    found.append((theirs.usd_per_mtoken / ours.usd_per_mtoken, label))
+                    found.append((theirs.cost_per_token / ours.cost_per_token, label))
                     faster = ours.tokens_per_s / theirs.tokens_per_s
                     if name == "H100" and faster > 12.1:
                         nodes = 12.1 * (total - price) / (faster - 12.1)

@@ -224,8 +224,9 @@ def dop_sweep(traces: Sequence[Trace]) -> Section:
                 line.append((f"({a},{b})", price, best))
             for t in (4, 8):
                 group = DeviceGroup(H100, t)
-                e = evaluate_homogeneous(model, group, load, usd(H100, t))
-                line.append((f"{t}xH100", e.usd_per_hour, e.tokens_per_s))
+                price = usd(H100, t)
+                e = evaluate_homogeneous(model, group, load, price)
+                line.append((f"{t}xH100", price, e.tokens_per_s))
     rows = [
         [key, name, f"{price:.2f}", f"{speed:,.0f}", f"{price / speed / 3.6e-3:.2f}"]
         for key, line in points.items()

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a small session waits for beside a greedy one on the same memory node.
+
+The greedy neighbour attends over long contexts and always has its next layer in line;
+the small session sends one layer after another. Both are protocol clients without vLLM.
+``python benchmarks/fairness.py --output results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.memory_node.step import (
+    AttentionStep,
+    step_num_bytes,
+    write_step,
+)
+from vllm_attn_offload.protocol import (
+    AttachSession,
+    FrameFlag,
+    KVGroup,
+    LayerGeometry,
+    OpenSession,
+    ReserveCapacity,
+    SessionGeometry,
+    SessionStats,
+    Shard,
+)
+
+TIMEOUT_S = 300.0
+BLOCK_SIZE = 16
+CHUNK = 2048
+HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
+LAYER = LayerGeometry(
+    "layer", 0, 0, HEADS, KV_HEADS, HEAD_SIZE, HEAD_SIZE, HEAD_SIZE**-0.5
+)
+GEOMETRY = SessionGeometry("bfloat16", [KVGroup(BLOCK_SIZE)], [LAYER])
+
+
+class Peer:
+    """A session of one layer whose requests all read the same stored context.
+
+    Args:
+        address: The memory node.
+        name: Of the engine, as the node shows it.
+        num_reqs: Decode requests of every step.
+        context: Tokens that each of them attends over.
+    """
+
+    def __init__(self, address: str, name: str, num_reqs: int, context: int) -> None:
+        self.num_reqs, self._context = num_reqs, context
+        self._num_blocks = -(-context // BLOCK_SIZE)
+        self._control = ControlClient(address, TIMEOUT_S)
+        self._name = name
+        # More than the blocks need, because kernels may pad them.
+        kv_bytes = 2 * self._num_blocks * BLOCK_SIZE * KV_HEADS * 2 * HEAD_SIZE * 2
+        reserved = self._control.reserve(
+            ReserveCapacity(name, Shard(), GEOMETRY, kv_bytes)
+        )
+        opened = self._control.open_session(
+            OpenSession(
+                reserved.reservation, 0, self._num_blocks, CHUNK, 256, self._num_blocks
+            )
+        )
+        attach = AttachSession(
+            opened.session, opened.attach_token, 0, GEOMETRY.digest(), 0
+        )
+        self._client = NodeClient(address, attach, TIMEOUT_S)
+        self._step = 0
+        self._fill()
+        self._out = memoryview(bytearray(num_reqs * HEADS * HEAD_SIZE * 2))
+        self._query = torch.randn(num_reqs, HEADS * HEAD_SIZE).bfloat16()
+        self._send_step(self._decode_step())
+
+    def post(self) -> None:
+        """Send a layer."""
+        self._client.post_layer(
+            self._step, 0, 0, FrameFlag.NONE, _bytes(self._query), has_queries=True
+        )
+
+    def collect(self) -> None:
+        """Wait for the output of the first layer that was not collected."""
+        self._client.receive_out(0, self._out)
+
+    def stats(self) -> SessionStats:
+        """The node's counters of this session."""
+        sessions = self._control.stats().sessions
+        return next(stats for stats in sessions if stats.engine == self._name)
+
+    def close(self) -> None:
+        """End the session."""
+        self._client.close()
+        self._control.close()
+
+    def _fill(self) -> None:
+        for begin in range(0, self._context, CHUNK):
+            slots = np.arange(begin, min(begin + CHUNK, self._context))
+            empty = np.empty(0, np.int32)
+            stored = AttentionStep(
+                np.zeros(1, np.int32), empty, slots, empty.reshape(0, 0)
+            )
+            self._send_step(stored)
+            rows = torch.randn(2, slots.size, KV_HEADS * HEAD_SIZE).bfloat16()
+            flags = FrameFlag.WANT_ACK
+            self._client.post_layer(
+                self._step, 0, 0, flags, _bytes(rows), has_queries=False
+            )
+            self._client.receive_out(0, memoryview(bytearray()))
+
+    def _decode_step(self) -> AttentionStep:
+        table = np.arange(self._num_blocks, dtype=np.int32)
+        return AttentionStep(
+            np.arange(self.num_reqs + 1, dtype=np.int32),
+            np.full(self.num_reqs, self._context, np.int32),
+            np.empty(0, np.int64),
+            np.tile(table, (self.num_reqs, 1)),
+        )
+
+    def _send_step(self, step: AttentionStep) -> None:
+        self._step += 1
+        num_reqs, width = step.block_table.shape
+        payload = memoryview(
+            bytearray(step_num_bytes(num_reqs, step.num_tokens, width))
+        )
+        write_step(step, payload)
+        self._client.post_step(self._step, 0, 0, payload)
+
+
+class Greedy(threading.Thread):
+    """Keeps the peer's next layer in line while another is computed.
+
+    ``waits`` and ``computes`` are the node's times of every layer, in seconds.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(daemon=True)
+        self._peer = peer
+        self.is_over = threading.Event()
+        self.waits: list[float] = []
+        self.computes: list[float] = []
+
+    def run(self) -> None:
+        before = self._peer.stats()
+        self._peer.post()
+        while not self.is_over.is_set():
+            self._peer.post()
+            self._peer.collect()
+            after = self._peer.stats()
+            self.waits.append(after.queue_s - before.queue_s)
+            self.computes.append(compute_s(after) - compute_s(before))
+            before = after
+        self._peer.collect()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def compute_s(stats: SessionStats) -> float:
+    """Seconds in the node's kernels."""
+    return stats.store_s + stats.attend_s
+
+
+def sample(peer: Peer, count: int) -> dict[str, float]:
+    """Run layers one by one."""
+    waits, computes = [], []
+    before = peer.stats()
+    for _ in range(count):
+        peer.post()
+        peer.collect()
+        after = peer.stats()
+        waits.append(after.queue_s - before.queue_s)
+        computes.append(compute_s(after) - compute_s(before))
+        before = after
+    return summary(waits, computes)
+
+
+@contextmanager
+def running_node(kv_cache_gib: float, cpus: str) -> Iterator[str]:
+    """A memory node on a Unix socket; its address."""
+    with tempfile.TemporaryDirectory() as directory:
+        ready_read, ready_write = os.pipe()
+        address = f"unix:{Path(directory) / 'node.sock'}"
+        node = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
+                *("--listen", address, "--kv-cache-gib", str(kv_cache_gib)),
+                *("--ready-fd", str(ready_write), "--cpus", cpus),
+            ],
+            pass_fds=(ready_write,),
+        )
+        os.close(ready_write)
+        try:
+            if not os.read(ready_read, 4096):
+                raise SystemExit("the memory node did not start; its message is above")
+            yield address
+        finally:
+            node.terminate()
+            node.wait(10)
+            os.close(ready_read)
+
+
+def measure(address: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Both sessions alone, then side by side."""
+    results: dict[str, dict[str, float]] = {}
+    with (
+        closing(Peer(address, "greedy", args.requests, args.context)) as big,
+        closing(Peer(address, "small", 1, 128)) as small,
+    ):
+        results["neighbour alone"] = sample(big, args.neighbour_layers)
+        results["small alone"] = sample(small, args.layers)
+        greedy = Greedy(big)
+        greedy.start()
+        results["small beside it"] = sample(small, args.layers)
+        greedy.is_over.set()
+        greedy.join()
+        results["neighbour beside it"] = summary(greedy.waits, greedy.computes)
+    return results
+
+
+def summary(waits: list[float], computes: list[float]) -> dict[str, float]:
+    """Median and 99th percentile of queue wait and compute time, in milliseconds."""
+    return {
+        f"{name}_p{q}": 1e3 * float(np.percentile(values, q))
+        for name, values in (("queue_ms", waits), ("layer_ms", computes))
+        for q in (50, 99)
+    }
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    """Print the table and the bound."""
+    table = Table("session", "queue p50", "queue p99", "LAYER p50", "LAYER p99")
+    names = ("queue_ms_p50", "queue_ms_p99", "layer_ms_p50", "layer_ms_p99")
+    for title, row in results.items():
+        table.add_row(title, *(f"{row[name]:.3f} ms" for name in names))
+    console = Console()
+    console.print(table)
+    wait = results["small beside it"]["queue_ms_p99"]
+    layer = results["neighbour beside it"]["layer_ms_p99"]
+    console.print(
+        "p99 queue wait of the small session / p99 LAYER of its neighbour: "
+        f"{wait / layer:.2f} (bar: 1)"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--context", type=int, default=65536)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=200)
+    parser.add_argument("--neighbour-layers", type=int, default=50)
+    parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--cpus", default=str(max(os.sched_getaffinity(0))))
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with running_node(args.kv_cache_gib, args.cpus) as address:
+        results = measure(address, args)
+    show(results)
+    if args.output:
+        report = {"environment": describe(), "arguments": vars(args), **results}
+        args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the engines of ``offline.py``, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+ENGINE_SCRIPT = Path(__file__).with_name("offline_engine.py")
+MARGIN_TOKENS = 512
+
+
+class EngineProcess:
+    """An engine in a process of its own.
+
+    Args:
+        name: Shown in the table.
+        options: Keyword arguments of ``vllm_attn_offload.LLM``.
+        variables: Added to the environment.
+        log: Where the engine's output goes.
+    """
+
+    def __init__(
+        self, name: str, options: dict[str, Any], variables: dict[str, str], log: TextIO
+    ) -> None:
+        self.name = name
+        read, write = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, str(ENGINE_SCRIPT), str(write), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+            pass_fds=(write,),
+            env=os.environ
+            | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+            | variables,
+        )
+        os.close(write)
+        self._answers = os.fdopen(read)
+        self._log = log.name
+
+    def wait_until_ready(self) -> None:
+        """Wait for the model to be loaded."""
+        self._read()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Send a request and wait for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._read())
+
+    def stop(self) -> None:
+        """End the engine."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _read(self) -> str:
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit(f"The {self.name} engine ended. See its log: {self._log}")
+        return line
+
+
+def as_option(micro_batches: str) -> int | str:
+    """A value of ``num_microbatches``."""
+    return micro_batches if micro_batches == "auto" else int(micro_batches)
+
+
+def offload_engine(
+    arguments: argparse.Namespace,
+    model: str,
+    log: TextIO,
+    name: str,
+    **options: Any,
+) -> EngineProcess:
+    """An offloading engine, by default with a local node."""
+    common, pool_gib = engine_options(arguments, model)
+    offload = {
+        "kv_cache_gib": pool_gib,
+        "local_node_cpus": arguments.node_cpus,
+        **options,
+    }
+    variables = {
+        "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
+        # For the timeline, whose functions run in the worker.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    return EngineProcess(
+        f"offload {name}",
+        {**common, "attention_offload": True, "attention_offload_config": offload},
+        variables,
+        log,
+    )
+
+
+def engine_options(
+    arguments: argparse.Namespace, model: str
+) -> tuple[dict[str, Any], float]:
+    """Options of every engine, and the size of its KV pool in GiB."""
+    longest = max(arguments.context) + MARGIN_TOKENS
+    common = {
+        "model": model,
+        "dtype": arguments.dtype,
+        "enforce_eager": not arguments.compile,
+        "max_model_len": longest,
+        "max_num_seqs": max(arguments.batch),
+        "max_num_batched_tokens": 2048,
+    }
+    return common, pool_size_gib(model, arguments, longest)
+
+
+def pool_size_gib(model: str, arguments: argparse.Namespace, longest: int) -> float:
+    """KV bytes of the largest batch, with a fifth to spare."""
+    config = json.loads(Path(model, "config.json").read_text("utf-8"))
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    item_bytes = 4 if arguments.dtype == "float32" else 2
+    token_bytes = (
+        2
+        * config["num_hidden_layers"]
+        * config["num_key_value_heads"]
+        * head_size
+        * item_bytes
+    )
+    return round(
+        1.2 * token_bytes * longest * max(arguments.batch) / (1 << 30) + 0.1, 2
+    )

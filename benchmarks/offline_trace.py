@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``offline.py --trace-out``: record one decode step on both sides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+import timeline
+from offline_engines import as_option, engine_options, offload_engine
+
+
+def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
+    """Record one step in two micro-batches, or as ``--micro-batches`` says last."""
+    option = as_option(arguments.micro_batches[-1])
+    batch, context = max(arguments.batch), max(arguments.context)
+    point = {"batch": batch, "context": context, "steps": 6, "seed": 1}
+    with tempfile.TemporaryDirectory(prefix="trace-") as folder:
+        node = _start_node(Path(folder), engine_options(arguments, model)[1], arguments)
+        engine = offload_engine(
+            arguments,
+            model,
+            log,
+            "traced",
+            num_microbatches=option,
+            memory_nodes=[f"unix:{folder}/node.sock"],
+        )
+        try:
+            engine.wait_until_ready()
+            of_worker = engine.ask({"trace": point})
+        finally:
+            engine.stop()
+            node.terminate()
+            node.wait(10)
+        of_node = json.loads(Path(folder, "events.json").read_text("utf-8"))
+    step = timeline.one_step(of_worker, of_node)
+    timeline.write_chrome_trace(step, arguments.trace_out)
+    title = f"One decode step, batch {batch}, context {context:,} ({arguments.dtype})"
+    timeline.draw(step, title, arguments.trace_out.with_suffix(".png"))
+
+
+def _start_node(
+    folder: Path, kv_cache_gib: float, arguments: argparse.Namespace
+) -> subprocess.Popen[bytes]:
+    """A memory node that writes its events when it ends; returns when it listens."""
+    ready_read, ready_write = os.pipe()
+    node = subprocess.Popen(
+        [
+            *(sys.executable, timeline.__file__, str(folder / "events.json")),
+            *("--listen", f"unix:{folder}/node.sock", "--cpus", arguments.node_cpus),
+            *("--kv-cache-gib", f"{kv_cache_gib}", "--ready-fd", str(ready_write)),
+        ],
+        pass_fds=(ready_write,),
+    )
+    os.close(ready_write)
+    with os.fdopen(ready_read) as ready:
+        if not ready.readline():
+            raise SystemExit("The traced memory node did not start; see above.")
+    return node

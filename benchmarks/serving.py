@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock and offloading ``vllm serve`` under the same load, by ``vllm bench serve``.
+
+Both servers run on this host and take turns, rate by rate. Without ``--trace`` the
+lengths are random; a trace (Azure CSV, Mooncake JSONL) brings lengths and arrivals, and
+a rate stretches its clock. ``--plots DIR`` draws the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import environment
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from serving_plots import plot
+from serving_server import VLLM, Server
+from smollm2 import prepare
+
+from vllm_attn_offload.planner.traces import read_trace
+
+CHUNK_TOKENS = 512
+BENCH_TIMEOUT_S = 3600.0
+TABLE_COLUMNS = 120
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", help="default: SmolLM2-135M-Instruct")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    add("--max-model-len", type=int, default=2048, help="default: %(default)s")
+    add("--max-num-seqs", type=int, default=32, help="default: %(default)s")
+    add("--kv-cache-gib", type=float, default=1.0, help="of either engine")
+    add("--stock-cpus", default="0-1", metavar="LIST")
+    add("--compute-cpus", default="0", metavar="LIST")
+    add("--node-cpus", default="1", metavar="LIST")
+    add("--serve-option", action="append", default=[], metavar="--OPTION=VALUE")
+    load = parser.add_argument_group("load")
+    add = load.add_argument
+    add("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0], metavar="REQ/S")
+    add("--num-prompts", type=int, default=64, help="per rate; default: %(default)s")
+    add("--trace", type=Path, help="Azure CSV or Mooncake JSONL")
+    add("--input-len", type=int, default=256, help="mean; most, with --trace")
+    add("--output-len", type=int, default=64, help="mean; most, with --trace")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, help="write JSON here")
+    output.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs here")
+    arguments = parser.parse_args()
+    if arguments.input_len + arguments.output_len > arguments.max_model_len:
+        parser.error(
+            f"--input-len {arguments.input_len} and --output-len "
+            f"{arguments.output_len} exceed --max-model-len {arguments.max_model_len}. "
+            "Their sum may be at most that. Lower them or raise --max-model-len."
+        )
+    return arguments
+
+
+def main() -> None:
+    """Serve, load, print, write."""
+    arguments = parse_arguments()
+    # The servers have sessions of their own: they end with us also when we are killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
+    model = arguments.model or str(prepare())
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+        servers: list[Server] = []
+        try:
+            for name in ("stock", "offload"):
+                log = Path(folder, f"{name}.log")
+                servers.append(start(name, model, arguments, log))
+            rows = measure(servers, model, arguments, Path(folder))
+        finally:
+            for server in servers:
+                server.stop()
+    facts = environment.describe()
+    print_table(console, rows, facts)
+    report = {"environment": facts, "rows": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if arguments.plots:
+        for path in plot(rows, arguments.plots):
+            console.print(f"wrote {path}")
+
+
+def start(name: str, model: str, arguments: argparse.Namespace, log: Path) -> Server:
+    """Start one engine; both get the same limits and a KV cache of the same size."""
+    options = [
+        *("--dtype", arguments.dtype),
+        *("--max-model-len", str(arguments.max_model_len)),
+        *("--max-num-seqs", str(arguments.max_num_seqs)),
+        *arguments.serve_option,
+    ]
+    if name == "stock":
+        num_bytes = int(arguments.kv_cache_gib * (1 << 30))
+        options += ["--kv-cache-memory-bytes", str(num_bytes)]
+        cpus = arguments.stock_cpus
+    else:
+        config = {
+            "kv_cache_gib": arguments.kv_cache_gib,
+            "local_node_cpus": arguments.node_cpus,
+        }
+        options += ["--attention-offload-config", json.dumps(config)]
+        cpus = arguments.compute_cpus
+    return Server(name, model, options, {"VLLM_CPU_OMP_THREADS_BIND": cpus}, log)
+
+
+def measure(
+    servers: list[Server], model: str, arguments: argparse.Namespace, folder: Path
+) -> list[dict[str, Any]]:
+    """One row per rate and engine; engines take turns at each rate."""
+    for server in servers:
+        # Lazy start-up work must not land in the first rate.
+        run_bench(server, model, warm_up_load(arguments), folder, BENCH_TIMEOUT_S)
+    rows = []
+    plan = [(i, rate) for i, rate in enumerate(arguments.rates)]
+    for index, rate in track(plan, description="serving"):
+        load = trace_load(arguments, index, rate, folder)
+        if load is None:
+            load = random_load(arguments, index, rate)
+        for server in servers:
+            with server.watch() as samples:
+                result = run_bench(server, model, load, folder, BENCH_TIMEOUT_S)
+            rows.append(summarise(server.name, rate, result, samples))
+    return rows
+
+
+def warm_up_load(arguments: argparse.Namespace) -> list[str]:
+    """A few short requests."""
+    return [
+        *("--dataset-name", "random", "--seed", "12345", "--num-prompts", "4"),
+        *("--random-input-len", str(min(32, arguments.input_len))),
+        *("--random-output-len", str(min(8, arguments.output_len))),
+    ]
+
+
+def random_load(arguments: argparse.Namespace, index: int, rate: float) -> list[str]:
+    """Random lengths around the means; a seed per rate, so that no prompt is cached."""
+    return [
+        *("--dataset-name", "random", "--seed", str(index)),
+        *("--num-prompts", str(arguments.num_prompts), "--request-rate", str(rate)),
+        *("--random-input-len", str(arguments.input_len)),
+        *("--random-output-len", str(arguments.output_len)),
+        *("--random-range-ratio", "0.5"),
+    ]
+
+
+def trace_load(
+    arguments: argparse.Namespace, index: int, rate: float, folder: Path
+) -> list[str] | None:
+    """The first requests of the trace, on a clock that gives `rate` on average.
+
+    Prompts are random tokens that no two requests share; ids differ between rates.
+    """
+    if arguments.trace is None:
+        return None
+    requests = read_trace(arguments.trace)[: arguments.num_prompts]
+    span_s = requests[-1].arrival_s or 1.0
+    stretch = len(requests) / rate / span_s
+    path = folder / f"trace-{index}.jsonl"
+    next_id = index << 32
+    with path.open("w", encoding="utf-8") as file:
+        for request in requests:
+            prompt = min(request.prompt, arguments.input_len)
+            num_chunks = -(-prompt // CHUNK_TOKENS)
+            row = {
+                "timestamp": request.arrival_s * stretch,
+                "input_length": prompt,
+                "output_length": min(request.output, arguments.output_len),
+                "hash_ids": list(range(next_id, next_id + num_chunks)),
+            }
+            next_id += num_chunks
+            file.write(json.dumps(row) + "\n")
+    return [
+        *("--dataset-name", "timed_trace", "--dataset-path", str(path)),
+        *("--num-prompts", str(len(requests))),
+        *("--timed-trace-chunk-hash-size", str(CHUNK_TOKENS)),
+    ]
+
+
+def run_bench(
+    server: Server, model: str, load: list[str], folder: Path, timeout_s: float
+) -> dict[str, Any]:
+    """Run ``vllm bench serve`` and return what it saves."""
+    command = [
+        *(str(VLLM), "bench", "serve", "--base-url", server.url, "--model", model),
+        *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
+        *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
+        *("--save-result", "--result-dir", str(folder)),
+        *("--result-filename", f"{server.name}.json", *load),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        # timed_trace derives tokens from hashes of strings: both engines get the same.
+        env=os.environ | {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+        raise SystemExit(f"vllm bench serve failed against {server.name}:\n{tail}")
+    return json.loads(Path(folder, f"{server.name}.json").read_text("utf-8"))
+
+
+def summarise(
+    name: str, rate: float, result: dict[str, Any], samples: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What the table and the plots need; times in ms."""
+    keys = (
+        *("completed", "failed", "duration", "request_throughput"),
+        *("output_throughput", "p50_itl_ms", "p99_itl_ms", "p50_tpot_ms"),
+        *("p99_tpot_ms", "p50_ttft_ms", "p99_ttft_ms"),
+    )
+    row: dict[str, Any] = {"engine": name, "rate": rate}
+    row |= {key: result[key] for key in keys}
+    samples = _from_first_request(samples)
+    busy = [sample for sample in samples if sample["running"] > 0]
+    row["mean_batch"] = sum(s["running"] for s in busy) / max(len(busy), 1)
+    row["kv_use_peak"] = max((s["kv_use"] for s in samples), default=0.0)
+    row["samples"] = samples
+    return row
+
+
+def _from_first_request(samples: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without the seconds in which the load generator starts."""
+    active = (i for i, s in enumerate(samples) if s["running"] + s["waiting"] > 0)
+    left = samples[max(next(active, 0) - 1, 0) :]
+    return [s | {"at_s": s["at_s"] - left[0]["at_s"]} for s in left]
+
+
+def print_table(
+    console: Console, rows: list[dict[str, Any]], facts: dict[str, object]
+) -> None:
+    """Rate by rate, stock and offload one below the other."""
+    table = Table(title="Serving: TBT is the time between tokens")
+    headings = ["req/s", "engine", "tokens/s", "/ stock", "TBT p50 ms", "TBT p99 ms"]
+    headings += ["TTFT p50 ms", "TTFT p99 ms", "mean batch", "KV peak", "failed"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    stock = {r["rate"]: r for r in rows if r["engine"] == "stock"}
+    for r in rows:
+        ratio = r["output_throughput"] / stock[r["rate"]]["output_throughput"]
+        table.add_row(
+            *(f"{r['rate']:g}", r["engine"], f"{r['output_throughput']:.1f}"),
+            *(f"{ratio:.2f}x", f"{r['p50_itl_ms']:.1f}", f"{r['p99_itl_ms']:.1f}"),
+            *(f"{r['p50_ttft_ms']:.0f}", f"{r['p99_ttft_ms']:.0f}"),
+            *(f"{r['mean_batch']:.1f}", f"{r['kv_use_peak']:.0%}", str(r["failed"])),
+        )
+    console.print(table)
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
