@@ -42,7 +42,7 @@ class AttentionOffloadConfig:
     """KV cache of this engine on each node, in GiB; a data-parallel rank is an engine.
     Unset: all that is free there, divided by the data-parallel size; local nodes then
     hold half of the memory that is available at start."""
-    num_microbatches: Literal[1, 2, "auto"] = "auto"
+    num_microbatches: Literal[1, 2, "auto"] = 1
     """Parts that decode steps are cut into, so that one computes while the other waits
     for its attention. auto: 2 where the times of earlier steps say that it is faster;
     with several tensor-parallel ranks 1."""

@@ -16,9 +16,14 @@ Completion = dict[str, Any]
 def main() -> None:
     """``generate.py MODEL DTYPE MODE OUTPUT [ADDRESS ...]``."""
     model, dtype, mode, output, *addresses = sys.argv[1:]
+    longest = workload.MODES[mode].longest
+    first, second = (
+        [prompt for prompt in prompts if len(prompt) <= longest]
+        for prompts in workload.prompts(model, dtype)
+    )
     llm = _engine(model, dtype, workload.MODES[mode], addresses)
-    first, second = workload.prompts(model, dtype)
     result = {
+        "lengths": [len(prompt) for prompt in (*first, *second)],
         "greedy": [*_greedy(llm, first), *_greedy(llm, second)],
         "several": _several(llm, first[10:12]),
         "metrics": _metrics(llm),

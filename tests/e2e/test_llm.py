@@ -25,7 +25,14 @@ def test_llm_float32_is_identical(generated: Generated) -> None:
 def test_llm_float32_with_several_nodes(generated: Generated, mode: str) -> None:
     """Nodes whose unused memory holds NaN, other chunk sizes, without a cache, TP."""
     stock, offload = generated("float32", "stock"), generated("float32", mode)
-    assert_identical(stock["greedy"], offload["greedy"])
+    longest = workload.MODES[mode].longest
+    expected = [
+        completion
+        for completion, length in zip(stock["greedy"], stock["lengths"], strict=True)
+        if length <= longest
+    ]
+    assert len(expected) >= 10
+    assert_identical(expected, offload["greedy"])
 
 
 def test_llm_float32_in_micro_batches(generated: Generated) -> None:

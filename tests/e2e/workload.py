@@ -51,7 +51,9 @@ class Mode:
         offload: Options of attention offloading; None: stock vLLM.
         engine: Options that differ from ``ENGINE_OPTIONS``.
         variables: Added to the environment.
+        is_remote: Whether its nodes are on another host, which asks for a token.
         sharing_rounds: How often prompts that share a prefix arrive together.
+        longest: Prompts of more tokens are left out.
     """
 
     num_nodes: int = 0
@@ -60,6 +62,7 @@ class Mode:
     variables: dict[str, str] = field(default_factory=dict)
     is_remote: bool = False
     sharing_rounds: int = 0
+    longest: int = MAX_MODEL_LEN
 
 
 MODES = {
@@ -85,6 +88,8 @@ MODES = {
         {"tensor_parallel_size": 3},
         # Not "auto", which wants a core for each.
         {"VLLM_CPU_OMP_THREADS_BIND": "0|0|1"},
+        # Ranks that share cores wait for each other more than they compute.
+        longest=130,
     ),
     "micro-batches": Mode(
         2,
