@@ -215,8 +215,8 @@ class _Session:
         from vllm_attn_offload.client.step_plan import BatchStep
 
         width = -(-context // BLOCK_SIZE)
-        table = np.random.default_rng(0).permutation(batch * width)
-        table = table.reshape(batch, width).astype(np.int32)
+        order = np.random.default_rng(0).permutation(batch * width)
+        table = order.reshape(batch, width).astype(np.int32)
         last = (context - 1) % BLOCK_SIZE
         return BatchStep(
             query_start_loc=np.arange(batch + 1, dtype=np.int32),
