@@ -80,6 +80,7 @@ MODES = {
         # Most prompts are many chunks, attended on both sides.
         {"max_num_batched_tokens": 16, "max_num_seqs": 16},
         is_remote=True,
+        longest=300,
     ),
     # One KV head per rank; ranks share the nodes.
     "blocks-2-tp-3": Mode(
@@ -97,6 +98,7 @@ MODES = {
         # In one process, so that a request can join a chosen step.
         variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         sharing_rounds=20,
+        longest=300,
     ),
 }
 #: Blocks for one longest request and little more. The 19 short prompts of fp32 take

@@ -27,12 +27,17 @@ from raw_session import RawSession, encode_step, make_geometry, reservation
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    PayloadLayout,
+    RowLayout,
+)
 from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
     CppDecodeAttention,
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.protocol import (
     Dtype,
+    FrameFlag,
     FrameHeader,
     FrameKind,
     SessionGeometry,
@@ -179,6 +184,7 @@ def test_micro_batches_keep_their_plans(cpp_node: NodeProcess) -> None:
             for index, (batch, qkv) in enumerate(zip(batches, rows, strict=True)):
                 header = FrameHeader(FrameKind.LAYER, layer=index, step=number)
                 header.micro_batch, header.num_bytes = index, qkv.nbytes
+                header.flags = FrameFlag.FUSED
                 session.send(header, qkv.view(torch.uint8).numpy().data.cast("B"))
                 kind, payload = session.receive()
                 assert kind == FrameKind.OUT
@@ -211,12 +217,13 @@ def test_layers_allocate_nothing() -> None:
     out = memoryview(bytearray(step.num_tokens * 9 * 64 * 2))
     lse = memoryview(bytearray(step.num_tokens * 9 * 4))
     plan = attention.plan(0, geometry, step)
+    layout = PayloadLayout.fused(RowLayout.of(geometry.layers[0]), step.num_tokens, 2)
 
     def run_layers() -> int:
         for _ in range(50):
             for pool in pools:
-                attention.store(pool, plan, qkv)
-                attention.attend(pool, plan, qkv, out, lse)
+                attention.store(pool, plan, qkv, layout)
+                attention.attend(pool, plan, qkv, layout, out, lse)
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
