@@ -18,7 +18,7 @@ from worker_batch import WorkerBatch
 
 from vllm_attn_offload.attention.local_prefill import attend_locally
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.node_client import MAX_UNACKNOWLEDGED_BYTES, NodeClient
 from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import (
     Partition,
@@ -48,7 +48,7 @@ class Worker:
     ) -> None:
         self._geometry = geometry
         count = len(addresses)
-        self._batch = WorkerBatch(geometry, NUM_BLOCKS, num_reqs)
+        self.batch = WorkerBatch(geometry, NUM_BLOCKS, num_reqs)
         # In a partition by blocks nodes of unequal size.
         sizes = [NUM_BLOCKS] * count
         if kind == "blocks":
@@ -69,7 +69,7 @@ class Worker:
 
     def step(self, num_new: list[int], *, layer: int = 0) -> float:
         """Run a step on both layers; the largest error of the outputs."""
-        batch, (query, key, value) = self._batch.grow(num_new)
+        batch, (query, key, value) = self.batch.grow(num_new)
         step = self.nodes.begin_step(batch)
         scale = self._geometry.layers[0].softmax_scale
         output = torch.full(query.shape, torch.nan, dtype=query.dtype)
@@ -79,7 +79,7 @@ class Worker:
             if prefills := step.plan.prefills:
                 lse = attend_locally(query, key, value, output, prefills, scale)
             self.nodes.collect(step, index, output, lse)
-        return float((output - self._batch.expected()).abs().max())
+        return float((output - self.batch.expected()).abs().max())
 
     def close(self) -> None:
         self.nodes.close()
@@ -135,6 +135,23 @@ def test_output_is_causal_attention(
     times = worker.nodes.times()
     assert times["num_steps"], times["num_layer_calls"] == (len(STEPS), 2 * len(STEPS))
     assert times["wait_s"] > 0
+    worker.close()
+
+
+@pytest.mark.parametrize("is_tcp", [False, True], ids=["shared memory", "TCP"])
+def test_stored_chunks_are_acknowledged(
+    node: NodeProcess, addresses: list[str], is_tcp: bool
+) -> None:
+    """A long prefill sends more than may be under way, and goes on."""
+    worker = Worker([node.address if is_tcp else addresses[0]])
+    batch, (query, key, value) = worker.batch.grow([900])
+    step = worker.nodes.begin_step(batch)
+    output = torch.zeros_like(query)
+    layer_bytes = key.nbytes + value.nbytes
+    for call in range(MAX_UNACKNOWLEDGED_BYTES // layer_bytes + 3):
+        worker.nodes.post_layer(step, call % 2, query, key, value)
+        worker.nodes.collect(step, call % 2, output)
+    assert worker.step([1]) < 1e-5
     worker.close()
 
 

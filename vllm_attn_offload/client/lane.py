@@ -15,6 +15,8 @@ from vllm_attn_offload.protocol import FrameFlag
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
+#: Payload of an acknowledgement.
+_NOTHING = memoryview(bytearray(0))
 
 
 class Lane:
@@ -131,7 +133,7 @@ class Lane:
         if not self.has_reply:
             return False
         if not self.num_rows:
-            self.client.receive_out(layer, memoryview(b""), self._allowance_s)
+            self.client.receive_out(layer, _NOTHING, self._allowance_s)
             return False
         self._lay_out_reply(v_head_size, dtype)
         num_bytes = self.out.nbytes + (self.lse.nbytes if with_lse else 0)
