@@ -206,4 +206,7 @@ def test_node_hangs_and_is_killed(
     mortal_node.kill()
     # The step ends, with zeros, and says so.
     assert second.step([1]) > 0
-    assert "its session was lost" in str(second.nodes.loss)
+    first_loss = second.nodes.loss
+    assert "its session was lost" in str(first_loss)
+    assert second.step([1]) > 0
+    assert second.nodes.loss is first_loss

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from paged_batch import Qkv, random_tokens
 
 from vllm_attn_offload.client.step_plan import BatchStep
 from vllm_attn_offload.protocol import SessionGeometry
-
-Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -111,14 +110,4 @@ class WorkerBatch:
         return q, k, v
 
     def _tokens(self, count: int) -> Qkv:
-        layer = self._layer
-        shapes = (
-            (count, layer.num_query_heads, layer.head_size),
-            (count, layer.num_kv_heads, layer.head_size),
-            (count, layer.num_kv_heads, layer.v_head_size),
-        )
-        q, k, v = (
-            torch.randn(shape, generator=self._generator).to(self._dtype)
-            for shape in shapes
-        )
-        return q, k, v
+        return random_tokens(self._layer, count, self._dtype, self._generator)

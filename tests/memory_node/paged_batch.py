@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
 
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -107,18 +108,8 @@ class PagedBatch:
         outs, lses = zip(*results, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
-    def _tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer = self._layer
-        shapes = (
-            (count, layer.num_query_heads, layer.head_size),
-            (count, layer.num_kv_heads, layer.head_size),
-            (count, layer.num_kv_heads, layer.v_head_size),
-        )
-        q, k, v = (
-            torch.randn(shape, generator=self._generator).to(self._dtype)
-            for shape in shapes
-        )
-        return q, k, v
+    def _tokens(self, count: int) -> Qkv:
+        return random_tokens(self._layer, count, self._dtype, self._generator)
 
     def _step(self, slots: list[int]) -> AttentionStep:
         requests = [request for request, _ in self._new]
@@ -144,6 +135,19 @@ class PagedBatch:
         scores = torch.einsum("qhd,khd->hqk", q, k) * self._layer.softmax_scale
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
         return out, scores.logsumexp(-1).T
+
+
+def random_tokens(
+    layer: LayerGeometry, count: int, dtype: torch.dtype, generator: torch.Generator
+) -> Qkv:
+    """q ``[count, heads, d]``, k and v ``[count, kv_heads, d]`` of new tokens."""
+    shapes = (
+        (count, layer.num_query_heads, layer.head_size),
+        (count, layer.num_kv_heads, layer.head_size),
+        (count, layer.num_kv_heads, layer.v_head_size),
+    )
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return q, k, v
 
 
 def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:

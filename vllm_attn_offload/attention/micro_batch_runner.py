@@ -91,7 +91,7 @@ class MicroBatchRunner:
         cut = None
         if self._choice.wants_cut(num_rows, num_tokens):
             cut = choose_cut(batch, self._block_size, self._choice.costs)
-        started, waited = time.perf_counter(), nodes.times()["wait_s"]
+        started, waited = time.perf_counter(), nodes.wait_s
         output = (
             self._forward(**inputs)
             if cut is None
@@ -100,9 +100,7 @@ class MicroBatchRunner:
         step_s = time.perf_counter() - started
         # A step that lost a node waited for nothing.
         if nodes.loss is None:
-            self._choice.record(
-                cut is not None, step_s, nodes.times()["wait_s"] - waited
-            )
+            self._choice.record(cut is not None, step_s, nodes.wait_s - waited)
         return output
 
     def _is_looked_at(self, metadata: AttentionOffloadMetadata) -> bool:

@@ -83,7 +83,9 @@ class NodeGroup:
         )
         while len(self._lanes) <= micro_batch:
             self._lanes.append([self._lane(node) for node in range(len(self._clients))])
-        self._raise_if_lost()
+        if self.loss is not None:
+            self._raise_if_lost()
+            return step
         try:
             self._post_step(step)
         except MemoryNodeError as error:
@@ -177,6 +179,11 @@ class NodeGroup:
             output.zero_()
             if lse is not None:
                 lse.zero_()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds of waiting for nodes since the group was made."""
+        return self._times.wait_s
 
     def times(self) -> dict[str, float]:
         """Sums since the group was made."""

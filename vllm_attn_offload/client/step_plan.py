@@ -111,58 +111,57 @@ def plan_step(batch: BatchStep, partition: Partition, block_size: int) -> StepPl
     if partition.kind == "heads" or partition.num_nodes == 1:
         nodes = (NodeStep(whole, None, rows, None),) * partition.num_nodes
     else:
-        nodes = tuple(
-            _blocks_of_node(whole, rows, partition, node, block_size)
-            for node in range(partition.num_nodes)
-        )
+        nodes = _divided_blocks(whole, rows, partition, block_size)
     needs_merge = any(prefill.has_context for prefill in prefills) or (
         partition.kind == "blocks" and partition.num_nodes > 1
     )
     return StepPlan(batch.num_tokens, rows, prefills, nodes, needs_merge)
 
 
-def _blocks_of_node(
+def _divided_blocks(
     whole: AttentionStep,
     rows: Int64Array | None,
     partition: Partition,
-    node: int,
     block_size: int,
-) -> NodeStep:
-    """The requests, tokens and blocks that lie on one node.
+) -> tuple[NodeStep, ...]:
+    """The requests, tokens and blocks that lie on each node.
 
     A request's last block may be partial; as the last of its node, too, it needs no
     length of its own, and attention does not ask for the order of the others.
     """
-    table, lens = whole.block_table, whole.seq_lens
-    columns = np.arange(table.shape[1], dtype=np.int64)
-    tokens = np.clip(lens[:, None] - columns * block_size, 0, block_size)
-    safe = np.where(tokens > 0, table, 0)
-    is_here = (tokens > 0) & (partition.node_of_block[safe] == node)
-    local_lens = np.where(is_here, tokens, 0).sum(1).astype(np.int32)
-    has_any = local_lens > 0
-    compact = _compacted(partition.local_block[safe], is_here)[has_any]
-    query_lens = np.diff(whole.query_start_loc)
-    positions = _rows_of(whole.query_start_loc[:-1][has_any], query_lens[has_any])
-    slots, stored_rows = _slots_of_node(whole.slot_mapping, partition, node, block_size)
-    return NodeStep(
-        AttentionStep(
-            _offsets(query_lens[has_any]), local_lens[has_any], slots, compact
-        ),
-        positions,
-        positions if rows is None else rows[positions],
-        stored_rows,
-    )
+    columns = np.arange(whole.block_table.shape[1], dtype=np.int64)
+    tokens = np.clip(whole.seq_lens[:, None] - columns * block_size, 0, block_size)
+    used = np.where(tokens > 0, whole.block_table, 0)
+    homes = np.where(tokens > 0, partition.node_of_block[used], -1)
+    local_ids = partition.local_block[used]
+    starts, query_lens = whole.query_start_loc[:-1], np.diff(whole.query_start_loc)
+    slot_homes, local_slots = _divided_slots(whole.slot_mapping, partition, block_size)
+    nodes = []
+    for node in range(partition.num_nodes):
+        is_here = homes == node
+        lens = np.where(is_here, tokens, 0).sum(1).astype(np.int32)
+        has_any = lens > 0
+        positions = _rows_of(starts[has_any], query_lens[has_any])
+        stored_rows = np.flatnonzero(slot_homes == node)
+        step = AttentionStep(
+            _offsets(query_lens[has_any]),
+            lens[has_any],
+            local_slots[stored_rows],
+            _compacted(local_ids, is_here)[has_any],
+        )
+        query_rows = positions if rows is None else rows[positions]
+        nodes.append(NodeStep(step, positions, query_rows, stored_rows))
+    return tuple(nodes)
 
 
-def _slots_of_node(
-    slot_mapping: Int64Array, partition: Partition, node: int, block_size: int
-) -> tuple[Int64Array, Int64Array]:
-    """Local slots, and the rows of the batch that they are of."""
+def _divided_slots(
+    slot_mapping: Int64Array, partition: Partition, block_size: int
+) -> tuple[Int32Array, Int64Array]:
+    """Node of every row's slot, -1 for none, and the slot on that node."""
     blocks = slot_mapping // block_size
-    is_here = (slot_mapping >= 0) & (partition.node_of_block[blocks] == node)
-    rows = np.flatnonzero(is_here)
-    local = partition.local_block[blocks[rows]].astype(np.int64)
-    return local * block_size + slot_mapping[rows] % block_size, rows
+    homes = np.where(slot_mapping >= 0, partition.node_of_block[blocks], -1)
+    local = partition.local_block[blocks].astype(np.int64)
+    return homes, local * block_size + slot_mapping % block_size
 
 
 def _compacted(ids: Int32Array, is_here: BoolArray) -> Int32Array:

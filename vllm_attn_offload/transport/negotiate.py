@@ -17,6 +17,8 @@ from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 from vllm_attn_offload.transport.spin import process_cpu_ids, remote_spin_us, spin_us
 from vllm_attn_offload.transport.tcp import TcpTransport
 
+# Written by the memory node only, whose process has handlers of its own; a compute
+# node's loggers must be children of vLLM's.
 logger = logging.getLogger(__name__)
 
 #: Unread frames each way: STEP and LAYER of two micro-batches.
