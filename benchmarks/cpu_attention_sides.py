@@ -83,7 +83,7 @@ class Ours:
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
             v_head_size=shape.head_size,
-            dtype=shape.dtype,
+            dtype=_name(shape.dtype),
             isa=isa,
         )
         self.memory = huge_buffer(num_blocks * self.cache.block_bytes)
@@ -108,7 +108,7 @@ class Ours:
         attend.lse = self.lse.data_ptr()
         attend.query_stride = attend.out_stride = query[0].nbytes
         attend.softmax_scale = batch.scale
-        attend.query_dtype = attend.out_dtype = DTYPES[query.dtype]
+        attend.query_dtype = attend.out_dtype = DTYPES[_name(query.dtype)]
         self.plans: list[int] = []
         for table in batch.tables:
             plan = self.library.create_plan(self.cache)
@@ -183,3 +183,7 @@ class Vllm:
             scheduler_metadata=metadata,
             s_aux=None,
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

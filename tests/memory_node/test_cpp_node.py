@@ -89,6 +89,14 @@ def run_alone(
 
 
 @needs_library
+def test_start_without_torch(cpp_node: NodeProcess) -> None:
+    """Importing it takes longer than all else between a loss and the next token."""
+    maps = Path(f"/proc/{cpp_node.process.pid}/maps").read_text()
+    assert "_cpu_kernels" in maps
+    assert "torch" not in maps
+
+
+@needs_library
 @pytest.mark.parametrize("steps", [SPLIT, MANY], ids=["split", "many"])
 @pytest.mark.parametrize(
     ("dtype", "heads", "head_size"),

@@ -22,6 +22,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN_BYTE = 0xFF  # repeated, it is NaN in all three dtypes
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Case:
     """One step of one layer. Each request has (cached and new tokens, query rows)."""
@@ -62,7 +66,7 @@ class Step:
             num_kv_heads=num_kv_heads,
             head_size=size,
             v_head_size=v_size,
-            dtype=case.dtype,
+            dtype=name_of(case.dtype),
             isa=case.isa,
         )
         size_bytes = num_blocks * self.cache.block_bytes
@@ -162,8 +166,8 @@ class Step:
         call.sinks = 0 if self.sinks is None else self.sinks.data_ptr()
         call.alibi_slopes = 0 if self.alibi is None else self.alibi.data_ptr()
         call.soft_cap, call.sliding_window = self.case.soft_cap, self.case.window
-        call.query_dtype = DTYPES[self.query.dtype]
-        call.out_dtype = DTYPES[out_dtype]
+        call.query_dtype = DTYPES[name_of(self.query.dtype)]
+        call.out_dtype = DTYPES[name_of(out_dtype)]
         self.library.attend(self.pool, self.plan, call)
         return out, lse
 

@@ -2,7 +2,8 @@
 """Loads the CPU kernel library and wraps its C interface (``cpu_kernels/abi.h``).
 
 Pointers are plain integers (``tensor.data_ptr()``, ``array.ctypes.data``). Every call
-releases the GIL.
+releases the GIL. Nothing here imports torch: a node that attends with this library
+starts, and is back after a loss, without the seconds that torch takes.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from ctypes import (
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vllm_attn_offload.native_library import check_version, find_library
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+#: Codes of ``abi.h``.
+DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 
 _OK = 0
 _ADVICE = {
@@ -229,12 +229,13 @@ class CpuKernelLibrary:
         num_kv_heads: int,
         head_size: int,
         v_head_size: int,
-        dtype: torch.dtype,
+        dtype: str,
         isa: str | None = None,
     ) -> CpuCache:
         """Describe a cache; the caller allocates its memory, 64-byte aligned.
 
         Args:
+            dtype: A key of `DTYPES`.
             isa: One of `isa_names`; None for the best.
 
         Raises:

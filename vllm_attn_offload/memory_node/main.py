@@ -17,6 +17,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.memory_node.capacity import GIB, available_host_bytes
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.decode_attention.create import (
+    create_decode_attention,
+)
 from vllm_attn_offload.memory_node.log_limit import LogLimit
 from vllm_attn_offload.memory_node.options import parse_options
 from vllm_attn_offload.memory_node.server import MAX_CONNECTIONS, MemoryNode
@@ -156,15 +159,9 @@ def _available_bytes(device: str) -> int:
 
 
 def _create_attention(options: argparse.Namespace) -> DecodeAttention:
-    # Late: torch takes most of the start-up time, and wrong options need none of it.
-    import torch
-
-    from vllm_attn_offload.memory_node.decode_attention.create import (
-        create_decode_attention,
-    )
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.set_grad_enabled(False)
+    # How many threads torch starts, read when a kernel imports it. The compiled one
+    # does without: that import would take most of the time that a node needs to start.
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     try:
         return create_decode_attention(options.attention_kernel, options.device)
     except ValueError as error:

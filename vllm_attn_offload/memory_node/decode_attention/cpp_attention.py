@@ -15,7 +15,6 @@ from ctypes import addressof, c_char
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
@@ -180,7 +179,7 @@ class _KindCalls:
     """The C plan of one step for one kind of layers, and the arguments of its calls."""
 
     def __init__(self, library: CpuKernelLibrary, kind: _LayerKind) -> None:
-        item_bytes, dtype = DTYPE_BYTES[kind.dtype], DTYPES[_torch_dtype(kind.dtype)]
+        item_bytes, dtype = DTYPE_BYTES[kind.dtype], DTYPES[kind.dtype]
         # Keeps the cache geometry alive, which the plan refers to.
         self.kind = kind
         self.cache = kind.cache
@@ -262,10 +261,6 @@ class _SessionCalls:
         return _GroupCalls(self._library, list(self._kinds[group].values()))
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
-    return getattr(torch, dtype)
-
-
 def _create_cache(
     library: CpuKernelLibrary,
     layer: LayerGeometry,
@@ -279,5 +274,5 @@ def _create_cache(
         num_kv_heads=layer.num_kv_heads,
         head_size=layer.head_size,
         v_head_size=layer.v_head_size,
-        dtype=_torch_dtype(dtype),
+        dtype=dtype,
     )

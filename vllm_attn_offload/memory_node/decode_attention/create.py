@@ -27,19 +27,24 @@ def create_decode_attention(kernel: str, device: str) -> DecodeAttention:
     """
     if kernel == "triton" or device != "cpu":
         return _create_triton(kernel, device)
-    from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
-        TorchDecodeAttention,
-    )
-
     if kernel == "torch":
-        return TorchDecodeAttention()
+        return _create_torch()
     try:
         return _create_cpp()
     except ValueError as error:
         if kernel == "cpp":
             raise
         logger.warning("attending with torch, which is slower: %s", error)
-        return TorchDecodeAttention()
+        return _create_torch()
+
+
+def _create_torch() -> DecodeAttention:
+    # Late, as torch everywhere on a node: importing it takes 1.5 to 4 s.
+    from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
+        TorchDecodeAttention,
+    )
+
+    return TorchDecodeAttention()
 
 
 def _create_cpp() -> DecodeAttention:
