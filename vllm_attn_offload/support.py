@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_ATTENTION_OP = "vllm::unified_attention_with_output"
 _SettingsT = TypeVar("_SettingsT")
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
@@ -156,6 +157,21 @@ def _runner(config: VllmConfig) -> str:
     return _flag(runner != "generate", f"runner={runner!r}")
 
 
+def _attention_in_graphs(config: VllmConfig) -> str:
+    """What would replay attention from a CUDA graph, where no message can be sent."""
+    from vllm import envs
+
+    compilation = config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode.mixed_mode().name == "FULL":
+        return f"cudagraph_mode={mode.name}"
+    # Breakable graphs leave attention out by themselves.
+    is_split = _ATTENTION_OP in (compilation.splitting_ops or ())
+    is_split = is_split or envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+    is_captured = mode.has_piecewise_cudagraphs() and not is_split
+    return _flag(is_captured, f"splitting_ops without {_ATTENTION_OP}")
+
+
 _NO_OFFLOAD = "Run this model without --attention-offload."
 _DROP = "Drop the option, or run without --attention-offload."
 
@@ -294,6 +310,21 @@ CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
         lambda c: _flag(c.attention_config.backend_per_kind, "backend_per_kind"),
         "one backend, chosen by attention offloading",
         _DROP,
+    ),
+    Refusal(
+        "Fused attention output quantisation",
+        lambda c: _flag(
+            c.compilation_config.pass_config.fuse_attn_quant,
+            "the compilation pass fuse_attn_quant",
+        ),
+        "unquantised attention output; every other pass of vLLM",
+        "Drop fuse_attn_quant from --compilation-config.",
+    ),
+    Refusal(
+        "Attention inside CUDA graphs",
+        _attention_in_graphs,
+        "cudagraph_mode=PIECEWISE or NONE with vLLM's own splitting_ops",
+        "Drop the option from --compilation-config.",
     ),
     Refusal(
         "KV-sharing fast prefill",

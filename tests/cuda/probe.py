@@ -19,7 +19,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.selector import get_attn_backend
 
 import vllm_attn_offload
@@ -100,6 +99,9 @@ def refusals(model: str) -> dict[str, str]:
         with set_current_vllm_config(config):
             return message_of(lambda: get_attn_backend(head_size, dtype, None, **needs))
 
+    def compiled(**options: Any) -> str:
+        return message_of(lambda: engine_config(model, compilation_config=options))
+
     return {
         "fp32": select(dtype=torch.float32),
         "head_size": select(head_size=60),
@@ -107,7 +109,9 @@ def refusals(model: str) -> dict[str, str]:
         "sliding_window": select(has_sliding_window=True),
         "mla": select(use_mla=True),
         "encoder": select(attn_type="encoder_only"),
-        "full_graphs": message_of(lambda: _full_graphs(model)),
+        "full_graphs": compiled(cudagraph_mode="FULL"),
+        "no_split": compiled(splitting_ops=["vllm::mamba_mixer"]),
+        "fused_quant": compiled(pass_config={"fuse_attn_quant": True}),
         "other_backend": message_of(
             lambda: engine_config(model, attention_backend="FLASH_ATTN")
         ),
@@ -143,13 +147,6 @@ def _end_of(call: Callable[[], object]) -> str:
     except NotImplementedError as error:
         return str(error).splitlines()[0]
     return ""
-
-
-def _full_graphs(model: str) -> None:
-    config = engine_config(model, compilation_config={"cudagraph_mode": "FULL"})
-    config.compilation_config.resolve_cudagraph_mode_and_sizes(
-        AttentionCGSupport.NEVER, "AttentionOffloadBackend"
-    )
 
 
 def model_runners() -> list[str]:

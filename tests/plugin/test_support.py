@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from vllm import ModelRegistry
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm_attn_offload.patches import apply_patches
 
@@ -25,9 +25,10 @@ from vllm_attn_offload.engine_config import (
     SCHEDULER_CLS,
 )
 from vllm_attn_offload.scheduler import AttentionOffloadScheduler
-from vllm_attn_offload.support import REFUSALS, check_layers
+from vllm_attn_offload.support import REFUSALS, check_layers, check_supported
 
 OFFLOAD: dict[str, Any] = {"attention_offload": {}}
+ATTENTION_OP = "vllm::unified_attention_with_output"
 Refused = Callable[..., str]
 ModelDir = Callable[..., str]
 
@@ -136,6 +137,10 @@ def child_processes() -> set[psutil.Process]:
             {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
             "backend_per_kind",
         ),
+        (
+            {"compilation_config": {"pass_config": {"fuse_attn_quant": True}}},
+            "the compilation pass fuse_attn_quant",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -148,6 +153,38 @@ def test_refused_batch_invariance(
 ) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert "VLLM_BATCH_INVARIANT=1" in refusal(smollm2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "splitting_ops", "given"),
+    [
+        ("FULL", None, "cudagraph_mode=FULL"),
+        ("PIECEWISE", ["vllm::mamba_mixer"], "splitting_ops without vllm::unified_"),
+        ("FULL_AND_PIECEWISE", ["vllm::mamba_mixer"], "splitting_ops without vllm::"),
+        ("PIECEWISE", [ATTENTION_OP], ""),
+        ("FULL_DECODE_ONLY", ["vllm::mamba_mixer"], ""),
+        ("NONE", [], ""),
+    ],
+)
+def test_refused_graphs(
+    smollm2: str, mode: str, splitting_ops: list[str] | None, given: str
+) -> None:
+    """Set on a finished configuration: vLLM has no graphs on CPU and drops them."""
+    config = create(smollm2)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    config.compilation_config.splitting_ops = splitting_ops
+    if not given:
+        check_supported(config)
+        return
+    with pytest.raises(ValueError, match=f"does not support {given}"):
+        check_supported(config)
+
+
+def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = create(smollm2)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    check_supported(config)
 
 
 @pytest.mark.parametrize(
