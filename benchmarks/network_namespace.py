@@ -19,10 +19,20 @@ class RemoteHost:
     Args:
         address: Its address on the link.
         command: Put in front of a command, runs it there.
+        devices: Both ends of the link, ours first.
     """
 
     address: str
     command: tuple[str, ...]
+    devices: tuple[str, str] = ("", "")
+
+    def limit_bandwidth(self, mbit_per_s: int) -> None:
+        """Send at most so much in either direction, with the kernel's token bucket."""
+        # A burst of 10 ms: the kernel's timers refill the bucket.
+        rate = (f"{mbit_per_s}mbit", "burst", f"{mbit_per_s * 1250}", "latency", "1s")
+        for device, prefix in zip(self.devices, ((), self.command), strict=True):
+            replace = ("tc", "qdisc", "replace", "dev", device, "root", "tbf")
+            _run(*prefix, *replace, "rate", *rate)
 
 
 @contextmanager
@@ -45,7 +55,7 @@ def remote_host() -> Iterator[RemoteHost]:
         _run("ip", "link", "set", ours, "up")
         _run(*inside, "ip", "addr", "add", f"{_PREFIX}.2/24", "dev", theirs)
         _run(*inside, "ip", "link", "set", theirs, "up")
-        yield RemoteHost(f"{_PREFIX}.2", inside)
+        yield RemoteHost(f"{_PREFIX}.2", inside, (ours, theirs))
     finally:
         _run("ip", "netns", "del", name)
 

@@ -3,7 +3,8 @@
 
 Both servers run on this host and take turns, rate by rate. Without ``--trace`` the
 lengths are random; a trace (Azure CSV, Mooncake JSONL) brings lengths and arrivals, and
-a rate stretches its clock. ``--plots DIR`` draws the result.
+a rate stretches its clock. ``--remote-nodes N`` puts N memory nodes on a second host, a
+network namespace. Answers of both are compared. ``--plots DIR`` draws the result.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import environment
+from remote_nodes import remote_nodes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -45,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stock-cpus", default="0-1", metavar="LIST")
     add("--compute-cpus", default="0", metavar="LIST")
     add("--node-cpus", default="1", metavar="LIST")
+    add("--remote-nodes", type=int, default=0, metavar="N", help="default: a local one")
     add("--serve-option", action="append", default=[], metavar="--OPTION=VALUE")
     load = parser.add_argument_group("load")
     add = load.add_argument
@@ -53,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--trace", type=Path, help="Azure CSV or Mooncake JSONL")
     add("--input-len", type=int, default=256, help="mean; most, with --trace")
     add("--output-len", type=int, default=64, help="mean; most, with --trace")
+    add("--trace-scale", type=float, default=1.0, help="shrinks lengths of --trace")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, help="write JSON here")
     output.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs here")
@@ -74,16 +79,15 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)
     model = arguments.model or str(prepare())
-    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
-        servers: list[Server] = []
-        try:
-            for name in ("stock", "offload"):
-                log = Path(folder, f"{name}.log")
-                servers.append(start(name, model, arguments, log))
-            rows = measure(servers, model, arguments, Path(folder))
-        finally:
-            for server in servers:
-                server.stop()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory("-serving")))
+        nodes = start_remote_nodes(arguments, folder, stack)
+        servers = []
+        for name, offload in (("stock", None), ("offload", nodes)):
+            log = folder / f"{name}.log"
+            servers.append(start(name, model, arguments, offload, log))
+            stack.callback(servers[-1].stop)
+        rows = measure(servers, model, arguments, folder)
     facts = environment.describe()
     print_table(console, rows, facts)
     report = {"environment": facts, "rows": rows}
@@ -94,7 +98,36 @@ def main() -> None:
             console.print(f"wrote {path}")
 
 
-def start(name: str, model: str, arguments: argparse.Namespace, log: Path) -> Server:
+def start_remote_nodes(
+    arguments: argparse.Namespace, folder: Path, stack: ExitStack
+) -> dict[str, Any]:
+    """Start ``--remote-nodes``; returns the offload options that name them, if any."""
+    if not arguments.remote_nodes:
+        return {
+            "kv_cache_gib": arguments.kv_cache_gib,
+            "local_node_cpus": arguments.node_cpus,
+        }
+    log = stack.enter_context((folder / "nodes.log").open("w", encoding="utf-8"))
+    host = stack.enter_context(remote_nodes(log))
+    each_gib = arguments.kv_cache_gib / arguments.remote_nodes
+    nodes = [
+        host.start(each_gib, arguments.node_cpus, is_relayed=False)
+        for _ in range(arguments.remote_nodes)
+    ]
+    return {
+        "kv_cache_gib": each_gib,
+        "memory_nodes": [node["address"] for node in nodes],
+        "auth_token_file": nodes[0]["auth_token_file"],
+    }
+
+
+def start(
+    name: str,
+    model: str,
+    arguments: argparse.Namespace,
+    offload: dict[str, Any] | None,
+    log: Path,
+) -> Server:
     """Start one engine; both get the same limits and a KV cache of the same size."""
     options = [
         *("--dtype", arguments.dtype),
@@ -102,16 +135,12 @@ def start(name: str, model: str, arguments: argparse.Namespace, log: Path) -> Se
         *("--max-num-seqs", str(arguments.max_num_seqs)),
         *arguments.serve_option,
     ]
-    if name == "stock":
+    if offload is None:
         num_bytes = int(arguments.kv_cache_gib * (1 << 30))
         options += ["--kv-cache-memory-bytes", str(num_bytes)]
         cpus = arguments.stock_cpus
     else:
-        config = {
-            "kv_cache_gib": arguments.kv_cache_gib,
-            "local_node_cpus": arguments.node_cpus,
-        }
-        options += ["--attention-offload-config", json.dumps(config)]
+        options += ["--attention-offload-config", json.dumps(offload)]
         cpus = arguments.compute_cpus
     return Server(name, model, options, {"VLLM_CPU_OMP_THREADS_BIND": cpus}, log)
 
@@ -129,10 +158,13 @@ def measure(
         load = trace_load(arguments, index, rate, folder)
         if load is None:
             load = random_load(arguments, index, rate)
+        texts: list[str] = []
         for server in servers:
             with server.watch() as samples:
                 result = run_bench(server, model, load, folder, BENCH_TIMEOUT_S)
+            texts = texts or result["generated_texts"]
             rows.append(summarise(server.name, rate, result, samples))
+            rows[-1]["identical"] = count_equal(texts, result["generated_texts"])
     return rows
 
 
@@ -172,12 +204,14 @@ def trace_load(
     next_id = index << 32
     with path.open("w", encoding="utf-8") as file:
         for request in requests:
-            prompt = min(request.prompt, arguments.input_len)
+            scale = arguments.trace_scale
+            prompt = min(max(round(request.prompt * scale), 1), arguments.input_len)
+            output = min(max(round(request.output * scale), 1), arguments.output_len)
             num_chunks = -(-prompt // CHUNK_TOKENS)
             row = {
                 "timestamp": request.arrival_s * stretch,
                 "input_length": prompt,
-                "output_length": min(request.output, arguments.output_len),
+                "output_length": output,
                 "hash_ids": list(range(next_id, next_id + num_chunks)),
             }
             next_id += num_chunks
@@ -197,7 +231,7 @@ def run_bench(
         *(str(VLLM), "bench", "serve", "--base-url", server.url, "--model", model),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
-        *("--save-result", "--result-dir", str(folder)),
+        *("--save-result", "--save-detailed", "--result-dir", str(folder)),
         *("--result-filename", f"{server.name}.json", *load),
     ]
     done = subprocess.run(
@@ -234,6 +268,11 @@ def summarise(
     return row
 
 
+def count_equal(texts: list[str], others: list[str]) -> int:
+    """How many answers are the same, letter by letter."""
+    return sum(a == b for a, b in zip(texts, others, strict=True))
+
+
 def _from_first_request(samples: list[dict[str, float]]) -> list[dict[str, float]]:
     """Without the seconds in which the load generator starts."""
     active = (i for i, s in enumerate(samples) if s["running"] + s["waiting"] > 0)
@@ -247,7 +286,14 @@ def print_table(
     """Rate by rate, stock and offload one below the other."""
     table = Table(title="Serving: TBT is the time between tokens")
     headings = ["req/s", "engine", "tokens/s", "/ stock", "TBT p50 ms", "TBT p99 ms"]
-    headings += ["TTFT p50 ms", "TTFT p99 ms", "mean batch", "KV peak", "failed"]
+    headings += [
+        "TTFT p50 ms",
+        "TTFT p99 ms",
+        "mean batch",
+        "KV peak",
+        "failed",
+        "as stock",
+    ]
     for heading in headings:
         table.add_column(heading, justify="right")
     stock = {r["rate"]: r for r in rows if r["engine"] == "stock"}
@@ -258,6 +304,7 @@ def print_table(
             *(f"{ratio:.2f}x", f"{r['p50_itl_ms']:.1f}", f"{r['p99_itl_ms']:.1f}"),
             *(f"{r['p50_ttft_ms']:.0f}", f"{r['p99_ttft_ms']:.0f}"),
             *(f"{r['mean_batch']:.1f}", f"{r['kv_use_peak']:.0%}", str(r["failed"])),
+            f"{r['identical']}/{r['completed']}",
         )
     console.print(table)
     console.print(

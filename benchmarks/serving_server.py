@@ -108,7 +108,10 @@ class Server:
                     return
             except httpx.TransportError:
                 time.sleep(0.5)
-        tail = "\n".join(self._log.read_text("utf-8", "replace").splitlines()[-20:])
+        lines = self._log.read_text("utf-8", "replace").splitlines()
+        # vLLM names the root cause far above its last lines.
+        causes = [line for line in lines if "Error: " in line] or lines
+        tail = "\n".join(causes[-20:])
         raise SystemExit(f"The {self.name} server did not become ready:\n{tail}")
 
 

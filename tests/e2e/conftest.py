@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Tests are imported by path (importlib mode); their helpers lie beside them.
-for folder in (HERE, HERE.parent / "memory_node"):
+for folder in (HERE, HERE.parent / "memory_node", HERE.parents[1] / "benchmarks"):
     sys.path.insert(0, str(folder))
 
 import workload  # noqa: E402

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from footprint import Footprint
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 30.0
@@ -29,7 +30,6 @@ class ServeProcess:
         self.log = log
         # Short, because sockets lie in it: their paths may have 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="serve-"))
-        self._shared_memory = _shared_memory()
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         vllm = Path(sys.executable).with_name("vllm")
@@ -42,6 +42,7 @@ class ServeProcess:
                 env=os.environ | {"TMPDIR": str(self.directory)} | variables,
                 start_new_session=True,
             )
+        self.footprint = Footprint(self.process.pid)
         try:
             self._wait_until_ready()
         except BaseException:
@@ -53,6 +54,7 @@ class ServeProcess:
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log_tail()
+            self.footprint.look()
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
@@ -93,6 +95,7 @@ class ServeProcess:
 
     def end(self, signum: signal.Signals) -> list[str]:
         """Send a signal to the API server; returns what is left after a while."""
+        self.footprint.look()
         self.process.send_signal(signum)
         self.process.wait(STOP_DEADLINE_S)
         deadline = time.monotonic() + STOP_DEADLINE_S
@@ -103,33 +106,21 @@ class ServeProcess:
 
     def leftovers(self) -> list[str]:
         """Processes, sockets and shared memory that this server made."""
-        _, alive = psutil.wait_procs(self.children, timeout=0)
         return [
-            *(f"process {child.pid} {child.name()}" for child in alive),
+            *self.footprint.left(),
             *(str(path) for path in self.directory.glob("attn-offload-*")),
-            *sorted(_shared_memory() - self._shared_memory),
         ]
 
     def kill_all(self) -> None:
-        """End everything that may still run."""
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            children = getattr(self, "children", [])
-        self.process.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
+        """End everything that may still run, and remove what it then leaves."""
+        self.footprint.look()
+        self.footprint.remove()
         self.process.wait(STOP_DEADLINE_S)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def log_tail(self) -> str:
         """The end of the log, for messages."""
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-60:])
-
-
-def _shared_memory() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir()}
 
 
 def _free_port() -> int:

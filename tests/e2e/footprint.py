@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which processes and shared memory are one server's, whatever else runs here."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+
+class Footprint:
+    """What a server's processes are and map, collected while they live.
+
+    A file in /dev/shm does not tell which process made it, and other engines come and
+    go. Those that a process of this server maps at any ``look`` are this server's.
+
+    Args:
+        pid: The server; its descendants count, also those whose parent has died.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.processes = {psutil.Process(pid)}
+        self.shared_memory: set[str] = set()
+
+    def look(self) -> None:
+        """Add what there is now."""
+        for process in list(self.processes):
+            with suppress(psutil.NoSuchProcess):
+                self.processes.update(process.children(recursive=True))
+        for process in self.processes:
+            with suppress(OSError):  # it has ended
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                self.shared_memory.update(re.findall(r"/dev/shm/\S+", maps))
+
+    def left(self) -> list[str]:
+        """Processes that still run and shared memory that is still there."""
+        _, alive = psutil.wait_procs(self.processes, timeout=0)
+        return [
+            *(f"process {process.pid} {process.name()}" for process in alive),
+            *sorted(path for path in self.shared_memory if Path(path).exists()),
+        ]
+
+    def remove(self) -> None:
+        """Kill and unlink what is left."""
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes, timeout=10)
+        for path in self.shared_memory:
+            Path(path).unlink(missing_ok=True)
