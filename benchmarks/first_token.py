@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
-from offline_engines import EngineProcess, engine_options, offload_engine
+from offline_engines import EngineProcess, offload_engine, stock_engine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -52,14 +52,8 @@ def main() -> None:
     console = Console()
     model = arguments.model or str(prepare())
     with LOG.open("w") as log:
-        common, pool_gib = engine_options(arguments, model)
         engines = [
-            EngineProcess(
-                STOCK,
-                {**common, "kv_cache_memory_bytes": int(pool_gib * (1 << 30))},
-                {"VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus},
-                log,
-            ),
+            stock_engine(arguments, model, log, STOCK, arguments.compute_cpus),
             offload_engine(arguments, model, log, "one node"),
         ]
         try:

@@ -27,12 +27,20 @@ class RemoteHost:
     devices: tuple[str, str] = ("", "")
 
     def limit_bandwidth(self, mbit_per_s: int) -> None:
-        """Send at most so much in either direction, with the kernel's token bucket."""
-        # A burst of 10 ms: the kernel's timers refill the bucket.
-        rate = (f"{mbit_per_s}mbit", "burst", f"{mbit_per_s * 1250}", "latency", "1s")
+        """Send at most so much in either direction, by the kernel's token bucket.
+
+        Args:
+            mbit_per_s: Payload and headers; 0: no limit any more.
+        """
+        discipline: tuple[str, ...] = ("pfifo",)
+        if mbit_per_s:
+            # A burst of 10 ms: the kernel's timers refill the bucket.
+            burst = ("burst", str(mbit_per_s * 1250), "latency", "1s")
+            discipline = ("tbf", "rate", f"{mbit_per_s}mbit", *burst)
         for device, prefix in zip(self.devices, ((), self.command), strict=True):
-            replace = ("tc", "qdisc", "replace", "dev", device, "root", "tbf")
-            _run(*prefix, *replace, "rate", *rate)
+            # "replace" also where no discipline was set before.
+            change = ("tc", "qdisc", "replace", "dev", device, "root")
+            _run(*prefix, *change, *discipline)
 
 
 @contextmanager

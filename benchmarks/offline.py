@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
 import environment
+import offline_latency
 import offline_tables
-from offline_engines import EngineProcess, as_option, engine_options, offload_engine
+from offline_engines import EngineProcess, as_option, offload_engine, stock_engine
+from offline_latency import Link
 from offline_nodes import sweep_nodes
 from offline_trace import trace
+from remote_nodes import remote_nodes
 from rich.console import Console
 from rich.progress import track
 from smollm2 import prepare
@@ -70,6 +74,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="1,2,4",
         help="compare capacity and traffic of several local nodes, and nothing else",
     )
+    parser.add_argument(
+        "--links",
+        type=lambda text: [Link.parse(link) for link in text.split(",")],
+        metavar="MS[@MBIT],...",
+        help="compare one micro-batch, two and stock, memory nodes on a second host "
+        "(a network namespace) with a longer or thinner link, and nothing else",
+    )
     parser.add_argument("--output", type=Path, help="write JSON here")
     arguments = parser.parse_args()
     if arguments.ablate:
@@ -87,6 +98,9 @@ def main() -> None:
         if arguments.sweep_nodes:
             report["nodes"] = sweep_nodes(arguments, model, log)
             offline_tables.print_nodes(console, report["nodes"])
+        elif arguments.links:
+            report["links"] = compare_links(arguments, model, log, console)
+            offline_tables.print_links(console, report["links"])
         else:
             report["rows"] = compare(arguments, model, log, console)
         if arguments.trace_out:
@@ -120,18 +134,31 @@ def compare(
     return rows
 
 
+def compare_links(
+    arguments: argparse.Namespace, model: str, log: TextIO, console: Console
+) -> list[dict[str, Any]]:
+    """The largest point over every link, remote nodes against stock."""
+    cpus = arguments.stock_cpus[-1]
+    with ExitStack() as stack:
+        host = stack.enter_context(remote_nodes(log))
+        engines = [
+            stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus),
+            *offline_latency.start_engines(arguments, model, log, host),
+        ]
+        for engine in engines:
+            stack.callback(engine.stop)
+        for engine in engines:
+            engine.wait_until_ready()
+        check(engines, arguments.dtype, console)
+        return offline_latency.sweep_links(arguments, engines, host)
+
+
 def start_engines(
     arguments: argparse.Namespace, model: str, log: TextIO
 ) -> list[EngineProcess]:
     """One stock engine per binding, then the offloading ones."""
-    common, pool_gib = engine_options(arguments, model)
     stock = [
-        EngineProcess(
-            f"stock, CPUs {cpus}",
-            {**common, "kv_cache_memory_bytes": int(pool_gib * (1 << 30))},
-            {"VLLM_CPU_OMP_THREADS_BIND": cpus},
-            log,
-        )
+        stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus)
         for cpus in arguments.stock_cpus
     ]
     offload = [

@@ -192,11 +192,13 @@ class Engine:
         count = self._offload_options.get("num_local_nodes", 1)
         return joined or [local_address(run_dir(0, node)) for node in range(count)]
 
-    @staticmethod
-    def _session(address: str) -> Any:
+    def _session(self, address: str) -> Any:
         from vllm_attn_offload.client.control_client import ControlClient
+        from vllm_attn_offload.transport.credentials import Credentials
 
-        node = ControlClient(address, timeout_s=10)
+        token_file = self._offload_options.get("auth_token_file", "")
+        credentials = Credentials.of_compute_node(token_file, "", "", "")
+        node = ControlClient(address, timeout_s=10, credentials=credentials)
         (session,) = node.stats().sessions
         node.close()
         return session

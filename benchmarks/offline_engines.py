@@ -82,9 +82,8 @@ def offload_engine(
     **options: Any,
 ) -> EngineProcess:
     """An offloading engine, by default with a local node."""
-    common, pool_gib = engine_options(arguments, model)
     offload = {
-        "kv_cache_gib": pool_gib,
+        "kv_cache_gib": pool_gib(model, arguments),
         "local_node_cpus": arguments.node_cpus,
         **options,
     }
@@ -95,29 +94,42 @@ def offload_engine(
     }
     return EngineProcess(
         f"offload {name}",
-        {**common, "attention_offload": True, "attention_offload_config": offload},
+        {
+            **engine_options(arguments, model),
+            "attention_offload": True,
+            "attention_offload_config": offload,
+        },
         variables,
         log,
     )
 
 
-def engine_options(
-    arguments: argparse.Namespace, model: str
-) -> tuple[dict[str, Any], float]:
-    """Options of every engine, and the size of its KV pool in GiB."""
-    longest = max(arguments.context) + MARGIN_TOKENS
-    common = {
+def stock_engine(
+    arguments: argparse.Namespace, model: str, log: TextIO, name: str, cpus: str
+) -> EngineProcess:
+    """Stock vLLM with a KV cache of the same size."""
+    num_bytes = int(pool_gib(model, arguments) * (1 << 30))
+    return EngineProcess(
+        name,
+        {**engine_options(arguments, model), "kv_cache_memory_bytes": num_bytes},
+        {"VLLM_CPU_OMP_THREADS_BIND": cpus},
+        log,
+    )
+
+
+def engine_options(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Options of every engine."""
+    return {
         "model": model,
         "dtype": arguments.dtype,
         "enforce_eager": not arguments.compile,
-        "max_model_len": longest,
+        "max_model_len": _longest(arguments),
         "max_num_seqs": max(arguments.batch),
         "max_num_batched_tokens": 2048,
     }
-    return common, pool_size_gib(model, arguments, longest)
 
 
-def pool_size_gib(model: str, arguments: argparse.Namespace, longest: int) -> float:
+def pool_gib(model: str, arguments: argparse.Namespace) -> float:
     """KV bytes of the largest batch, with a fifth to spare."""
     config = json.loads(Path(model, "config.json").read_text("utf-8"))
     head_size = config["hidden_size"] // config["num_attention_heads"]
@@ -129,6 +141,9 @@ def pool_size_gib(model: str, arguments: argparse.Namespace, longest: int) -> fl
         * head_size
         * item_bytes
     )
-    return round(
-        1.2 * token_bytes * longest * max(arguments.batch) / (1 << 30) + 0.1, 2
-    )
+    num_tokens = _longest(arguments) * max(arguments.batch)
+    return round(1.2 * token_bytes * num_tokens / (1 << 30) + 0.1, 2)
+
+
+def _longest(arguments: argparse.Namespace) -> int:
+    return max(arguments.context) + MARGIN_TOKENS

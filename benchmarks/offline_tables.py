@@ -109,3 +109,20 @@ def print_nodes(console: Console, rows: list[Row]) -> None:
             f"{expected['blocks']:,.0f}",
         )
     console.print(table)
+
+
+def print_links(console: Console, rows: list[Row]) -> None:
+    """Throughput over the length of the link, and what pipelining wins back of it."""
+    stock, one, two = rows[0]["step_ms"]
+    table = _table(
+        "Remote memory node: ms per step (share of stock's rate), median",
+        *("link", stock, "1 micro-batch", "2 micro-batches", "of the loss recovered"),
+    )
+    undelayed = 1 / rows[0]["step_ms"][one]
+    for row in rows:
+        ms = row["step_ms"]
+        cells = [f"{ms[name]:.1f} ({ms[stock] / ms[name]:.2f}x)" for name in (one, two)]
+        lost = undelayed - 1 / ms[one]
+        recovered = f"{(1 / ms[two] - 1 / ms[one]) / lost:.0%}" if lost > 0 else "-"
+        table.add_row(row["link"], f"{ms[stock]:.1f}", *cells, recovered)
+    console.print(table)

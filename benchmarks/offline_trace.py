@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 import timeline
-from offline_engines import as_option, engine_options, offload_engine
+from offline_engines import as_option, offload_engine, pool_gib
 
 
 def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
@@ -22,7 +22,7 @@ def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
     batch, context = max(arguments.batch), max(arguments.context)
     point = {"batch": batch, "context": context, "steps": 6, "seed": 1}
     with tempfile.TemporaryDirectory(prefix="trace-") as folder:
-        node = _start_node(Path(folder), engine_options(arguments, model)[1], arguments)
+        node = _start_node(Path(folder), pool_gib(model, arguments), arguments)
         engine = offload_engine(
             arguments,
             model,
