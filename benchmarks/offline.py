@@ -193,13 +193,12 @@ def measure(
         point: {engine.name: [] for engine in engines} for point in points
     }
     plan = [(run, point) for run in range(arguments.runs) for point in points]
-    for run, point in track(plan, description="measuring"):
+    for _, point in track(plan, description="measuring"):
         for engine in engines:
             request = {
                 "batch": point[0],
                 "context": point[1],
                 "steps": arguments.steps,
-                "seed": run + 1,
             }
             answers[point][engine.name].append(engine.ask(request))
     return [summarise(point, by_engine) for point, by_engine in answers.items()]

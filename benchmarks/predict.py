@@ -150,9 +150,9 @@ def compare(
         try:
             engine.wait_until_ready()
             plan = [(run, point) for run in range(arguments.runs) for point in points]
-            for run, (batch, context) in track(plan, description="measuring"):
-                request = {"batch": batch, "context": context, "seed": run + 1}
-                answer = engine.ask(request | {"steps": arguments.steps})
+            for _, (batch, context) in track(plan, description="measuring"):
+                request = {"batch": batch, "context": context, "steps": arguments.steps}
+                answer = engine.ask(request)
                 measured[batch, context].append(answer["step_s"])
         finally:
             engine.stop()
