@@ -30,6 +30,7 @@ import environment
 import faults
 import smollm2
 import workload
+from chaos_watch import Watch
 from rich.console import Console
 from rich.table import Table
 from serve import ServeProcess
@@ -40,7 +41,14 @@ KV_GIB = 0.5
 POOL_BLOCKS = 96
 PAUSE_S = (10.0, 20.0)
 STOP_S = (5.0, 20.0)
+#: For connections that were dropped last to end on both sides.
+IDLE_S = 3.0
 REQUEST_DEADLINE_S = 300.0
+#: More descriptors or threads than this are a leak; a frontend's kept connections are
+#: not counted.
+SLACK = 3
+#: Of a warm node process: sessions of neighbours and heaps of their threads.
+MAX_GROWTH_MIB = 16.0
 KINDS = ("kill", "stop", "drop", "garbage", "neighbour")
 
 
@@ -53,12 +61,14 @@ class Report:
     failed: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    kill_to_pool_s: list[float] = field(default_factory=list)
     kill_to_token_s: list[float] = field(default_factory=list)
     recoveries: int = 0
     requests_recomputed: int = 0
     tokens_recomputed: int = 0
     tokens: int = 0
-    node_mib: list[tuple[float, float]] = field(default_factory=list)
+    #: Of every node process that got warm: seconds that it was seen, growth in MiB.
+    node_growth: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Clients:
@@ -178,26 +188,6 @@ class Chaos:
         faults.visit(node, self._choose)
 
 
-@dataclass(frozen=True)
-class Holdings:
-    """What a server's processes hold."""
-
-    num_nodes: int
-    num_fds: int
-    node_mib: float
-
-    @classmethod
-    def of(cls, server: ServeProcess) -> Holdings:
-        """Look at the processes now."""
-        nodes = faults.memory_nodes(server.process.pid)
-        processes = psutil.Process(server.process.pid).children(recursive=True)
-        return cls(
-            len(nodes),
-            sum(process.num_fds() for process in processes),
-            sum(node.memory_info().rss for node in nodes) / (1 << 20),
-        )
-
-
 def main() -> int:
     """Run, print, and say whether all promises were kept."""
     arguments = _parse()
@@ -207,21 +197,22 @@ def main() -> int:
     prompts = [prompt for prompt in first if len(prompt) < 300]
     log = Path(tempfile.mkdtemp(prefix="chaos-")) / "serve.log"
     print(f"starting vllm serve; its log is {log}", flush=True)
-    server = ServeProcess(model, log, *_options(arguments))
+    # With its pages touched, a pool's memory does not rise while it fills.
+    server = ServeProcess(model, log, *_options(arguments), ATTN_OFFLOAD_POISON_KV="1")
     try:
         clients = Clients(server, prompts, arguments.tokens, report)
         chaos = Chaos(server, random.Random(arguments.seed), report)
+        watch = Watch(server)
+        before = watch.holdings()
         clients.start(arguments.streams)
-        before = Holdings.of(server)
         chaos.run(arguments.minutes)
         clients.stop()
-        _check_leaks(server, before, report)
+        time.sleep(IDLE_S)
+        _check_leaks(watch, before, report)
     finally:
         server.kill_all()
-    report.kill_to_token_s = [
-        _longest_gap_end(clients.token_times_s, killed) - killed
-        for killed in chaos.kill_times_s
-    ]
+    for killed_s in chaos.kill_times_s:
+        _time_recovery(killed_s, watch.restored_s, clients.token_times_s, report)
     _read_log(log, report)
     _show(report, arguments)
     if arguments.output:
@@ -266,20 +257,38 @@ def _longest_gap_end(times_s: list[float], killed_s: float) -> float:
     return max(gaps, default=(0.0, killed_s))[1]
 
 
-def _check_leaks(server: ServeProcess, before: Holdings, report: Report) -> None:
-    after = Holdings.of(server)
-    report.node_mib.append((before.node_mib, after.node_mib))
-    if after.num_nodes != NUM_NODES:
-        report.leaks.append(f"{after.num_nodes} memory nodes instead of {NUM_NODES}")
-    # Frontends keep connections of requests for a while.
-    if after.num_fds > before.num_fds + 8:
-        report.leaks.append(f"{before.num_fds} file descriptors grew {after.num_fds}")
-    if after.node_mib > 1.25 * before.node_mib + 64:
-        report.leaks.append(f"nodes grew: {before.node_mib:.0f}, {after.node_mib:.0f}")
-    server.children += faults.memory_nodes(server.process.pid)
-    ours = faults.shared_memory_of(server.process.pid)
-    left = server.end(signal.SIGINT)
-    report.leaks += [item for item in left if "/dev/shm" not in item or item in ours]
+def _time_recovery(
+    killed_s: float, restored_s: list[float], token_s: list[float], report: Report
+) -> None:
+    """From a kill to the pool's return, and to the tokens after the pause."""
+    restored = next((time_s for time_s in sorted(restored_s) if time_s > killed_s), 0.0)
+    if restored:
+        report.kill_to_pool_s.append(restored - killed_s)
+        report.kill_to_token_s.append(_longest_gap_end(token_s, killed_s) - killed_s)
+
+
+def _check_leaks(
+    watch: Watch, before: dict[str, tuple[int, int]], report: Report
+) -> None:
+    after = watch.holdings()
+    watch.stop()
+    if after.keys() != before.keys():
+        report.leaks.append(f"processes {sorted(before)} became {sorted(after)}")
+    for name in before.keys() & after.keys():
+        if any(
+            new > old + SLACK
+            for old, new in zip(before[name], after[name], strict=True)
+        ):
+            report.leaks.append(
+                f"{name}: descriptors and threads grew from {before[name]} to "
+                f"{after[name]}"
+            )
+    for life in watch.nodes.values():
+        if life.warm_mib is not None:
+            report.node_growth.append((life.last_s - life.seen_s, life.growth_mib))
+        if life.growth_mib > MAX_GROWTH_MIB:
+            report.leaks.append(f"a node grew by {life.growth_mib:.1f} MiB: {life}")
+    report.leaks += watch.server.end(signal.SIGINT)
 
 
 def _read_log(log: Path, report: Report) -> None:
@@ -296,7 +305,8 @@ def _show(report: Report, arguments: argparse.Namespace) -> None:
     table = Table(title=f"{arguments.minutes:g} minutes, seed {arguments.seed}")
     table.add_column("what")
     table.add_column("value", justify="right")
-    waits = report.kill_to_token_s
+    pools, tokens = report.kill_to_pool_s, report.kill_to_token_s
+    again = [token - pool for token, pool in zip(tokens, pools, strict=True)]
     rows = {
         "faults": ", ".join(f"{n} {kind}" for kind, n in sorted(report.faults.items())),
         "requests, tokens": f"{report.requests:,}, {report.tokens:,}",
@@ -306,13 +316,12 @@ def _show(report: Report, arguments: argparse.Namespace) -> None:
         "recoveries": str(report.recoveries),
         "requests computed again": f"{report.requests_recomputed:,}",
         "tokens computed again": f"{report.tokens_recomputed:,}",
-        "node killed to next token, median, worst": f"{statistics.median(waits):.2f} s"
-        f", {max(waits):.2f} s"
-        if waits
-        else "no kill",
-        "nodes' memory before, after": ", ".join(
-            f"{before:.0f} MiB, {after:.0f} MiB" for before, after in report.node_mib
-        ),
+        "node killed to pool restored": _spread(pools),
+        "pool restored to next token": _spread(again),
+        "node killed to next token": _spread(tokens),
+        "warm node processes, worst growth": f"{len(report.node_growth)}, "
+        f"{max((mib for _, mib in report.node_growth), default=0.0):.1f} MiB",
+        "load of this host": f"{psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -320,6 +329,13 @@ def _show(report: Report, arguments: argparse.Namespace) -> None:
     console.print(table)
     for problem in (*report.failed[:5], *report.wrong[:5], *report.leaks):
         console.print(problem, markup=False)
+
+
+def _spread(seconds: list[float]) -> str:
+    if not seconds:
+        return "no kill"
+    median = statistics.median(seconds)
+    return f"{median:.2f} s median, {max(seconds):.2f} s worst"
 
 
 if __name__ == "__main__":

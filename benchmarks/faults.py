@@ -7,14 +7,12 @@ import ctypes
 import json
 import os
 import random
-import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,6 +32,8 @@ from vllm_attn_offload.protocol import (
 _SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
 NODE_MODULE = "vllm_attn_offload.memory_node.main"
+#: What an engine logs when a lost pool is restored and its workers use it.
+IS_BACK = "the memory nodes are back"
 
 
 def memory_nodes(server_pid: int) -> list[psutil.Process]:
@@ -127,17 +127,6 @@ def _shut_down(fd: int, peer: str) -> bool:
         with suppress(OSError):
             os.close(fd)
         return False
-
-
-def shared_memory_of(server_pid: int) -> set[str]:
-    """Shared memory that a server's processes map; other engines have theirs."""
-    server = psutil.Process(server_pid)
-    found: set[str] = set()
-    for process in (server, *server.children(recursive=True)):
-        with suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            found.update(re.findall(r"/dev/shm/\S+", maps))
-    return found
 
 
 class Streams:
