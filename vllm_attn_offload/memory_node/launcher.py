@@ -53,7 +53,8 @@ class MemoryNodeProcess:
         ready_read, ready_write = os.pipe()
         parent_read, self._parent_write = os.pipe()
         command = [
-            *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
+            # -P: a checkout in the current directory is not what was installed.
+            *(sys.executable, "-P", "-m", "vllm_attn_offload.memory_node.main"),
             *("--listen", self.address),
             *("--device", device),
             *("--ready-fd", str(ready_write)),
