@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 for folder in (HERE, HERE.parent / "memory_node", HERE.parents[1] / "benchmarks"):
     sys.path.insert(0, str(folder))
 
+import tiny_llama  # noqa: E402
 import workload  # noqa: E402
 from network_namespace import RemoteHost, remote_host  # noqa: E402
 from node_process import NodeProcess  # noqa: E402
@@ -111,3 +113,28 @@ def server(
     yield start
     for process in started:
         process.kill_all()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers of random weights with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tiny_llama.save(directory, vocab_size=len(tokenizer))
+    for file in Path(smollm2).glob("*token*"):
+        shutil.copy(file, directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny_model: str) -> list[list[int]]:
+    """Stock vLLM's greedy tokens of the tiny model's prompts."""
+    output = Path(tiny_model, "stock.json")
+    command = [sys.executable, str(tiny_llama.__file__), tiny_model, str(output)]
+    stock = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert stock.returncode == 0, stock.stderr[-4000:] + stock.stdout[-4000:]
+    expected = json.loads(output.read_text("utf-8"))["tokens"]
+    assert len({token for tokens in expected for token in tokens}) > 12
+    return expected

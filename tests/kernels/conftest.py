@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels run in the interpreter, unless this host has a GPU (see tests/conftest.py)."""
+"""Kernels run in the interpreter, unless this host has a GPU: tests/conftest.py."""
 
 from __future__ import annotations
 
