@@ -20,6 +20,7 @@ import msgspec
 PROTOCOL_HISTORY = (
     (1, "Hello, reservation, session, STEP / LAYER / OUT frames with row-fused q|k|v"),
     (2, "Rows that query and rows that are stored are separate; planar q, k, v"),
+    (3, "Rows may lie in device memory that both sides map"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
@@ -168,11 +169,15 @@ class SessionOpened(_Message, frozen=True, tag="session_opened"):
 
 
 class ChannelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a worker brings to a data channel: CPUs, busy threads, shared memory."""
+    """What a worker brings to a data channel: CPUs, busy threads, shared memory.
+
+    ``device`` names the GPU that it can map memory on; "": none.
+    """
 
     cpu_ids: Annotated[list[Index], msgspec.Meta(max_length=1 << 14)]
     num_threads: Count
     shared_memory: bool
+    device: Name = ""
 
 
 class SlotLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,9 +204,11 @@ class Attached(_Message, frozen=True, tag="attached"):
 
     With ``shared_memory`` its descriptors come next and frames travel through it, else
     on the connection. The worker's waits spin for ``spin_us`` before they block.
+    With ``device_memory`` that of a GPU comes behind it, with as many slots.
     """
 
     shared_memory: SlotLayout | None = None
+    device_memory: SlotLayout | None = None
     spin_us: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
 
 
@@ -289,12 +296,15 @@ class FrameFlag(IntFlag):
     ``WANT_LSE`` asks for the log-sum-exp behind the output. ``FUSED`` says that the
     payload is one row ``q | k | v`` per token; otherwise it is all of q, then all of k,
     then all of v. ``WANT_ACK`` asks for an empty OUT where there is nothing to attend.
+    ``ON_DEVICE`` says that the rows lie in the frame's slot of device memory, and asks
+    for an OUT that does so, too.
     """
 
     NONE = 0
     WANT_LSE = 1
     FUSED = 2
     WANT_ACK = 4
+    ON_DEVICE = 8
 
 
 FRAME_MAGIC = 0x4F415631

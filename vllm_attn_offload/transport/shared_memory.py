@@ -81,6 +81,7 @@ class SharedMemoryTransport(Transport):
         self._taken: int | None = None
         self._lent: memoryview | None = None
         self._current: Slot | None = None
+        self._current_index = 0
         # A thread that finds the channel closed as it leaves releases the memory: none
         # is unmapped under a thread in C. Flags, because locks cost more per frame.
         self._is_closed = self._is_sending = self._is_receiving = False
@@ -149,10 +150,14 @@ class SharedMemoryTransport(Transport):
         if self._is_sending or self._is_receiving:
             return
         with self._release_lock:
-            self._out = self._in = NO_RING
-            self._current = self._lent = None
-            self._memory.close()
-            self._sock.close()
+            self._free_memory()
+
+    def _free_memory(self) -> None:
+        """Let go of everything; called again it does nothing."""
+        self._out = self._in = NO_RING
+        self._current = self._lent = None
+        self._memory.close()
+        self._sock.close()
 
     def _take_slot(self) -> int:
         """The slot of the next frame; the same until it is sent."""
@@ -190,6 +195,7 @@ class SharedMemoryTransport(Transport):
         if index >= self._num_slots or not header.unpack_from(self._in.headers[place]):
             raise ProtocolError("what was received is not a frame of this protocol")
         self._num_received = target
+        self._current_index = index
         self._current = self._in.slots[index]
         return self._current
 

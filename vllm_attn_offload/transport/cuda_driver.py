@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU memory that two processes map, by CUDA's virtual memory management.
+
+A mapping keeps the memory alive: unlike with ``cudaIpcOpenMemHandle``, a peer that is
+killed takes nothing away from kernels that still run. The layouts are those of
+``cuda.h``. Has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import byref, c_int, c_size_t, c_uint8, c_uint64, c_void_p
+
+_DESCRIPTOR = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_READ_AND_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+
+class _Location(ctypes.Structure):
+    """``CUmemLocation``."""
+
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class _Properties(ctypes.Structure):
+    """``CUmemAllocationProp``."""
+
+    _fields_ = [
+        ("type", c_int),
+        ("handle_types", c_int),
+        ("location", _Location),
+        ("win32", c_void_p),
+        ("flags", c_uint8 * 8),
+    ]
+
+
+class _Access(ctypes.Structure):
+    """``CUmemAccessDesc``."""
+
+    _fields_ = [("location", _Location), ("flags", c_int)]
+
+
+class MappedMemory:
+    """Memory of a GPU in this process's address space; CUDA must be initialised.
+
+    Attributes:
+        descriptor: File descriptor that another process can map.
+        address: Where it is.
+        num_bytes: How long it is: whole pages of the GPU.
+
+    Args:
+        handle: Of the allocation; used up.
+        descriptor: Of the allocation; owned from here on.
+        num_bytes: Of the allocation.
+        gpu: Which GPU reads and writes it.
+
+    Raises:
+        OSError: It is smaller, or out of the GPU's reach.
+    """
+
+    def __init__(
+        self, handle: c_uint64, descriptor: int, num_bytes: int, gpu: int
+    ) -> None:
+        self.descriptor = descriptor
+        self.num_bytes = num_bytes
+        self._range = (c_uint64(0), c_size_t(num_bytes))
+        self._is_mapped = False
+        try:
+            self._map(handle, gpu)
+        except OSError:
+            self.close()
+            raise
+        finally:
+            # The mapping holds on to the memory.
+            _driver().cuMemRelease(handle)
+        self.address = self._range[0].value
+
+    @classmethod
+    def allocate(cls, num_bytes: int, gpu: int) -> MappedMemory:
+        """New memory.
+
+        Raises:
+            OSError: There is none, or it cannot be shared.
+        """
+        properties, size = _whole_pages(num_bytes, gpu)
+        handle, descriptor, none = c_uint64(0), c_int(-1), c_uint64(0)
+        _call("cuMemCreate", byref(handle), c_size_t(size), byref(properties), none)
+        target = byref(descriptor)
+        try:
+            _call("cuMemExportToShareableHandle", target, handle, _DESCRIPTOR, none)
+        except OSError:
+            _driver().cuMemRelease(handle)
+            raise
+        return cls(handle, descriptor.value, size, gpu)
+
+    @classmethod
+    def map(cls, descriptor: int, num_bytes: int, gpu: int) -> MappedMemory:
+        """What another process allocated with as many bytes.
+
+        Raises:
+            OSError: It is no memory of that size, or out of the GPU's reach.
+        """
+        handle, source = c_uint64(0), c_void_p(descriptor)
+        try:
+            size = _whole_pages(num_bytes, gpu)[1]
+            _call("cuMemImportFromShareableHandle", byref(handle), source, _DESCRIPTOR)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return cls(handle, descriptor, size, gpu)
+
+    def close(self) -> None:
+        """Unmap; nothing may run that uses the memory. Safe to call twice."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor < 0:
+            return
+        os.close(descriptor)
+        if self._is_mapped:
+            _driver().cuMemUnmap(*self._range)
+        if self._range[0]:
+            _driver().cuMemAddressFree(*self._range)
+
+    def _map(self, handle: c_uint64, gpu: int) -> None:
+        address, size = self._range
+        anywhere, none = c_size_t(0), c_uint64(0)
+        _call("cuMemAddressReserve", byref(address), size, anywhere, none, none)
+        _call("cuMemMap", address, size, c_size_t(0), handle, none)
+        self._is_mapped = True
+        access = _Access(_Location(1, gpu), _READ_AND_WRITE)
+        _call("cuMemSetAccess", address, size, byref(access), c_size_t(1))
+
+
+def _whole_pages(num_bytes: int, gpu: int) -> tuple[_Properties, int]:
+    """How memory is allocated, and its size: both sides round up alike."""
+    properties = _Properties(
+        type=1,  # pinned, the only one there is
+        handle_types=_DESCRIPTOR,
+        location=_Location(1, gpu),  # a device
+    )
+    page = c_size_t(0)
+    _call("cuMemGetAllocationGranularity", byref(page), byref(properties), 0)
+    return properties, -(-num_bytes // page.value) * page.value
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: object) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        raise OSError(f"{name} failed with CUDA error {status}")

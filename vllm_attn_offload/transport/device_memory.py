@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames whose rows lie in device memory that both processes map: no host copies them.
+
+Everything else of a frame, and every other frame, is as in shared memory of the host.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.protocol import FrameHeader, SlotLayout
+from vllm_attn_offload.transport.channel_memory import ChannelMemory
+from vllm_attn_offload.transport.native import NativeWaits
+from vllm_attn_offload.transport.shared_device import DeviceMemory
+from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIGNMENT = 512  # as torch's own allocations: kernels load whole vectors
+
+
+class DeviceMemoryTransport(SharedMemoryTransport):
+    """Shared memory, and beside each of its slots one of device memory.
+
+    The host orders both sides: a frame is announced once its rows are complete, and its
+    slot is given back once nobody reads it. No kernel ever waits for the other process,
+    which may die.
+
+    Args:
+        sock: As for shared memory.
+        memory: As for shared memory.
+        waits: As for shared memory.
+        device_memory: Rows of all slots; owned from here on.
+        layout: Of the rows, with as many slots as ``memory`` has.
+        is_node: As for shared memory.
+        stall_timeout_s: As for shared memory.
+        spin_us: As for shared memory.
+    """
+
+    name = "device memory"
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        memory: ChannelMemory,
+        waits: NativeWaits,
+        device_memory: DeviceMemory,
+        layout: SlotLayout,
+        *,
+        is_node: bool,
+        stall_timeout_s: float,
+        spin_us: int,
+    ) -> None:
+        super().__init__(
+            sock,
+            memory,
+            waits,
+            is_node=is_node,
+            stall_timeout_s=stall_timeout_s,
+            spin_us=spin_us,
+        )
+        self._device_memory = device_memory
+        requests, replies = row_slots(device_memory.bytes, layout)
+        self._rows_out = replies if is_node else requests
+        self._rows_in = requests if is_node else replies
+        self._max_bytes_out = layout.reply_bytes if is_node else layout.request_bytes
+        self._until: Callable[[], None] | None = None
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether rows of that size can be sent."""
+        return num_bytes <= self._max_bytes_out
+
+    def rows_buffer(self, num_bytes: int) -> torch.Tensor:
+        """Device memory of the next frame's rows, uint8; `send` takes no payload then.
+
+        Raises:
+            OSError: The peer is gone, or took nothing for the transport's deadline.
+            ValueError: They do not fit.
+        """
+        if not self.fits(num_bytes):
+            raise ValueError(
+                f"{num_bytes:,} bytes of rows were to be sent; a slot of device memory "
+                f"takes {self._max_bytes_out:,}. Send them through the host."
+            )
+        slots = self._rows_out
+        # Takes the frame's slot, as all payloads do; not where another thread closed.
+        self.payload_buffer(0)
+        assert self._taken is not None
+        return slots[self._taken][:num_bytes]
+
+    def receive_rows(self, num_bytes: int) -> torch.Tensor:
+        """Rows of the current frame, valid until the next one is received.
+
+        Raises:
+            ProtocolError: They do not fit the frame's slot.
+        """
+        slots = self._rows_in
+        self._current_slot()  # there is none where another thread closed the channel
+        rows = slots[self._current_index]
+        if num_bytes > rows.numel():
+            raise ProtocolError(
+                f"{num_bytes:,} bytes of rows; a slot of device memory takes "
+                f"{rows.numel():,}"
+            )
+        return rows[:num_bytes]
+
+    def keep_rows(self, until: Callable[[], None]) -> None:
+        """Call ``until``, which waits for the device, before the slot is given back."""
+        self._until = until
+
+    def receive_header(self, header: FrameHeader, timeout_s: float | None) -> None:
+        until, self._until = self._until, None
+        if until is not None:
+            until()
+        super().receive_header(header, timeout_s)
+
+    def _free_memory(self) -> None:
+        super()._free_memory()
+        self._rows_out = self._rows_in = []
+        self._device_memory.close()
+
+
+def rows_num_bytes(layout: SlotLayout) -> int:
+    """Bytes of device memory that a channel needs."""
+    return layout.num_slots * (
+        _aligned(layout.request_bytes) + _aligned(layout.reply_bytes)
+    )
+
+
+def row_slots(
+    memory: torch.Tensor, layout: SlotLayout
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Slots of requests, and of replies behind them."""
+    slots: list[list[torch.Tensor]] = []
+    begin = 0
+    for size in (layout.request_bytes, layout.reply_bytes):
+        starts = [begin + i * _aligned(size) for i in range(layout.num_slots)]
+        slots.append([memory[start : start + size] for start in starts])
+        begin += layout.num_slots * _aligned(size)
+    return slots[0], slots[1]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
