@@ -13,6 +13,8 @@ from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda_streams import CudaStreams
 from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.plugin import BACKEND_PATH
+from vllm_attn_offload.transport.cuda_memory import CudaDevice
+from vllm_attn_offload.transport.shared_device import SharedDevice
 from vllm_attn_offload.worker import AttentionOffloadWorker
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         """Close the data channels, then shut the worker down."""
         super().shutdown()
         self._close_exchange()
+
+    def _shared_device(self) -> SharedDevice:
+        device = self.device
+        assert device is not None
+        return CudaDevice(device)
 
     def _connect_layers(self, nodes: NodeGroup | None) -> None:
         self._close_exchange()

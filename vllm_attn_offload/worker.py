@@ -34,6 +34,7 @@ from vllm_attn_offload.protocol import (
     SessionGeometry,
 )
 from vllm_attn_offload.support import check_layers
+from vllm_attn_offload.transport.shared_device import SharedDevice
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -164,6 +165,8 @@ class AttentionOffloadWorker(_WorkerBase):
         geometry = self.session_geometry()
         digest = shard_geometry(geometry, kind, len(attachments)).digest()
         clients: list[NodeClient] = []
+        # Parts of several nodes are cut, and merged, on the host.
+        device = self._shared_device() if len(attachments) == 1 else None
         try:
             for attachment in attachments:
                 request = AttachSession(
@@ -179,6 +182,7 @@ class AttentionOffloadWorker(_WorkerBase):
                         request,
                         config.request_timeout_s,
                         credentials,
+                        device,
                     )
                 )
         except MemoryNodeError:
@@ -191,6 +195,10 @@ class AttentionOffloadWorker(_WorkerBase):
             geometry,
             tolerate_loss=config.on_node_loss == "recover",
         )
+
+    def _shared_device(self) -> SharedDevice | None:
+        """What layers compute on, where nodes can share memory with it."""
+        return None
 
     def _connect_layers(self, nodes: NodeGroup | None) -> None:
         """Hand the channels to the layers; None takes them away."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory node's and the worker's own test helpers lie in their folders."""
+"""Test helpers of nodes, workers and channels lie in their folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("memory_node", "client", "attention"):
+for folder in ("memory_node", "client", "transport", "attention"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 from node_process import NodeProcess, running_node  # noqa: E402

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,15 @@ from deferred_device import (
     Order,
     Pace,
 )
+from host_device import HostDevice
 from node_process import NodeProcess, running_node
-from raw_session import attach_request, make_geometry, reservation, session_of
+from raw_session import (
+    attach_request,
+    make_geometry,
+    reservation,
+    session_of,
+)
+from shared_rows_node import LaggingAttention, sharing_node
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from worker_batch import WorkerBatch
 
@@ -37,6 +45,7 @@ from vllm_attn_offload.client.partition import (
 )
 from vllm_attn_offload.client.step_plan import BatchStep
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.transport.native import load_waits
 
 NUM_BLOCKS, NUM_LAYERS = 60, 3
 GEOMETRY = make_geometry(num_layers=NUM_LAYERS)
@@ -60,6 +69,15 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         ]
 
 
+@pytest.fixture
+def sharing(tmp_path: Path) -> Iterator[tuple[str, LaggingAttention]]:
+    """A node that shares memory of its device."""
+    if load_waits() is None:
+        pytest.skip("memory is shared by the C library, which is not built")
+    with sharing_node(tmp_path) as node:
+        yield node
+
+
 class DeviceWorker:
     """Three requests whose q, k, v are on a deferred device.
 
@@ -67,7 +85,13 @@ class DeviceWorker:
     """
 
     def __init__(
-        self, addresses: list[str], device: DeferredDevice, kind: PartitionKind
+        self,
+        addresses: list[str],
+        device: DeferredDevice,
+        kind: PartitionKind,
+        shared: HostDevice | None = None,
+        *,
+        tolerate_loss: bool = False,
     ) -> None:
         self.device = device
         self.requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, 3)
@@ -81,8 +105,14 @@ class DeviceWorker:
             opened = self.controls[-1].open_session(
                 session_of(reserved.reservation, size)
             )
-            clients.append(NodeClient(address, attach_request(opened, sharded), 10.0))
-        self.nodes = NodeGroup(clients, Partition(kind, tuple(sizes)), GEOMETRY)
+            request = attach_request(opened, sharded)
+            clients.append(NodeClient(address, request, 10.0, device=shared))
+        self.nodes = NodeGroup(
+            clients,
+            Partition(kind, tuple(sizes)),
+            GEOMETRY,
+            tolerate_loss=tolerate_loss,
+        )
         self.exchange = DeviceExchange(
             self.nodes, lambda: DeferredStreams(device), DeferredAttention(device)
         )
@@ -199,11 +229,15 @@ def test_device_notices_what_is_missing(addresses: list[str], without: Order) ->
     worker.close()
 
 
+@pytest.mark.parametrize("rows", ["in-host-memory", "in-device-memory"])
 @pytest.mark.parametrize("pace", PACES)
-def test_micro_batches_take_turns(addresses: list[str], pace: Pace) -> None:
+def test_micro_batches_take_turns(
+    sharing: tuple[str, LaggingAttention], pace: Pace, rows: str
+) -> None:
     """Each has streams and buffers of its own; one computes while the other waits."""
     device = DeferredDevice(pace)
-    worker = DeviceWorker(addresses[:1], device, "heads")
+    shared = HostDevice() if rows == "in-device-memory" else None
+    worker = DeviceWorker([sharing[0]], device, "heads", shared)
     outputs: list[list[torch.Tensor]] = [[], []]
     expected = []
     for num_new in ([40, 20, 3], [1, 1, 1], [1, 1, 1]):
@@ -232,6 +266,32 @@ def test_micro_batches_take_turns(addresses: list[str], pace: Pace) -> None:
         for layer in range(NUM_LAYERS):
             found = torch.cat([part[step * NUM_LAYERS + layer] for part in outputs])
             assert (found.double() - whole - layer).abs().max() < 1e-5
+    assert bool(sharing[1].num_calls) == (shared is not None)
+    worker.close()
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_rows_in_device_memory(
+    sharing: tuple[str, LaggingAttention], pace: Pace
+) -> None:
+    """Decode steps cross in memory of the device, all others through the host."""
+    address, attention = sharing
+    worker = DeviceWorker([address], DeferredDevice(pace), "heads", HostDevice())
+    assert worker.run(STEPS) < 1e-5
+    num_decodes = sum(max(step) == 1 for step in STEPS)
+    assert attention.num_calls == num_decodes * NUM_LAYERS
+    worker.close()
+
+
+@pytest.mark.parametrize("without", ["fork", "wait"])
+def test_rows_in_device_memory_need_each_order(
+    sharing: tuple[str, LaggingAttention], without: Order
+) -> None:
+    address, attention = sharing
+    device = DeferredDevice("late", without=without)
+    worker = DeviceWorker([address], device, "heads", HostDevice())
+    assert not worker.run([[1, 1, 1], [1, 1, 1]]) < 1e-5
+    assert attention.num_calls
     worker.close()
 
 
@@ -281,4 +341,28 @@ def test_lost_store_is_reported(tmp_path_factory: pytest.TempPathFactory) -> Non
     metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
     with pytest.raises(MemoryNodeError):
         worker.forward(metadata, qkv)
+    worker.close()
+
+
+@pytest.mark.parametrize("tolerate_loss", [False, True])
+def test_node_is_lost_with_rows_in_its_memory(
+    sharing: tuple[str, LaggingAttention], tolerate_loss: bool
+) -> None:
+    """Its memory stays mapped; the step ends with an error, or with zeros."""
+    address, attention = sharing
+    device = DeferredDevice("late")
+    worker = DeviceWorker(
+        [address], device, "heads", HostDevice(), tolerate_loss=tolerate_loss
+    )
+    batch, qkv = worker.requests.grow([1, 1, 1])
+    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    attention.end_session = True
+    if not tolerate_loss:
+        with pytest.raises(MemoryNodeError):
+            worker.forward(metadata, qkv)
+    else:
+        outputs = worker.forward(metadata, qkv)
+        device.finish()
+        assert not torch.stack(outputs[1:]).any()
+        assert worker.nodes.loss is not None
     worker.close()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# Tests are imported by path (importlib mode); their helpers lie beside them.
-sys.path.insert(0, str(Path(__file__).parent))
+# Tests are imported by path (importlib mode); their helpers lie beside them, and those
+# of channels beside theirs.
+for folder in ("transport", "memory_node"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 from node_process import NodeProcess, running_node  # noqa: E402
 

@@ -13,6 +13,7 @@ import torch
 
 from vllm_attn_offload.attention.cuda_metadata import CudaStep
 from vllm_attn_offload.attention.cuda_remote_rows import RemoteRows
+from vllm_attn_offload.attention.cuda_shared_rows import SharedRows
 from vllm_attn_offload.attention.cuda_staging import StagedRows
 from vllm_attn_offload.attention.cuda_store import LayerStores
 from vllm_attn_offload.attention.device_streams import DeviceStreams
@@ -26,10 +27,11 @@ _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class _Lane:
     """What one micro-batch has of its own: a copy stream, rows out, rows back."""
 
-    def __init__(self, streams: DeviceStreams) -> None:
+    def __init__(self, nodes: NodeGroup, streams: DeviceStreams) -> None:
         self.streams = streams
         self.rows = StagedRows(streams)
         self.remote = RemoteRows(streams)
+        self.shared = SharedRows(nodes, streams)
 
 
 class DeviceExchange:
@@ -105,6 +107,8 @@ class DeviceExchange:
         output: torch.Tensor,
     ) -> None:
         lane = self._lane(metadata.micro_batch)
+        if lane.shared.attend(metadata, step, layer, qkv, output):
+            return
         rows, mark = lane.rows.copy_out(qkv, may_read_in_place=True)
         # Its kernels are queued behind ours while ours run.
         metadata.let_others_compute()
@@ -141,5 +145,5 @@ class DeviceExchange:
 
     def _lane(self, micro_batch: int) -> _Lane:
         while len(self._lanes) <= micro_batch:
-            self._lanes.append(_Lane(self._make_streams()))
+            self._lanes.append(_Lane(self._nodes, self._make_streams()))
         return self._lanes[micro_batch]

@@ -107,6 +107,24 @@ class Lane:
                 has_queries=self.num_rows > 0,
             )
 
+    def rows_buffer(self, num_bytes: int) -> torch.Tensor | None:
+        """Device memory for all rows of a layer; None where they pass the host.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        if self._query_rows is not None or self._stored_rows is not None:
+            return None
+        return self.client.rows_buffer(num_bytes)
+
+    def receive_rows(self, layer: int, num_bytes: int) -> torch.Tensor:
+        """The node's output where the node left it, in device memory.
+
+        Raises:
+            MemoryNodeError: The node is gone, too slow, or refused the layer.
+        """
+        return self.client.receive_rows(layer, num_bytes, self._allowance_s)
+
     def receive_into(self, layer: int, out: memoryview) -> None:
         """Receive the node's output where it belongs; ``out`` has its size.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import torch
 
@@ -17,9 +19,12 @@ from vllm_attn_offload.protocol import (
 )
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
+from vllm_attn_offload.transport.shared_device import SharedDevice
 
 _MAX_ERROR_BYTES = 1 << 16
+_ROWS_ON_DEVICE = FrameFlag.ON_DEVICE.value | FrameFlag.FUSED.value
 #: Keys and values that a node may be behind with before its answer is waited for.
 MAX_UNACKNOWLEDGED_BYTES = 64 << 20
 
@@ -32,6 +37,7 @@ class NodeClient:
         attach: Names the session; its token is used up.
         timeout_s: Deadline for every answer of the node.
         credentials: What to show the node, and to ask of it.
+        device: What the worker computes on, where memory of others can be mapped there.
 
     Raises:
         MemoryNodeError: The node is gone or refuses the session.
@@ -43,6 +49,7 @@ class NodeClient:
         attach: AttachSession,
         timeout_s: float,
         credentials: Credentials = NO_CREDENTIALS,
+        device: SharedDevice | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
@@ -51,11 +58,11 @@ class NodeClient:
         self._unacknowledged = 0
         sock, _ = connect(address, timeout_s, credentials)
         try:
-            offer = offer_channel(sock, torch.get_num_threads())
+            offer = offer_channel(sock, torch.get_num_threads(), device)
             attach = msgspec.structs.replace(attach, offer=offer)
             attached = call(sock, address, attach, Attached, timeout_s)
             self._transport: Transport = open_worker_channel(
-                sock, attached, timeout_s=timeout_s
+                sock, attached, timeout_s=timeout_s, device=device
             )
         except (OSError, ProtocolError) as error:
             sock.close()
@@ -63,6 +70,11 @@ class NodeClient:
         except MemoryNodeError:
             sock.close()
             raise
+
+    @property
+    def transport_name(self) -> str:
+        """What carries the frames, as shown to users."""
+        return self._transport.name
 
     def post_step(
         self, step: int, micro_batch: int, group: int, payload: memoryview
@@ -141,28 +153,94 @@ class NodeClient:
         Raises:
             MemoryNodeError: The node is gone, too slow, or refused the layer.
         """
-        header = self._reply_header
         try:
-            self._transport.receive_header(header, self._timeout_s + allowance_s)
-            if header.kind == FrameKind.ERROR:
-                raise MemoryNodeError(self.address, self._read_error(header))
-            if header.kind != FrameKind.OUT or header.layer != layer:
-                raise ProtocolError(f"a frame of kind {header.kind} was not expected")
-            if header.num_bytes != out.nbytes:
-                raise ProtocolError(
-                    f"{header.num_bytes:,} bytes of output; {out.nbytes:,} expected"
-                )
+            self._receive_out_header(layer, out.nbytes, allowance_s)
             self._transport.receive_payload_into(out)
         except (OSError, ProtocolError) as error:
             raise self._lost(error) from error
+
+    def rows_buffer(self, num_bytes: int) -> torch.Tensor | None:
+        """Device memory for the next LAYER's rows, to be complete when posted.
+
+        Returns:
+            uint8 ``[num_bytes]``; None where the rows must pass through the host.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        transport = self._transport
+        if not isinstance(transport, DeviceMemoryTransport):
+            return None
+        try:
+            return (
+                transport.rows_buffer(num_bytes) if transport.fits(num_bytes) else None
+            )
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def post_rows(
+        self, step: int, micro_batch: int, layer: int, num_bytes: int
+    ) -> None:
+        """Send the layer whose rows ``q | k | v`` are in the `rows_buffer`.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        self._unacknowledged = 0
+        header = self._header
+        header.kind, header.step, header.layer = FrameKind.LAYER, step, layer
+        header.micro_batch, header.group = micro_batch, 0
+        header.flags, header.num_bytes = _ROWS_ON_DEVICE, num_bytes
+        self._send()
+
+    def receive_rows(
+        self, layer: int, num_bytes: int, allowance_s: float = 0.0
+    ) -> torch.Tensor:
+        """Wait for the output of a layer that `post_rows` sent.
+
+        Returns:
+            uint8 ``[num_bytes]`` of device memory, valid until anything is received;
+            `keep_rows` puts that off.
+
+        Raises:
+            MemoryNodeError: As `receive_out`.
+        """
+        transport = self._transport
+        assert isinstance(transport, DeviceMemoryTransport)
+        try:
+            self._receive_out_header(layer, num_bytes, allowance_s)
+            if not self._reply_header.flags & FrameFlag.ON_DEVICE.value:
+                raise ProtocolError("output that is not in device memory")
+            return transport.receive_rows(num_bytes)
+        except (OSError, ProtocolError) as error:
+            raise self._lost(error) from error
+
+    def keep_rows(self, until: Callable[[], None]) -> None:
+        """Call ``until``, which waits for the device, before received rows are lost."""
+        assert isinstance(self._transport, DeviceMemoryTransport)
+        self._transport.keep_rows(until)
 
     def close(self) -> None:
         """End the data channel."""
         self._transport.close()
 
-    def _send(self, payload: memoryview) -> None:
+    def _receive_out_header(
+        self, layer: int, num_bytes: int, allowance_s: float
+    ) -> None:
+        header = self._reply_header
+        self._transport.receive_header(header, self._timeout_s + allowance_s)
+        if header.kind == FrameKind.ERROR:
+            raise MemoryNodeError(self.address, self._read_error(header))
+        if header.kind != FrameKind.OUT or header.layer != layer:
+            raise ProtocolError(f"a frame of kind {header.kind} was not expected")
+        if header.num_bytes != num_bytes:
+            raise ProtocolError(
+                f"{header.num_bytes:,} bytes of output; {num_bytes:,} expected"
+            )
+
+    def _send(self, *payload: memoryview) -> None:
         try:
-            self._transport.send(self._header, payload)
+            self._transport.send(self._header, *payload)
         except OSError as error:
             raise self._lost(error) from error
 

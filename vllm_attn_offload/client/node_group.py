@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -179,6 +180,77 @@ class NodeGroup:
             output.zero_()
             if lse is not None:
                 lse.zero_()
+
+    def rows_buffer(self, step: GroupStep, num_bytes: int) -> torch.Tensor | None:
+        """Device memory for a layer's rows ``q | k | v``, one per token.
+
+        The buffer is to be complete, and nothing else sent, before `post_rows`.
+
+        Args:
+            step: Result of ``begin_step``.
+            num_bytes: Of all rows.
+
+        Returns:
+            uint8 ``[num_bytes]``; None where rows must pass through the host.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        if self.loss is not None or not self._is_plain(step, step.remote_rows):
+            return None
+        (lane,) = self._lanes[step.micro_batch]
+        try:
+            return lane.rows_buffer(num_bytes)
+        except MemoryNodeError as error:
+            self._lose(error)
+            return None
+
+    def post_rows(self, step: GroupStep, layer: int, num_bytes: int) -> None:
+        """Send the layer whose rows are in the `rows_buffer`.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
+        self._times.num_layer_calls += 1
+        (lane,) = self._lanes[step.micro_batch]
+        started = time.perf_counter()
+        try:
+            lane.client.post_rows(step.number, step.micro_batch, layer, num_bytes)
+        except MemoryNodeError as error:
+            self._lose(error)
+        self._times.send_s += time.perf_counter() - started
+
+    def collect_rows(
+        self,
+        step: GroupStep,
+        layer: int,
+        num_bytes: int,
+        use: Callable[[torch.Tensor], Callable[[], None]],
+    ) -> bool:
+        """Wait for the output of a layer that `post_rows` sent.
+
+        Args:
+            step: As posted.
+            layer: As posted.
+            num_bytes: Of the output.
+            use: Enqueues what reads the output, uint8 ``[num_bytes]`` of device memory;
+                returns what waits for it.
+
+        Returns:
+            False where the node was lost.
+
+        Raises:
+            MemoryNodeError: As `collect`.
+        """
+        (lane,) = self._lanes[step.micro_batch]
+        started = time.perf_counter()
+        if self.loss is None:
+            try:
+                lane.client.keep_rows(use(lane.receive_rows(layer, num_bytes)))
+            except MemoryNodeError as error:
+                self._lose(error)
+        self._times.wait_s += time.perf_counter() - started
+        return self.loss is None
 
     @property
     def wait_s(self) -> float:

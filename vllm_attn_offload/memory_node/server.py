@@ -11,6 +11,8 @@ import ssl
 import threading
 from pathlib import Path
 
+import msgspec
+
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.connections import Connection, Connections
@@ -20,6 +22,7 @@ from vllm_attn_offload.memory_node.reservations import Reservations
 from vllm_attn_offload.protocol import (
     MAX_CONTROL_BYTES,
     AttachSession,
+    ChannelOffer,
     Closed,
     CloseSession,
     Error,
@@ -46,7 +49,7 @@ from vllm_attn_offload.transport.control import (
     send_message,
 )
 from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
-from vllm_attn_offload.transport.negotiate import open_node_channel
+from vllm_attn_offload.transport.negotiate import NUM_SLOTS, open_node_channel
 
 logger = logging.getLogger(__name__)
 
@@ -243,12 +246,22 @@ class MemoryNode:
         request_bytes, reply_bytes = session.frame_bytes()
         transport = open_node_channel(
             sock,
-            request.offer,
+            self._affordable(request),
             request_bytes=request_bytes,
             reply_bytes=reply_bytes,
             timeout_s=_STALL_TIMEOUT_S,
+            device_rows=session.device_rows(),
         )
         try:
             session.serve(transport)
         finally:
             transport.close()
+
+    def _affordable(self, request: AttachSession) -> ChannelOffer | None:
+        """What the worker offers, without shared memory that is not to be had."""
+        offer = request.offer
+        if offer is None or not offer.shared_memory:
+            return offer
+        if self._reservations.hold_slots(request.session, NUM_SLOTS):
+            return offer
+        return msgspec.structs.replace(offer, shared_memory=False)

@@ -13,6 +13,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
     PayloadLayout,
     RowLayout,
+    SharedRowsAttention,
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.memory_node.step import StepLimits, read_step
@@ -26,6 +27,8 @@ from vllm_attn_offload.protocol import (
     SessionStats,
 )
 from vllm_attn_offload.transport.base import Transport
+from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
+from vllm_attn_offload.transport.shared_device import DeviceRows
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,10 @@ MAX_MICRO_BATCHES = 8
 _WANT_LSE = FrameFlag.WANT_LSE.value
 _FUSED = FrameFlag.FUSED.value
 _WANT_ACK = FrameFlag.WANT_ACK.value
+_ON_DEVICE = FrameFlag.ON_DEVICE.value
 _MAX_ERROR_BYTES = 1 << 16
+#: Of device memory: decode steps of large batches fit, prefills need not.
+_MAX_ROWS_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -117,6 +123,18 @@ class Session:
         heads = max(layer.num_query_heads for layer in self.geometry.layers)
         out = max(rows.out for rows in self._rows) * self._item_bytes + 4 * heads
         return max(steps, max_tokens * rows), max(_MAX_ERROR_BYTES, max_tokens * out)
+
+    def device_rows(self) -> DeviceRows | None:
+        """What the node's device shares with the worker for rows of decode steps."""
+        if not isinstance(self._attention, SharedRowsAttention):
+            return None
+        num_rows, item_bytes = self._limits[0].max_num_reqs, self._item_bytes
+        widths = [max(rows.width for rows in self._rows)]
+        widths.append(max(rows.out for rows in self._rows))
+        request_bytes, reply_bytes = (
+            min(num_rows * width * item_bytes, _MAX_ROWS_BYTES) for width in widths
+        )
+        return DeviceRows(self._attention.shared_device, request_bytes, reply_bytes)
 
     def stats(self) -> SessionStats:
         """Counters since the session was opened."""
@@ -219,6 +237,9 @@ class Session:
                 f"{planned.num_query_rows:,} query rows and {planned.num_tokens:,} "
                 f"tokens need {layout.num_bytes:,}"
             )
+        if header.flags & _ON_DEVICE:
+            self._serve_rows(transport, header, planned, layout)
+            return
         payload = transport.receive_payload(header.num_bytes)
         received = time.perf_counter()
         out, lse, reply = self._reply(transport, planned, header)
@@ -232,6 +253,46 @@ class Session:
         counters.bytes_received += layout.num_bytes
         counters.bytes_sent += reply.nbytes
         counters.receive_s += received - started
+        counters.send_s += time.perf_counter() - attended
+
+    def _serve_rows(
+        self,
+        transport: Transport,
+        header: FrameHeader,
+        planned: _PlannedStep,
+        layout: PayloadLayout,
+    ) -> None:
+        """As `_serve_layer`, with rows and output in device memory."""
+        attention, num_rows = self._attention, planned.num_query_rows
+        if (
+            not isinstance(transport, DeviceMemoryTransport)
+            or not isinstance(attention, SharedRowsAttention)
+            or not num_rows
+            or header.flags & _WANT_LSE
+        ):
+            raise ProtocolError("rows in device memory that this channel does not take")
+        rows = transport.receive_rows(header.num_bytes)
+        num_bytes = num_rows * self._rows[header.layer].out * self._item_bytes
+        if not transport.fits(num_bytes):
+            raise ProtocolError(f"{num_bytes:,} bytes of output in device memory")
+        out = transport.rows_buffer(num_bytes)
+        asked = time.perf_counter()
+        with self._turns:
+            self._raise_if_closed()
+            started = time.perf_counter()
+            attention.attend_rows(
+                self._pools[header.layer], planned.plan, rows, layout, out
+            )
+        attention.finish_rows(planned.plan)
+        attended = time.perf_counter()
+        header.kind, header.num_bytes = FrameKind.OUT, num_bytes
+        transport.send(header)
+        counters = self._counters
+        counters.num_layer_calls += 1
+        counters.bytes_received += layout.num_bytes
+        counters.bytes_sent += num_bytes
+        counters.queue_s += started - asked
+        counters.attend_s += attended - started
         counters.send_s += time.perf_counter() - attended
 
     def _layout(self, planned: _PlannedStep, header: FrameHeader) -> PayloadLayout:

@@ -6,10 +6,14 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_attn_offload.memory_node.step import AttentionStep
 from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+from vllm_attn_offload.transport.shared_device import SharedDevice
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -186,3 +190,36 @@ class DecodeAttention(BlockLayout):
 
         Does nothing where ``attend`` returns with its results, as on a CPU.
         """
+
+
+class SharedRowsAttention(DecodeAttention):
+    """A kernel that reads rows, and leaves results, where workers can map them.
+
+    Attributes:
+        shared_device: What holds them.
+    """
+
+    shared_device: SharedDevice
+
+    @abstractmethod
+    def attend_rows(
+        self,
+        pool: object,
+        plan: object,
+        rows: torch.Tensor,
+        layout: PayloadLayout,
+        out: torch.Tensor,
+    ) -> None:
+        """Begin ``store`` and ``attend`` with memory of the device.
+
+        Args:
+            pool: Result of ``bind``.
+            plan: Result of ``plan``.
+            rows: Payload of a LAYER, uint8.
+            layout: Where q, k and v lie in it.
+            out: As for ``attend``, uint8.
+        """
+
+    @abstractmethod
+    def finish_rows(self, plan: object) -> None:
+        """Wait until rows are read and results complete; without the node's lock."""

@@ -2,8 +2,8 @@
 """The Triton kernels over blocks in GPU memory. Has not run on a GPU yet.
 
 Kernels of all sessions run in order on one stream; rows and results cross the bus on
-two others, through pinned memory. ``finish`` waits, without the node's lock: another
-session's kernels run while rows come back.
+two others, through pinned memory, or stay in memory that the worker maps. ``finish``
+waits, without the node's lock: another session's kernels run while rows come back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from vllm_attn_offload.memory_node.decode_attention.base import (
     PayloadLayout,
     RowLayout,
+    SharedRowsAttention,
 )
 from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     TORCH_DTYPES,
@@ -27,6 +28,7 @@ from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
 )
 from vllm_attn_offload.memory_node.step import AttentionStep
 from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.transport.cuda_memory import CudaDevice
 
 
 class CudaRegion:
@@ -75,7 +77,7 @@ class _CudaPlan(StepPlan):
     returned: torch.cuda.Event
 
 
-class CudaDecodeAttention(TritonDecodeAttention):
+class CudaDecodeAttention(TritonDecodeAttention, SharedRowsAttention):
     """The Triton kernels on one GPU.
 
     ``attend`` uses the rows that ``store`` has brought to the GPU just before.
@@ -83,6 +85,7 @@ class CudaDecodeAttention(TritonDecodeAttention):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
+        self.shared_device = CudaDevice(device)
         self._compute = torch.cuda.Stream(device)
         self._copy_in = torch.cuda.Stream(device)
         self._copy_out = torch.cuda.Stream(device)
@@ -195,6 +198,35 @@ class CudaDecodeAttention(TritonDecodeAttention):
         for mirror, target in _results(plan, out, lse):
             reply = torch.frombuffer(target, dtype=torch.uint8)
             reply.copy_(mirror.host[: target.nbytes])
+
+    def attend_rows(
+        self,
+        pool: object,
+        plan: object,
+        rows: torch.Tensor,
+        layout: PayloadLayout,
+        out: torch.Tensor,
+    ) -> None:
+        assert isinstance(pool, Pool)
+        assert isinstance(plan, _CudaPlan)
+        heads = (plan.num_query_rows, pool.shape.num_query_heads)
+        lse = plan.lse.device[: 4 * heads[0] * heads[1]].view(torch.float32)
+        elements = _elements(rows, pool)
+        with torch.cuda.stream(self._compute):
+            store_rows(pool, plan, elements, layout)
+            attend_rows(
+                pool,
+                plan,
+                elements,
+                layout,
+                _elements(out, pool).view(*heads, -1),
+                lse.view(heads),
+            )
+            plan.consumed.record()
+
+    def finish_rows(self, plan: object) -> None:
+        assert isinstance(plan, _CudaPlan)
+        plan.consumed.synchronize()
 
 
 def _results(

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory node in this process whose device is host memory, and whose kernels lag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from host_device import HostDevice
+
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    PayloadLayout,
+    SharedRowsAttention,
+)
+from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
+    TorchDecodeAttention,
+)
+from vllm_attn_offload.memory_node.server import MemoryNode
+from vllm_attn_offload.transport.address import Address
+
+
+class LaggingAttention(TorchDecodeAttention, SharedRowsAttention):
+    """Does nothing with shared rows until it is waited for.
+
+    ``num_calls`` counts layers that came in device memory; with ``end_session`` the
+    second one ends its session.
+    """
+
+    def __init__(self) -> None:
+        self.shared_device = HostDevice()
+        self.num_calls = 0
+        self.end_session = False
+        self._queued: Callable[[], None] | None = None
+
+    def attend_rows(
+        self,
+        pool: object,
+        plan: object,
+        rows: torch.Tensor,
+        layout: PayloadLayout,
+        out: torch.Tensor,
+    ) -> None:
+        out.fill_(0xFF)
+        self.num_calls += 1
+
+        def kernels() -> None:
+            payload, target = rows.numpy().data, out.numpy().data
+            self.store(pool, plan, payload, layout)
+            self.attend(pool, plan, payload, layout, target, None)
+
+        self._queued = kernels
+
+    def finish_rows(self, plan: object) -> None:
+        assert self._queued is not None
+        if self.end_session and self.num_calls > 1:
+            raise ConnectionResetError("the session ends here")
+        self._queued()
+        self._queued = None
+
+
+@contextmanager
+def sharing_node(directory: Path) -> Iterator[tuple[str, LaggingAttention]]:
+    """Its address, and its kernel."""
+    attention = LaggingAttention()
+    node = MemoryNode(
+        Address(path=str(directory / "node.sock")), attention, "host", 64 << 20
+    )
+    node.start()
+    try:
+        yield str(node.address), attention
+    finally:
+        node.stop()
