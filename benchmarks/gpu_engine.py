@@ -31,7 +31,7 @@ def main() -> None:
         "tokens": _greedy(engine._llm, config["prompts"], config["num_tokens"]),
     }
     for point in config["points"]:
-        measured = engine.measure(Point(**point, seed=0))
+        measured = engine.measure(Point(**point))
         measured["tokens_per_s"] = point["batch"] / measured["step_s"]
         result.setdefault("points", []).append({**point, **measured})
     Path(output).write_text(json.dumps(result), "utf-8")

@@ -21,8 +21,9 @@ BLOCK_SIZE = 16
 #: Requests and tokens of each: a decode step of one, and of larger batches.
 POINTS = ((1, 512), (8, 512), (32, 2048), (128, 2048), (256, 512))
 DRY_POINTS = ((2, 40),)
-#: Beyond copies and attention, in microseconds.
-BARS_US = {"cpu": 40.0, "gpu": 15.0}
+#: Beyond copies and attention, in microseconds. The same GPU serves twice: with rows
+#: through the host, and in memory that both processes map.
+BARS_US = {"cpu": 40.0, "gpu": 40.0, "shared": 15.0}
 
 
 class HostStreams:
@@ -60,24 +61,30 @@ def measure_exchange(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
         print(f"skipped: {reason}")
         return {"skipped": reason}
     rows = []
-    print(f"{'node':<6}{'batch':>6}{'context':>9}{'layer us':>12}{'overhead us':>14}")
+    print(f"{'node':<8}{'batch':>6}{'context':>9}{'layer us':>12}{'overhead us':>14}")
     with tempfile.TemporaryDirectory(prefix="attn-offload-exchange-") as work:
-        for name, where in (("cpu", torch.device("cpu")), ("gpu", device)):
+        for name in BARS_US:
+            where = torch.device("cpu") if name == "cpu" else device
             gib = 0.1 if is_dry else 8.0
             with memory_node(work, where, kv_cache_gib=gib, name=name) as address:
-                for batch, context in DRY_POINTS if is_dry else POINTS:
-                    row = _measure(address, device, batch, context, is_dry=is_dry)
+                for point in DRY_POINTS if is_dry else POINTS:
+                    row = _measure(address, device, name, point, is_dry=is_dry)
                     rows.append({"node": name, "bar_us": BARS_US[name], **row})
                     print(
-                        f"{name:<6}{batch:6}{context:9}{row['layer_us'][0]:12.1f}"
-                        f"{row['overhead_us']:14.1f}",
+                        f"{name:<8}{row['batch']:6}{row['context']:9}"
+                        f"{row['layer_us'][0]:12.1f}{row['overhead_us']:14.1f}",
                         flush=True,
                     )
     return {"rows": rows}
 
 
 def _measure(
-    address: str, device: torch.device, batch: int, context: int, *, is_dry: bool
+    address: str,
+    device: torch.device,
+    node: str,
+    point: tuple[int, int],
+    *,
+    is_dry: bool,
 ) -> dict[str, Any]:
     from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
     from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
@@ -85,9 +92,17 @@ def _measure(
     from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
     on_gpu = device.type == "cuda"
+    is_shared = on_gpu and node == "shared"
+    batch, context = point
     heads, kv_heads, size = (4, 2, 32) if is_dry else (32, 8, 128)
     num_blocks = batch * -(-context // BLOCK_SIZE)
-    session = _Session(address, (heads, kv_heads, size), num_blocks, is_dry=is_dry)
+    session = _Session(
+        address,
+        (heads, kv_heads, size),
+        num_blocks,
+        device if is_shared else None,
+        is_dry=is_dry,
+    )
     exchange = DeviceExchange(
         session.nodes,
         (lambda: CudaStreams(device)) if on_gpu else HostStreams,
@@ -114,13 +129,14 @@ def _measure(
     parts = {
         f"node_{part}_us": 1e6 * (after[part] - before[part]) / repeats
         for part in before
-    } | _copies(rows, output, repeats)
+    } | _copies(rows, output, repeats, is_shared=is_shared)
     exchange.close()
     session.close()
     known = parts["node_attend_us"] + parts["copy_out_us"] + parts["copy_back_us"]
     return {
         "batch": batch,
         "context": context,
+        "transport": session.transport,
         "layer_us": times,
         "parts_us": parts,
         "bytes_out": rows.nbytes,
@@ -129,13 +145,19 @@ def _measure(
     }
 
 
-def _copies(rows: torch.Tensor, output: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Of the same bytes, alone: what the link takes."""
+def _copies(
+    rows: torch.Tensor, output: torch.Tensor, repeats: int, *, is_shared: bool
+) -> dict[str, float]:
+    """Of the same bytes, alone: what the link takes, or the device's own memory."""
     on_gpu = rows.is_cuda
     found = {}
     for name, tensor in (("copy_out_us", rows), ("copy_back_us", output)):
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-        target, source = (host, tensor) if name == "copy_out_us" else (tensor, host)
+        there = (
+            torch.empty_like(tensor)
+            if is_shared
+            else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        )
+        target, source = (there, tensor) if name == "copy_out_us" else (tensor, there)
 
         def copy(target: torch.Tensor = target, source: torch.Tensor = source) -> None:
             target.copy_(source, non_blocking=True)
@@ -168,13 +190,14 @@ class _NoPrefill:
 
 
 class _Session:
-    """One layer on one node."""
+    """One layer on one node; with a ``device`` its rows stay there."""
 
     def __init__(
         self,
         address: str,
         shape: tuple[int, int, int],
         num_blocks: int,
+        device: torch.device | None,
         *,
         is_dry: bool,
     ) -> None:
@@ -207,7 +230,15 @@ class _Session:
         request = AttachSession(
             opened.session, opened.attach_token, 0, geometry.digest(), 0
         )
-        client = NodeClient(address, request, 30)
+        shared = None
+        if device is not None:
+            from vllm_attn_offload.transport.cuda_memory import CudaDevice
+
+            shared = CudaDevice(device)
+        client = NodeClient(address, request, 30, device=shared)
+        self.transport = client.transport_name
+        if shared is not None and self.transport != "device memory":
+            raise RuntimeError(f"rows were to be shared, and pass {self.transport}")
         self.nodes = NodeGroup([client], Partition("heads", (num_blocks,)), geometry)
 
     def step(self, batch: int, context: int) -> Any:
