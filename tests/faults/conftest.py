@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "memory_node")]
 
 from busy_session import BusySession  # noqa: E402
 from certificates import Authority  # noqa: E402
-from node_process import NodeProcess, eventually  # noqa: E402
+from node_process import NodeProcess, eventually, running_node  # noqa: E402
 
 from vllm_attn_offload.client.control_client import ControlClient  # noqa: E402
 
@@ -69,12 +69,30 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     yield from _shared_node(tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def local_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node on a Unix socket, which shares memory with its workers."""
+    directory = tmp_path_factory.mktemp("local")
+    with running_node(directory, *OPTIONS) as process:
+        yield process
+
+
 @pytest.fixture
 def unharmed(node: NodeProcess) -> Iterator[NodeProcess]:
     """The node, with a session beside the test that must get right outputs.
 
     After the test nothing is held, and no thread of the node ended in an error.
     """
+    yield from _unharmed(node)
+
+
+@pytest.fixture
+def unharmed_local(local_node: NodeProcess) -> Iterator[NodeProcess]:
+    """The same for the node on a Unix socket."""
+    yield from _unharmed(local_node)
+
+
+def _unharmed(node: NodeProcess) -> Iterator[NodeProcess]:
     before = node.log()
     neighbour = BusySession(node.address)
     yield node

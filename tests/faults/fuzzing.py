@@ -45,9 +45,9 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-def fuzz(one_round: Callable[[], None]) -> None:
-    """Repeat a hypothesis test until the time is over."""
-    ends = time.monotonic() + FUZZ_S
+def fuzz(one_round: Callable[[], None], share: float = 1.0) -> None:
+    """Repeat a hypothesis test until the time, or a share of it, is over."""
+    ends = time.monotonic() + share * FUZZ_S
     while time.monotonic() < ends:
         one_round()
 

@@ -115,8 +115,14 @@ class Reservations:
                 f"but {entry.kv_bytes / GIB:.2f} GiB are reserved. Raise kv_cache_gib "
                 "or lower num_gpu_blocks_override."
             )
-        self._reserve_frames(entry, request)
-        entry.session = self._session(entry, request)
+        _check_longest_frame(entry.request.geometry, request)
+        session = self._session(entry, request)
+        try:
+            self._hold_frames(entry, session, request)
+        except CapacityError:
+            session.close()
+            raise
+        entry.session = session
         entry.attach_token = secrets.token_hex(16)
         logger.info(
             "opened session %s: engine %s rank %d, %d layers, %d blocks",
@@ -142,6 +148,33 @@ class Reservations:
             entry.attach_token = ""
             entry.session.worker_kv_bytes = request.worker_kv_bytes
             return entry.session
+
+    def hold_slots(self, session: str, num_slots: int) -> bool:
+        """Hold what shared memory takes beyond one frame each way, if there is room.
+
+        A worker may touch every page of its slots, whatever it needs of them. Without
+        room its frames come on the socket.
+        """
+        with self._lock:
+            entry = self._held.get(session)
+            if entry is None or entry.session is None:
+                return False  # it was closed meanwhile, which its data channel notices
+            num_bytes = (num_slots - 1) * sum(entry.session.frame_bytes())
+            free = self._max_frame_bytes - self._held_frame_bytes()
+            if num_bytes <= free:
+                entry.frame_bytes += num_bytes
+                return True
+        logger.warning(
+            "engine %s gets no shared memory but frames on its socket, which are "
+            "slower: its slots take %.2f GiB more, and %.2f of the %.2f GiB that this "
+            "node keeps for frames are free. Lower max_num_batched_tokens, or start "
+            "the node with a larger --kv-cache-gib.",
+            entry.request.engine,
+            num_bytes / GIB,
+            free / GIB,
+            self._max_frame_bytes / GIB,
+        )
+        return False
 
     def release(self, reservation: str) -> None:
         """Free a reservation and its session; unknown names are ignored."""
@@ -172,31 +205,30 @@ class Reservations:
             sessions = [entry.session for entry in self._held.values()]
         return [session.stats() for session in sessions if session]
 
-    def _reserve_frames(self, entry: _Reservation, request: OpenSession) -> None:
-        longest = _longest_frame(entry.request.geometry, request)
-        if longest > _MAX_FRAME_BYTES:
-            raise ValueError(
-                f"frames of up to {longest / GIB:.2f} GiB were asked for; at most "
-                f"{_MAX_FRAME_BYTES / GIB:.0f} GiB are allowed. Lower max_num_seqs, "
-                "max_num_batched_tokens or max_model_len."
-            )
+    def _hold_frames(
+        self, entry: _Reservation, session: Session, request: OpenSession
+    ) -> None:
+        """Account for a frame each way, and for the copy of a STEP that is checked."""
+        num_bytes = sum(session.frame_bytes()) + _step_bytes(request)
         with self._lock:
-            held = sum(other.frame_bytes for other in self._held.values())
-            if held + longest > self._max_frame_bytes:
+            held = self._held_frame_bytes()
+            if held + num_bytes > self._max_frame_bytes:
                 raise CapacityError(
-                    f"frames of up to {longest / GIB:.2f} GiB were asked for, but "
-                    f"other sessions hold {held / GIB:.2f} of the "
+                    f"{num_bytes / GIB:.2f} GiB for frames were asked for, but other "
+                    f"sessions hold {held / GIB:.2f} of the "
                     f"{self._max_frame_bytes / GIB:.2f} GiB that this node keeps for "
                     "them. Lower max_num_batched_tokens, or stop another engine."
                 )
-            entry.frame_bytes = longest
+            entry.frame_bytes = num_bytes
+
+    def _held_frame_bytes(self) -> int:
+        return sum(entry.frame_bytes for entry in self._held.values())
 
     def _session(self, entry: _Reservation, request: OpenSession) -> Session:
         try:
             return Session(entry.request, request, self._attention, self._turns)
         # torch reports a full GPU as a RuntimeError.
         except (OSError, MemoryError, RuntimeError) as error:
-            entry.frame_bytes = 0
             raise CapacityError(
                 f"{entry.kv_bytes / GIB:.2f} GiB are reserved, but the memory node's "
                 f"host cannot allocate them now ({error}). Stop other processes there, "
@@ -204,15 +236,23 @@ class Reservations:
             ) from error
 
 
-def _longest_frame(geometry: SessionGeometry, request: OpenSession) -> int:
-    """Bytes of the longest frame that the session's limits would let in."""
+def _step_bytes(request: OpenSession) -> int:
+    return step_num_bytes(
+        request.max_num_reqs, request.max_num_tokens, request.max_blocks_per_req
+    )
+
+
+def _check_longest_frame(geometry: SessionGeometry, request: OpenSession) -> None:
     row_bytes = DTYPE_BYTES[geometry.dtype] * max(
         RowLayout.of(layer).width for layer in geometry.layers
     )
-    step_bytes = step_num_bytes(
-        request.max_num_reqs, request.max_num_tokens, request.max_blocks_per_req
-    )
-    return max(step_bytes, request.max_num_tokens * row_bytes)
+    longest = max(_step_bytes(request), request.max_num_tokens * row_bytes)
+    if longest > _MAX_FRAME_BYTES:
+        raise ValueError(
+            f"frames of up to {longest / GIB:.2f} GiB were asked for; at most "
+            f"{_MAX_FRAME_BYTES / GIB:.0f} GiB are allowed. Lower max_num_seqs, "
+            "max_num_batched_tokens or max_model_len."
+        )
 
 
 def _check_attach(session: Session, token: str, request: AttachSession) -> None:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Right STEP and LAYER frames of a small session: what fuzz tests break."""
+
+from __future__ import annotations
+
+import torch
+from paged_batch import PagedBatch
+from raw_session import encode_step, make_geometry
+
+from vllm_attn_offload.memory_node.step import AttentionStep
+from vllm_attn_offload.protocol import (
+    FRAME_HEADER_BYTES,
+    FrameFlag,
+    FrameHeader,
+    FrameKind,
+)
+
+NUM_BLOCKS = 8
+GEOMETRY = make_geometry(num_query_heads=4, num_kv_heads=2, head_size=16, block_size=16)
+
+
+def frame(header: FrameHeader, payload: memoryview) -> bytes:
+    header.num_bytes = payload.nbytes
+    packed = bytearray(FRAME_HEADER_BYTES)
+    header.pack_into(packed)
+    return bytes(packed) + bytes(payload)
+
+
+def layers(step: int, qkv: torch.Tensor, flags: int) -> list[bytes]:
+    payload = qkv.contiguous().view(torch.uint8).numpy().data.cast("B")
+    return [
+        frame(FrameHeader(FrameKind.LAYER, layer, step, flags=flags), payload)
+        for layer in (0, 1)
+    ]
+
+
+def real_frames() -> list[bytes]:
+    """Two steps of two requests: prefill and decode, stored only and attended."""
+    batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 2)
+    frames = []
+    for number, num_new in enumerate(([5, 3], [1, 1]), 1):
+        step, qkv = batch.grow(num_new)
+        frames.append(
+            frame(FrameHeader(FrameKind.STEP, step=number), encode_step(step))
+        )
+        for flags in (FrameFlag.FUSED, FrameFlag.FUSED | FrameFlag.WANT_LSE):
+            frames += layers(number, qkv, flags)
+        frames += layers(number, qkv, FrameFlag.NONE)
+        stored = AttentionStep(
+            step.query_start_loc[:1],
+            step.seq_lens[:0],
+            step.slot_mapping,
+            step.block_table[:0],
+        )
+        header = FrameHeader(FrameKind.STEP, step=10 + number)
+        frames.append(frame(header, encode_step(stored)))
+        kv = qkv[:, 4 * 16 :]
+        frames += layers(10 + number, kv, FrameFlag.WANT_ACK)
+        frames += layers(10 + number, kv, FrameFlag.NONE)
+    return frames
+
+
+FRAMES = real_frames()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a node beside its blocks: bounded for frames, flat as sessions go by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from node_process import NodeProcess, eventually, running_node
+from paged_batch import PagedBatch
+from raw_session import (
+    as_bytes,
+    attach_request,
+    encode_step,
+    make_geometry,
+    reservation,
+    session_of,
+)
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.protocol import FrameFlag
+from vllm_attn_offload.transport.native import load_waits
+
+NUM_BLOCKS = 16
+GEOMETRY = make_geometry()
+KV_BYTES = NUM_BLOCKS * 2 * 2 * 16 * 3 * 64 * 4
+TIMEOUT_S = 10.0
+NO_SLOTS = "gets no shared memory but frames on its socket"
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[NodeProcess]:
+    if load_waits() is None:
+        pytest.skip("the C library is not built")
+    with running_node(tmp_path, "--kv-cache-gib", "0.25") as process:
+        yield process
+
+
+def attach(control: ControlClient, address: str, max_num_tokens: int) -> NodeClient:
+    """A data channel of a session with such limits."""
+    reserved = control.reserve(reservation(GEOMETRY, KV_BYTES))
+    request = session_of(reserved.reservation, NUM_BLOCKS)
+    request = msgspec.structs.replace(request, max_num_tokens=max_num_tokens)
+    opened = control.open_session(request)
+    return NodeClient(address, attach_request(opened, GEOMETRY), TIMEOUT_S)
+
+
+def test_slots_take_what_frames_may(node: NodeProcess) -> None:
+    """Four slots each way count four times; without room frames use the socket."""
+    # A frame each way takes 0.14 GiB of 1, and its slots 0.57.
+    tokens = 25_000
+    with closing(ControlClient(node.address, TIMEOUT_S)) as control:
+        clients = [attach(control, node.address, tokens) for _ in range(3)]
+        assert node.log().count(NO_SLOTS) == 2
+        with pytest.raises(MemoryNodeError, match=r"other sessions hold 0\.8\d of"):
+            attach(control, node.address, tokens)
+        for client in clients:
+            client.close()
+    assert eventually(lambda: node.log().count("released engine") == 4)
+    with closing(ControlClient(node.address, TIMEOUT_S)) as control:
+        attach(control, node.address, tokens).close()
+        assert node.log().count(NO_SLOTS) == 2
+
+
+def test_sessions_leave_nothing(node: NodeProcess) -> None:
+    """Neither memory nor descriptors nor threads, once heaps are warm."""
+    for _ in range(100):
+        come_and_go(node.address)
+    before = holdings(node)
+    for _ in range(100):
+        come_and_go(node.address)
+    after = holdings(node)
+    assert after[0] < before[0] + 512, "KiB of anonymous memory"
+    assert after[1] <= before[1] + 1, "descriptors: the last one may still end"
+    assert after[2] <= before[2] + 1, "threads"
+
+
+def come_and_go(address: str) -> None:
+    """One session through shared memory that prefills once."""
+    step, qkv = PagedBatch(GEOMETRY, NUM_BLOCKS, 2).grow([37, 5])
+    out = memoryview(bytearray(42 * 9 * 64 * 4))
+    with closing(ControlClient(address, TIMEOUT_S)) as control:
+        client = attach(control, address, 256)
+        client.post_step(1, 0, 0, encode_step(step))
+        for layer in range(len(GEOMETRY.layers)):
+            client.post_layer(
+                1, 0, layer, FrameFlag.FUSED.value, as_bytes(qkv), has_queries=True
+            )
+            client.receive_out(layer, out)
+        client.close()
+
+
+def holdings(node: NodeProcess) -> tuple[int, int, int]:
+    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    (anonymous,) = re.findall(r"RssAnon:\s+(\d+) kB", status)
+    process = psutil.Process(node.process.pid)
+    return int(anonymous), process.num_fds(), process.num_threads()
