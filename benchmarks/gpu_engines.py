@@ -117,6 +117,9 @@ class Engines:
         Raises:
             RuntimeError: It failed; the message ends with its output.
         """
+        # Late: steps before this one need no installed package.
+        from vllm_attn_offload.transport.negotiate import ROWS_ARE_SHARED
+
         config = Path(self._work, f"{variant.name}.config.json")
         output = Path(self._work, f"{variant.name}.json")
         config.write_text(json.dumps(self._config(variant)), "utf-8")
@@ -135,6 +138,7 @@ class Engines:
         if engine.returncode:
             raise RuntimeError(f"{variant.name}: {log.read_text('utf-8')[-1500:]}")
         result: dict[str, Any] = json.loads(output.read_text("utf-8"))
+        result["shares_gpu_memory"] = ROWS_ARE_SHARED in log.read_text("utf-8")
         return result
 
     def try_all(self, variants: list[Variant], parallel: int) -> dict[str, Any]:
@@ -203,6 +207,8 @@ def compare_tokens(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
             rows.append(row)
             print(row)
             problems += [f"{variant.name}: {text}" for text in row["differences"]]
+            if found["shares_gpu_memory"] != (variant.node == "gpu" and not is_dry):
+                problems.append(f"{variant.name}: rows pass where they should not")
     if problems:
         raise RuntimeError("; ".join(problems))
     return {"planned": planned, "rows": rows, "engines": results}

@@ -24,6 +24,7 @@ from vllm_attn_offload.transport.device_memory import (
 from vllm_attn_offload.transport.native import load_waits
 from vllm_attn_offload.transport.negotiate import (
     NUM_SLOTS,
+    ROWS_ARE_SHARED,
     offer_channel,
     open_node_channel,
     open_worker_channel,
@@ -172,13 +173,22 @@ def test_close_unmaps_once_and_ends_the_channel() -> None:
             "GPU cannot reach the memory node's (no peer access)",
         ),
         ((HostDevice(), HostDevice()), ("device memory",) * 2, "on the same GPU"),
+        ((HostDevice(), HostDevice()), ("device memory",) * 2, ROWS_ARE_SHARED),
         (
             (HostDevice("device 1"), HostDevice()),
             ("device memory",) * 2,
             "on GPU device 1 are offered",
         ),
     ],
-    ids=["cpu-worker", "cpu-node", "no-memory", "no-peer-access", "same-gpu", "two"],
+    ids=[
+        "cpu-worker",
+        "cpu-node",
+        "no-memory",
+        "no-peer-access",
+        "same-gpu",
+        "log",
+        "two",
+    ],
 )
 def test_who_is_offered_device_memory(
     devices: Devices,

@@ -34,6 +34,8 @@ from vllm_attn_offload.transport.tcp import TcpTransport
 logger = logging.getLogger(__name__)
 _worker_logger = logging.getLogger(f"vllm.{__name__}")
 
+#: What a worker logs where rows of decode steps pass no host.
+ROWS_ARE_SHARED = "Rows of decode steps pass through memory of the memory node's GPU"
 #: Unread frames each way: STEP and LAYER of two micro-batches.
 NUM_SLOTS = 4
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -246,7 +248,7 @@ def _map_rows(
             error,
         )
         return None
-    _worker_logger.info("Rows pass through memory of the memory node's GPU")
+    _worker_logger.info(ROWS_ARE_SHARED)
     return memory
 
 
