@@ -329,6 +329,21 @@ def test_dropped_channel_ends_only_its_session(
         healthy.assert_exact()
 
 
+def test_pool_shows_no_older_data(node: NodeProcess) -> None:
+    """Every block that a killed engine wrote holds zeros for the next one."""
+    geometry = make_geometry()
+    num_tokens = NUM_BLOCKS * geometry.groups[0].block_size
+    step, qkv = PagedBatch(geometry, NUM_BLOCKS, 1).grow([num_tokens])
+    first = RawSession(node.address, geometry, NUM_BLOCKS)
+    first.send_step(step)
+    assert first.attend(1, qkv)[0].abs().min() > 0
+    first.close()
+    unstored = replace(step, slot_mapping=np.full_like(step.slot_mapping, -1))
+    with closing(RawSession(node.address, geometry, NUM_BLOCKS)) as second:
+        second.send_step(unstored)
+        assert not second.attend(1, qkv)[0].any()
+
+
 def test_pool_is_freed_while_the_node_sends(node: NodeProcess) -> None:
     """An engine dies while the node waits for it to take its output."""
     geometry = make_geometry(num_query_heads=16, num_kv_heads=1, head_size=256)
