@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import environment
 import offline_latency
 import offline_tables
-from offline_engines import EngineProcess, as_option, offload_engine, stock_engine
+from engine_mode import EngineMode
+from offline_engines import EngineProcess, offload_engine, stock_engine
 from offline_latency import Link
 from offline_nodes import sweep_nodes
 from offline_trace import trace
@@ -28,6 +29,9 @@ from rich.console import Console
 from rich.progress import track
 from smollm2 import prepare
 
+Side = EngineProcess | EngineMode
+
+TABLE_COLUMNS = 170
 CHECK_PROMPTS, CHECK_TOKENS = 8, 12
 MIN_IDENTICAL = {"float32": 1.0, "bfloat16": 0.75, "float16": 0.75}
 
@@ -56,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["auto"],
         choices=("1", "2", "auto"),
-        help="an offloading engine for each; default: auto",
+        help="measure the offloading engine with each; default: auto",
     )
     parser.add_argument(
         "--ablate",
@@ -92,6 +96,7 @@ def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
     console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
     model = arguments.model or str(prepare())
     report: dict[str, Any] = {}
     with Path("/tmp/attn-offload-benchmark.log").open("w") as log:
@@ -118,12 +123,20 @@ def compare(
     arguments: argparse.Namespace, model: str, log: TextIO, console: Console
 ) -> list[dict[str, Any]]:
     """Stock and offloading engines in turns; prints the tables."""
-    engines = start_engines(arguments, model, log)
+    engines = [
+        *(
+            stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus)
+            for cpus in arguments.stock_cpus
+        ),
+        offload_engine(arguments, model, log, "engine"),
+    ]
+    modes = [EngineMode(engines[-1], option) for option in arguments.micro_batches]
+    sides: list[Side] = [*engines[:-1], *modes]
     try:
         for engine in engines:
             engine.wait_until_ready()
-        check(engines, arguments.dtype, console)
-        rows = measure(engines, arguments)
+        check(sides, arguments.dtype, console)
+        rows = measure(sides, arguments)
     finally:
         for engine in engines:
             engine.stop()
@@ -143,64 +156,46 @@ def compare_links(
         host = stack.enter_context(remote_nodes(log))
         engines = [
             stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus),
-            *offline_latency.start_engines(arguments, model, log, host),
+            offline_latency.remote_engine(arguments, model, log, host),
         ]
         for engine in engines:
             stack.callback(engine.stop)
         for engine in engines:
             engine.wait_until_ready()
-        check(engines, arguments.dtype, console)
-        return offline_latency.sweep_links(arguments, engines, host)
+        modes = [EngineMode(engines[1], option) for option in ("1", "2")]
+        check([engines[0], *modes], arguments.dtype, console)
+        return offline_latency.sweep_links(arguments, [engines[0], *modes], host)
 
 
-def start_engines(
-    arguments: argparse.Namespace, model: str, log: TextIO
-) -> list[EngineProcess]:
-    """One stock engine per binding, then the offloading ones."""
-    stock = [
-        stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus)
-        for cpus in arguments.stock_cpus
-    ]
-    offload = [
-        offload_engine(
-            arguments, model, log, option, num_microbatches=as_option(option)
-        )
-        for option in arguments.micro_batches
-    ]
-    return [*stock, *offload]
-
-
-def check(engines: list[EngineProcess], dtype: str, console: Console) -> None:
+def check(sides: list[Side], dtype: str, console: Console) -> None:
     """Compare greedy tokens; a wrong engine prints no numbers."""
     request = {"check": [CHECK_PROMPTS, CHECK_TOKENS]}
-    answers = [engine.ask(request) for engine in engines]
-    for engine, answer in zip(engines[1:], answers[1:], strict=True):
+    answers = [side.ask(request) for side in sides]
+    for side, answer in zip(sides[1:], answers[1:], strict=True):
         same = sum(a == b for a, b in zip(answers[0], answer, strict=True))
         console.print(
-            f"{engine.name}: {same} of {CHECK_PROMPTS} greedy sequences equal those "
-            f"of {engines[0].name} ({dtype})"
+            f"{side.name}: {same} of {CHECK_PROMPTS} greedy sequences equal those "
+            f"of {sides[0].name} ({dtype})"
         )
         if same < MIN_IDENTICAL[dtype] * CHECK_PROMPTS:
-            raise SystemExit(f"{engine.name} gives other tokens; nothing is timed.")
+            raise SystemExit(f"{side.name} gives other tokens; nothing is timed.")
 
 
-def measure(
-    engines: list[EngineProcess], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(sides: list[Side], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians over runs; engines take turns within each run."""
     points = [(b, c) for c in arguments.context for b in arguments.batch]
     answers: dict[tuple[int, int], dict[str, list[Any]]] = {
-        point: {engine.name: [] for engine in engines} for point in points
+        point: {side.name: [] for side in sides} for point in points
     }
     plan = [(run, point) for run in range(arguments.runs) for point in points]
     for _, point in track(plan, description="measuring"):
-        for engine in engines:
+        for side in sides:
             request = {
                 "batch": point[0],
                 "context": point[1],
                 "steps": arguments.steps,
             }
-            answers[point][engine.name].append(engine.ask(request))
+            answers[point][side.name].append(side.ask(request))
     return [summarise(point, by_engine) for point, by_engine in answers.items()]
 
 

@@ -111,6 +111,12 @@ class Engine:
         )
         return time.perf_counter() - started, output.outputs[0].token_ids[0]
 
+    def choose_micro_batches(self, option: int | str) -> None:
+        """Cut steps by another value of ``num_microbatches`` from now on."""
+        import engine_mode
+
+        self._llm.collective_rpc(engine_mode.choose, args=(option,))
+
     def trace(self, point: Point) -> list[list[Any]]:
         """Worker's events of a few decode steps; see ``timeline.py``."""
         import timeline
@@ -263,6 +269,9 @@ def main() -> None:
             answer = engine.check(*request["check"])
         elif "capacity" in request:
             answer = engine.capacity()
+        elif "micro_batches" in request:
+            engine.choose_micro_batches(request["micro_batches"])
+            answer = None
         elif "trace" in request:
             answer = engine.trace(Point(**request["trace"]))
         else:

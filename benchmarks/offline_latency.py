@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
+from engine_mode import EngineMode
 from offline_engines import EngineProcess, offload_engine, pool_gib
 from remote_nodes import RemoteNodes
 from rich.progress import track
-
-MICRO_BATCHES = (1, 2)
 
 
 class Link(NamedTuple):
@@ -36,47 +36,42 @@ class Link(NamedTuple):
         return f"+{self.round_trip_ms:g} ms{rate}"
 
 
-def start_engines(
+def remote_engine(
     arguments: argparse.Namespace, model: str, log: TextIO, host: RemoteNodes
-) -> list[EngineProcess]:
-    """An engine with one micro-batch and one with two, each with its own node."""
-    engines = []
-    for count in MICRO_BATCHES:
-        node = host.start(
-            pool_gib(model, arguments), arguments.node_cpus, is_relayed=True
-        )
-        engine = offload_engine(
-            arguments,
-            model,
-            log,
-            str(count),
-            num_microbatches=count,
-            memory_nodes=[node["address"]],
-            auth_token_file=node["auth_token_file"],
-            local_node_cpus="",
-        )
-        engines.append(engine)
-    return engines
+) -> EngineProcess:
+    """An engine with a memory node on the other host."""
+    node = host.start(pool_gib(model, arguments), arguments.node_cpus, is_relayed=True)
+    return offload_engine(
+        arguments,
+        model,
+        log,
+        "remote",
+        memory_nodes=[node["address"]],
+        auth_token_file=node["auth_token_file"],
+        local_node_cpus="",
+    )
 
 
 def sweep_links(
-    arguments: argparse.Namespace, engines: list[EngineProcess], host: RemoteNodes
+    arguments: argparse.Namespace,
+    sides: Sequence[EngineProcess | EngineMode],
+    host: RemoteNodes,
 ) -> list[dict[str, Any]]:
-    """Median step of every engine on every link; engines take turns."""
+    """Median step of each side on every link; sides take turns."""
     batch, context = max(arguments.batch), max(arguments.context)
     rows: list[dict[str, Any]] = []
     for link in track(arguments.links, description="links"):
         host.delay(link.round_trip_ms / 2)
         host.host.limit_bandwidth(link.mbit_per_s)
-        runs: dict[str, list[float]] = {engine.name: [] for engine in engines}
+        runs: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(arguments.runs):
-            for engine in engines:
+            for side in sides:
                 request = {
                     "batch": batch,
                     "context": context,
                     "steps": arguments.steps,
                 }
-                runs[engine.name].append(1e3 * engine.ask(request)["step_s"])
+                runs[side.name].append(1e3 * side.ask(request)["step_s"])
         rows.append(
             {
                 "link": str(link),
