@@ -92,6 +92,7 @@ class MappedMemory:
         except OSError:
             _driver().cuMemRelease(handle)
             raise
+        os.set_inheritable(descriptor.value, False)
         return cls(handle, descriptor.value, size, gpu)
 
     @classmethod
