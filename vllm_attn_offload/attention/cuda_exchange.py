@@ -2,7 +2,8 @@
 """A layer's attention from a GPU: which copy, kernel and message waits for which.
 
 Nothing of a layer makes the compute stream wait for the host but the reply itself, and
-the host waits for one event: its own rows.
+the host waits for one event: its own rows. Where they stay on the device it also waits
+until the reply is read, before the next one is received.
 """
 
 from __future__ import annotations
