@@ -138,7 +138,9 @@ class Engines:
         if engine.returncode:
             raise RuntimeError(f"{variant.name}: {log.read_text('utf-8')[-1500:]}")
         result: dict[str, Any] = json.loads(output.read_text("utf-8"))
-        result["shares_gpu_memory"] = ROWS_ARE_SHARED in log.read_text("utf-8")
+        written = log.read_text("utf-8")
+        result["shares_gpu_memory"] = ROWS_ARE_SHARED in written
+        result["synchronisations"] = synchronisations(written)
         return result
 
     def try_all(self, variants: list[Variant], parallel: int) -> dict[str, Any]:
@@ -175,9 +177,11 @@ class Engines:
         if not self._is_dry:
             share = _ALONE if variant.points else _CROWDED
             options["gpu_memory_utilization"] = share
-        is_second = variant.runner == "v2"
+        environment = {"VLLM_USE_V2_MODEL_RUNNER": str(int(variant.runner == "v2"))}
+        if not variant.points:  # it takes time, so not where time is taken
+            environment["VLLM_GPU_SYNC_CHECK"] = "warn"
         return {
-            "environment": {"VLLM_USE_V2_MODEL_RUNNER": str(int(is_second))},
+            "environment": environment,
             "options": options,
             "prompts": gpu_model.prompts(),
             "num_tokens": gpu_model.NUM_TOKENS,
@@ -185,11 +189,21 @@ class Engines:
         }
 
 
+def synchronisations(log: str) -> list[str]:
+    """Warnings of VLLM_GPU_SYNC_CHECK that name a line of this package."""
+    return [
+        line
+        for line in log.splitlines()
+        if "vllm_attn_offload/" in line and "UserWarning" in line and "sync" in line
+    ]
+
+
 def compare_tokens(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
     """Greedy tokens of all variants beside those of the same one without offload.
 
     Raises:
-        RuntimeError: An engine failed, or tokens differ where there was no tie.
+        RuntimeError: An engine failed, tokens differ where there was no tie, rows
+            passed the host without need, or the device was synchronised.
     """
     planned = [variant.name for variant in EQUALITY]
     print("engines: " + ", ".join(planned))
@@ -209,6 +223,7 @@ def compare_tokens(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
             problems += [f"{variant.name}: {text}" for text in row["differences"]]
             if found["shares_gpu_memory"] != (variant.node == "gpu" and not is_dry):
                 problems.append(f"{variant.name}: rows pass where they should not")
+            problems += found["synchronisations"][:1]
     if problems:
         raise RuntimeError("; ".join(problems))
     return {"planned": planned, "rows": rows, "engines": results}
