@@ -96,7 +96,7 @@ def drop_connections(process: psutil.Process, peer: str = "") -> int:
 
     Args:
         process: Whose sockets.
-        peer: Only those connected to this path; empty: all.
+        peer: Only those connected to this path or HOST:PORT; empty: all.
 
     Returns:
         How many were shut down.
@@ -119,6 +119,8 @@ def _shut_down(fd: int, peer: str) -> bool:
             if sock.type != socket.SOCK_STREAM:
                 return False
             name = sock.getpeername()
+            if isinstance(name, tuple):
+                name = f"{name[0]}:{name[1]}"
             if peer and name != peer:
                 return False
             sock.shutdown(socket.SHUT_RDWR)

@@ -59,6 +59,7 @@ class Recovery:
         self._is_closed = False
         self._reopened: list[list[Attachment]] = []
         self._started_s = 0.0
+        self._reopened_s = 0.0
         self._error: MemoryNodeError | None = None
         self._num_fruitless = 0
 
@@ -114,6 +115,7 @@ class Recovery:
             MemoryNodeError: The nodes are not back in time, or are lost again and
                 again.
         """
+        dropped_s = time.monotonic()
         while self.is_pending:
             self._num_fruitless += 1
             attachments = self._wait_for_sessions()
@@ -124,9 +126,12 @@ class Recovery:
             for problem in problems:
                 self.report_loss(MemoryNodeError(*problem), generation)
         logger.info(
-            "Attention offload: the memory nodes are back after %.2f s (generation %d)",
+            "Attention offload: the memory nodes are back after %.2f s (generation %d; "
+            "the step in flight ended after %.2f s, the pool was open after %.2f s)",
             time.monotonic() - self._started_s,
             self._attached,
+            dropped_s - self._started_s,
+            self._reopened_s - self._started_s,
         )
 
     def close(self) -> None:
@@ -174,6 +179,7 @@ class Recovery:
             with self._changed:
                 if self._lost < self._pool.generation:
                     self._reopened, self._is_reopening = attachments, False
+                    self._reopened_s = time.monotonic()
                     self._changed.notify_all()
                     return
 

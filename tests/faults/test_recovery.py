@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that lose memory nodes while clients read: late tokens, never wrong ones."""
+"""Servers that lose memory nodes while clients read: late tokens, never wrong ones.
+
+One server starts its nodes itself; the other, with two ranks, joins running ones.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +24,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "e2e")]
 import faults  # noqa: E402
 import tiny_llama  # noqa: E402
 import workload  # noqa: E402
+from node_process import NodeProcess, eventually  # noqa: E402
 from serve import ServeProcess  # noqa: E402
+
+from vllm_attn_offload.client.control_client import ControlClient  # noqa: E402
 
 NUM_TOKENS = 40
 DEADLINE_S = 240.0
@@ -31,13 +38,19 @@ Tokens = list[list[int]]
 
 
 class Engine:
-    """A server with local memory nodes, and what it answers when nothing happens."""
+    """A server with two memory nodes, and what it answers when nothing happens."""
 
     def __init__(
-        self, model: str, log: Path, prompts: Tokens, *options: str, **variables: str
+        self,
+        model: str,
+        log: Path,
+        prompts: Tokens,
+        nodes: dict[str, Any],
+        *options: str,
+        **variables: str,
     ) -> None:
         config = {
-            "num_local_nodes": 2,
+            **nodes,
             "kv_cache_gib": 0.25,
             "request_timeout_s": REQUEST_TIMEOUT_S,
         }
@@ -66,7 +79,6 @@ class Engine:
     def assert_recovered(self, streams: faults.Streams, before: int) -> None:
         assert streams.finish(DEADLINE_S) == self.undisturbed
         assert self.num_recoveries() > before
-        assert len(self.nodes()) == 2
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +90,7 @@ def engine(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
         smollm2,
         tmp_path_factory.mktemp("recovery") / "serve.log",
         prompts,
+        {"num_local_nodes": 2},
         *("--max-model-len", "512", "--max-num-batched-tokens", "128"),
     )
     yield started
@@ -102,6 +115,7 @@ def test_in_decode(engine: Engine, fault: Fault, num_victims: int) -> None:
     for node in random.sample(engine.nodes(), num_victims):
         fault(node)
     engine.assert_recovered(streams, before)
+    assert len(engine.nodes()) == 2
 
 
 def test_in_prefill(engine: Engine) -> None:
@@ -125,31 +139,119 @@ def test_nothing_is_left(engine: Engine) -> None:
     assert engine.server.end(signal.SIGINT) == []
 
 
-def test_one_tensor_parallel_rank_is_cut_off(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """The other one computes with it, and must not believe what comes of it."""
+class RunningNodes:
+    """Two nodes that an engine joins and a standby, started as users start them.
+
+    Args:
+        directory: For sockets and logs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._started: list[NodeProcess] = []
+        self.first = self.start("127.0.0.1:0")
+        self.second = self.start(f"unix:{directory / 'second.sock'}")
+        self.standby = self.start(f"unix:{directory / 'standby.sock'}")
+
+    def start(self, listen: str) -> NodeProcess:
+        """One more; returns when it is ready."""
+        log = self._directory / f"node{len(self._started)}.log"
+        self._started.append(NodeProcess(listen, log, "--kv-cache-gib", "0.5"))
+        return self._started[-1]
+
+    def kill(self) -> None:
+        """End all of them."""
+        for node in self._started:
+            node.kill()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNodes]:
+    nodes = RunningNodes(tmp_path_factory.mktemp("nodes"))
+    yield nodes
+    nodes.kill()
+
+
+@pytest.fixture(scope="module")
+def joined(
+    running: RunningNodes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """Two tensor-parallel ranks of a small model on nodes that run already."""
     model = tmp_path_factory.mktemp("model")
     tiny_llama.save(model)
-    engine = Engine(
+    started = Engine(
         str(model),
         model / "serve.log",
         tiny_llama.PROMPTS,
+        {
+            "memory_nodes": [running.first.address, running.second.address],
+            "standby_nodes": [running.standby.address],
+        },
         *("--skip-tokenizer-init", "--tensor-parallel-size", "2"),
         *("--max-model-len", str(tiny_llama.MAX_MODEL_LEN), "--block-size", "32"),
         VLLM_CPU_OMP_THREADS_BIND="0|1",
     )
-    try:
-        before = engine.num_recoveries()
-        (worker,) = [
-            child
-            for child in engine.server.children
-            if "Worker_TP1" in " ".join(child.cmdline())
-        ]
-        peer = faults.address(engine.nodes()[1]).removeprefix("unix:")
-        streams = engine.stream()
-        assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
-        assert faults.drop_connections(worker, peer) == 1
-        engine.assert_recovered(streams, before)
-    finally:
-        engine.server.kill_all()
+    yield started
+    started.server.kill_all()
+
+
+@pytest.mark.parametrize("kind", ["first", "second"], ids=["tcp", "unix"])
+def test_one_tensor_parallel_rank_is_cut_off(
+    joined: Engine, running: RunningNodes, kind: str
+) -> None:
+    """The other one computes with it, and must not believe what comes of it."""
+    before = joined.num_recoveries()
+    (worker,) = [
+        child
+        for child in joined.server.children
+        if "Worker_TP1" in " ".join(child.cmdline())
+    ]
+    streams = joined.stream()
+    assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
+    peer = getattr(running, kind).address.removeprefix("unix:")
+    assert faults.drop_connections(worker, peer) == 1
+    joined.assert_recovered(streams, before)
+
+
+def test_standby_takes_over(joined: Engine, running: RunningNodes) -> None:
+    """A node dies and stays away; both ranks go on with another one."""
+    before = joined.num_recoveries()
+    streams = joined.stream()
+    assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
+    running.first.kill()
+    joined.assert_recovered(streams, before)
+    assert f"standby {running.standby.address} takes over" in joined.server.log_tail()
+    assert kv_bytes_held(running.standby.address) > 0
+
+
+def test_node_is_started_again_by_hand(joined: Engine, running: RunningNodes) -> None:
+    """The engine waits for it, where no standby is left, and joins it again."""
+    before = joined.num_recoveries()
+    streams = joined.stream()
+    assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
+    held = kv_bytes_held(running.second.address)
+    running.second.kill()
+    running.first.kill()
+    time.sleep(2.0)
+    running.second = running.start(running.second.address)
+    joined.assert_recovered(streams, before)
+    assert kv_bytes_held(running.second.address) == held
+
+
+def kv_bytes_held(address: str) -> int:
+    control = ControlClient(address, 5)
+    control.close()
+    return control.info.kv_bytes_total - control.info.kv_bytes_free
+
+
+def test_engine_is_killed(joined: Engine, running: RunningNodes) -> None:
+    """Nodes free what it held, though no goodbye comes."""
+    nodes = [running.second.address, running.standby.address]
+    assert all(map(kv_bytes_held, nodes))
+    (core,) = [
+        child for child in joined.server.children if child.name() == "VLLM::EngineCore"
+    ]
+    core.kill()
+    assert eventually(lambda: not any(map(kv_bytes_held, nodes)), 5)
+    joined.server.process.wait(DEADLINE_S)
+    assert joined.server.end(signal.SIGKILL) == []
