@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node that is slow with much work is waited for; one that hangs is given up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from node_process import NodeProcess
+from paged_batch import PagedBatch
+from raw_session import (
+    as_bytes,
+    attach_request,
+    encode_step,
+    make_geometry,
+    reservation,
+    session_of,
+)
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.protocol import FrameFlag
+
+StartNode = Callable[..., NodeProcess]
+NUM_BLOCKS = 8
+TIMEOUT_S, PAUSE_S = 0.5, 1.5
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def paused(
+    request: pytest.FixtureRequest, start_node: StartNode, tmp_path: Path
+) -> Iterator[tuple[NodeProcess, NodeClient, memoryview]]:
+    """A stopped node with a layer to attend, its client, and room for the output."""
+    is_unix = request.param == "unix"
+    node = start_node(f"unix:{tmp_path / 'node.sock'}" if is_unix else "127.0.0.1:0")
+    geometry = make_geometry()
+    step, qkv = PagedBatch(geometry, NUM_BLOCKS, 2).grow([37, 5])
+    with closing(ControlClient(node.address, 5)) as control:
+        reserved = control.reserve(reservation(geometry, 1 << 20))
+        opened = control.open_session(session_of(reserved.reservation, NUM_BLOCKS))
+        client = NodeClient(node.address, attach_request(opened, geometry), TIMEOUT_S)
+        node.process.send_signal(signal.SIGSTOP)
+        client.post_step(1, 0, 0, encode_step(step))
+        client.post_layer(
+            1, 0, 0, FrameFlag.FUSED.value, as_bytes(qkv), has_queries=True
+        )
+        yield node, client, memoryview(bytearray(42 * 9 * 64 * 4))
+        client.close()
+
+
+def test_wait_as_long_as_the_work_takes(
+    paused: tuple[NodeProcess, NodeClient, memoryview],
+) -> None:
+    node, client, out = paused
+    threading.Timer(PAUSE_S, node.process.send_signal, [signal.SIGCONT]).start()
+    started = time.monotonic()
+    client.receive_out(0, out, allowance_s=20.0)
+    assert time.monotonic() - started > PAUSE_S - 0.2
+    assert any(out)
+
+
+def test_give_up_after_the_deadline(
+    paused: tuple[NodeProcess, NodeClient, memoryview],
+) -> None:
+    _, client, out = paused
+    started = time.monotonic()
+    with pytest.raises(MemoryNodeError, match="nothing received for"):
+        client.receive_out(0, out, allowance_s=0.5)
+    assert 0.9 < time.monotonic() - started < 10
