@@ -165,9 +165,12 @@ class Chaos:
             nodes = faults.memory_nodes(self._server.process.pid)
             if not nodes:
                 continue  # All are being started again.
-            self._report.faults[kind] = self._report.faults.get(kind, 0) + 1
+            self._count(kind)
             with contextlib.suppress(psutil.NoSuchProcess):
                 getattr(self, f"_{kind}")(self._choose.choice(nodes))
+
+    def _count(self, kind: str) -> None:
+        self._report.faults[kind] = self._report.faults.get(kind, 0) + 1
 
     def _kill(self, node: psutil.Process) -> None:
         self.kill_times_s.append(time.monotonic())
@@ -182,10 +185,11 @@ class Chaos:
         faults.drop_connections(node)
 
     def _garbage(self, node: psutil.Process) -> None:
-        faults.send_garbage(node, self._choose)
+        faults.send_garbage(faults.address(node), self._choose)
 
     def _neighbour(self, node: psutil.Process) -> None:
-        faults.visit(node, self._choose)
+        if not faults.visit(node, self._choose):
+            self._count("neighbour without room")
 
 
 def main() -> int:
@@ -216,7 +220,12 @@ def main() -> int:
     _read_log(log, report)
     _show(report, arguments)
     if arguments.output:
-        result = {"environment": environment.describe(), **asdict(report)}
+        result = {
+            "environment": environment.describe(),
+            "arguments": vars(arguments),
+            "load_average": psutil.getloadavg()[0],
+            **asdict(report),
+        }
         Path(arguments.output).write_text(json.dumps(result, indent=1), "utf-8")
     return 1 if report.failed or report.wrong or report.leaks else 0
 

@@ -28,6 +28,7 @@ from vllm_attn_offload.protocol import (
     SessionGeometry,
     Shard,
 )
+from vllm_attn_offload.transport.address import Address
 
 _SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,16 +69,19 @@ def resume(node: psutil.Process) -> None:
         node.send_signal(signal.SIGCONT)
 
 
-def send_garbage(node: psutil.Process, choose: random.Random) -> None:
+def send_garbage(listens_on: str, choose: random.Random) -> None:
     """Connect as a stranger and send bytes of no meaning."""
-    with suppress(OSError, psutil.Error), socket.socket(socket.AF_UNIX) as sock:
+    with suppress(OSError), Address.parse(listens_on).connect(5) as sock:
         sock.settimeout(5)
-        sock.connect(address(node).removeprefix("unix:"))
         sock.sendall(choose.randbytes(choose.randint(1, 1 << 16)))
 
 
-def visit(node: psutil.Process, choose: random.Random) -> None:
-    """Come as a second engine, hold a session for a while, and leave in some way."""
+def visit(node: psutil.Process, choose: random.Random) -> bool:
+    """Come as a second engine, hold a session for a while, and leave in some way.
+
+    Returns:
+        Whether there was room: a local node that was started again has its engine's.
+    """
     layer = LayerGeometry("layer", 0, 0, 4, 2, 64, 64, 0.125)
     geometry = SessionGeometry("float32", [KVGroup(16)], [layer])
     with suppress(MemoryNodeError, psutil.NoSuchProcess):
@@ -89,6 +93,8 @@ def visit(node: psutil.Process, choose: random.Random) -> None:
         if choose.random() < 0.5:
             client.close_session(reserved.reservation)
         client.close()
+        return True
+    return False
 
 
 def drop_connections(process: psutil.Process, peer: str = "") -> int:

@@ -213,6 +213,18 @@ def test_one_tensor_parallel_rank_is_cut_off(
     joined.assert_recovered(streams, before)
 
 
+def test_hostile_bytes_under_load(joined: Engine, running: RunningNodes) -> None:
+    """No client waits for what a stranger does."""
+    before = joined.num_recoveries()
+    streams = joined.stream()
+    assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
+    for node in (running.first, running.second):
+        for seed in range(20):
+            faults.send_garbage(node.address, random.Random(seed))
+    assert streams.finish(DEADLINE_S) == joined.undisturbed
+    assert joined.num_recoveries() == before
+
+
 def test_standby_takes_over(joined: Engine, running: RunningNodes) -> None:
     """A node dies and stays away; both ranks go on with another one."""
     before = joined.num_recoveries()
