@@ -159,9 +159,6 @@ def _available_bytes(device: str) -> int:
 
 
 def _create_attention(options: argparse.Namespace) -> DecodeAttention:
-    # How many threads torch starts, read when a kernel imports it. The compiled one
-    # does without: that import would take most of the time that a node needs to start.
-    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     try:
         return create_decode_attention(options.attention_kernel, options.device)
     except ValueError as error:

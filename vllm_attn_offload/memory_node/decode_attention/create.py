@@ -40,10 +40,13 @@ def create_decode_attention(kernel: str, device: str) -> DecodeAttention:
 
 def _create_torch() -> DecodeAttention:
     # Late, as torch everywhere on a node: importing it takes 1.5 to 4 s.
+    import torch
+
     from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
         TorchDecodeAttention,
     )
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     return TorchDecodeAttention()
 
 
@@ -93,6 +96,7 @@ def _create_triton(kernel: str, device: str) -> DecodeAttention:
     )
     from vllm_attn_offload.triton_kernels.tiles import architecture_of
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if device == "cpu":
         return TritonDecodeAttention(torch.device(device))
     from vllm_attn_offload.memory_node.decode_attention.cuda_attention import (
