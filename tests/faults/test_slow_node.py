@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from node_process import NodeProcess
+from node_process import NodeProcess, eventually
 from paged_batch import PagedBatch
 from raw_session import (
     as_bytes,
@@ -46,12 +46,19 @@ def paused(
         opened = control.open_session(session_of(reserved.reservation, NUM_BLOCKS))
         client = NodeClient(node.address, attach_request(opened, geometry), TIMEOUT_S)
         node.process.send_signal(signal.SIGSTOP)
+        # The signal's sender does not wait for any of the threads.
+        assert eventually(lambda: is_stopped(node.process.pid))
         client.post_step(1, 0, 0, encode_step(step))
         client.post_layer(
             1, 0, 0, FrameFlag.FUSED.value, as_bytes(qkv), has_queries=True
         )
         yield node, client, memoryview(bytearray(42 * 9 * 64 * 4))
         client.close()
+
+
+def is_stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all("\nState:\tT" in (task / "status").read_text() for task in tasks)
 
 
 def test_wait_as_long_as_the_work_takes(
