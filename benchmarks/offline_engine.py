@@ -191,6 +191,10 @@ class Engine:
                 for part, field in parts.items()
             },
             "bytes": sum(s.bytes_received + s.bytes_sent for s in sessions),
+            **{
+                f"attended by {node}": s.num_attended_tokens
+                for node, s in enumerate(sessions)
+            },
         }
 
     def _addresses(self) -> list[str]:
@@ -241,6 +245,7 @@ def _per_step(
     ms = {part: 1e3 * value / num_steps for part, value in spent.items()}
     node = ms["node receive"] + ms["node store"] + ms["node attend"] + ms["node send"]
     num_layers = spent["layer calls"] / spent["steps"]
+    attended = [value for part, value in spent.items() if part.startswith("attended")]
     return {
         "step": step,
         "compute busy": step - ms["wait"],
@@ -252,6 +257,7 @@ def _per_step(
         "cut share": spent["cut steps"] / num_steps,
         "layers": num_layers,
         "bytes per row and layer": spent["bytes"] / (num_steps * batch * num_layers),
+        "busiest node": max(attended) / statistics.mean(attended),
     }
 
 

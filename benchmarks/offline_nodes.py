@@ -22,17 +22,17 @@ def sweep_nodes(
         )
         try:
             engine.wait_until_ready()
-            request = {
-                "batch": max(arguments.batch),
-                "context": max(arguments.context),
-                "steps": arguments.steps,
-            }
+            context, steps = max(arguments.context), arguments.steps
+            request = {"context": context, "steps": steps}
+            alone = engine.ask({**request, "batch": 1})
+            together = engine.ask({**request, "batch": max(arguments.batch)})
             rows.append(
                 {
                     "nodes": count,
                     "capacity_tokens": engine.ask({"capacity": True}),
                     "expected_bytes": layer_bytes(model, arguments.dtype, count),
-                    **engine.ask(request),
+                    "busiest_of_one_request": alone["sums"]["busiest node"],
+                    **together,
                 }
             )
         finally:

@@ -96,6 +96,7 @@ def print_nodes(console: Console, rows: list[Row]) -> None:
         "Memory nodes of one size each",
         *("nodes", "capacity, tokens", "per node", "ms per step"),
         *("bytes per row and layer", "by heads", "by blocks"),
+        *("busiest node / mean", "of one request"),
     )
     for row in rows:
         expected = row["expected_bytes"]
@@ -107,6 +108,8 @@ def print_nodes(console: Console, rows: list[Row]) -> None:
             f"{row['sums']['bytes per row and layer']:,.0f}",
             f"{expected['heads']:,.0f}",
             f"{expected['blocks']:,.0f}",
+            f"{row['sums']['busiest node']:.2f}",
+            f"{row['busiest_of_one_request']:.2f}",
         )
     console.print(table)
 

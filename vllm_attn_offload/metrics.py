@@ -52,6 +52,11 @@ _COUNTERS = (
         "num_layer_calls",
     ),
     (
+        "attn_offload:attended_tokens",
+        "Cached tokens that attention read, in every layer. Compare between nodes.",
+        "num_attended_tokens",
+    ),
+    (
         "attn_offload:remote_attention_seconds",
         "Time the memory node spent in its attention kernel.",
         "attend_s",

@@ -243,6 +243,7 @@ class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attend_s: float
     send_s: float
     queue_s: float = 0.0
+    num_attended_tokens: int = 0
 
 
 class Stats(_Message, frozen=True, tag="stats"):

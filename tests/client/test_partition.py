@@ -38,6 +38,23 @@ def test_block_table_alternates(capacities: tuple[int, ...]) -> None:
         assert np.abs(counts - 20 * shares).max() <= 2
 
 
+def test_nodes_of_a_batch_read_alike() -> None:
+    """At batch 16 the busiest node reads at most 1.25 times the mean of all."""
+    draw = np.random.default_rng(0)
+    nodes = Partition("blocks", (2000, 2000, 2000)).node_of_block
+    free = draw.permutation(len(nodes))
+    for _ in range(50):
+        # Blocks of a request: some in a row, as of a fresh pool, some wherever.
+        counts = draw.integers(1, 120, 16)
+        begins = draw.integers(0, len(nodes) - 120, 16)
+        for order in (np.arange(len(nodes)), free):
+            read = sum(
+                np.bincount(nodes[order[begin : begin + count]], minlength=3)
+                for begin, count in zip(begins, counts, strict=True)
+            )
+            assert read.max() / read.mean() <= 1.25
+
+
 def test_heads_need_the_block_everywhere() -> None:
     assert Partition("heads", (40, 30)).num_blocks == 30
     geometry = make_geometry(num_query_heads=12, num_kv_heads=4)

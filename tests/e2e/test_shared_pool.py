@@ -49,6 +49,14 @@ def sessions(address: str) -> list[SessionStats]:
         client.close()
 
 
+def wait_for_sessions(nodes: list[str], at_most: int) -> None:
+    """Wait until every node has freed what the killed held."""
+    deadline = time.monotonic() + FREED_WITHIN_S
+    while any(len(sessions(node)) > at_most for node in nodes):
+        assert time.monotonic() < deadline, "the killed kept their sessions"
+        time.sleep(0.1)
+
+
 def serve(
     model: str, nodes: list[str], partition: str, log: Path, *options: str
 ) -> ServeProcess:
@@ -69,7 +77,7 @@ def serve(
 def test_engines_share_a_pool(
     tiny_model: str, tiny_tokens: list[list[int]], nodes: list[str], tmp_path: Path
 ) -> None:
-    """Each answers as stock vLLM while all are busy; a killed one frees its share."""
+    """Each answers as stock vLLM while all are busy; the killed free their share."""
     ranks = ("--data-parallel-size", str(NUM_RANKS))
     plans = [
         (tiny_model, nodes, "blocks", tmp_path / "ranks.log", *ranks),
@@ -93,9 +101,11 @@ def test_engines_share_a_pool(
             assert all(session.num_layer_calls > 0 for session in found)
 
         ranks_server, alone = servers
+        worker = next(
+            child for child in ranks_server.children if "Worker" in child.cmdline()[0]
+        )
+        worker.kill()
+        wait_for_sessions(nodes, NUM_RANKS)
         ranks_server.process.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + FREED_WITHIN_S
-        while any(len(sessions(node)) > 1 for node in nodes):
-            assert time.monotonic() < deadline, "a killed engine kept its sessions"
-            time.sleep(0.1)
+        wait_for_sessions(nodes, 1)
         assert ask(alone) == tiny_tokens

@@ -308,6 +308,7 @@ def test_stats_count_what_was_served(node: NodeProcess) -> None:
         assert eventually(lambda: counters(session).num_layer_calls == 4)
         stats = counters(session)
     assert (stats.num_steps, stats.bytes_sent) == (2, num_bytes)
+    assert stats.num_attended_tokens == 2 * (20 + 21)
     assert stats.store_s > 0
     assert stats.attend_s > 0
 

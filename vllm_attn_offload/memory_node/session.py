@@ -7,6 +7,8 @@ import logging
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DTYPE_BYTES,
@@ -48,6 +50,7 @@ _MAX_ROWS_BYTES = 16 << 20
 class _Counters:
     num_steps: int = 0
     num_layer_calls: int = 0
+    num_attended_tokens: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0
     receive_s: float = 0.0
@@ -64,6 +67,7 @@ class _PlannedStep:
     step: int
     num_tokens: int
     num_query_rows: int
+    num_attended_tokens: int
     plan: object
     layouts: dict[tuple[int, bool], PayloadLayout]
 
@@ -147,6 +151,7 @@ class Session:
             worker_kv_bytes=self.worker_kv_bytes,
             num_steps=counters.num_steps,
             num_layer_calls=counters.num_layer_calls,
+            num_attended_tokens=counters.num_attended_tokens,
             bytes_received=counters.bytes_received,
             bytes_sent=counters.bytes_sent,
             receive_s=counters.receive_s,
@@ -220,8 +225,14 @@ class Session:
         step = read_step(payload, limits)
         plan = self._attention.plan(header.group, self.geometry, step)
         key = (header.micro_batch, header.group)
+        has_queries = np.diff(step.query_start_loc) > 0
         self._steps[key] = _PlannedStep(
-            header.step, step.num_tokens, step.num_query_rows, plan, {}
+            header.step,
+            step.num_tokens,
+            step.num_query_rows,
+            int(step.seq_lens[has_queries].sum()),
+            plan,
+            {},
         )
         self._counters.num_steps += 1
         self._counters.bytes_received += header.num_bytes
@@ -249,6 +260,7 @@ class Session:
             header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes
             transport.send(header, reply)
         counters = self._counters
+        counters.num_attended_tokens += planned.num_attended_tokens
         counters.num_layer_calls += 1
         counters.bytes_received += layout.num_bytes
         counters.bytes_sent += reply.nbytes
@@ -288,6 +300,7 @@ class Session:
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes
         transport.send(header)
         counters = self._counters
+        counters.num_attended_tokens += planned.num_attended_tokens
         counters.num_layer_calls += 1
         counters.bytes_received += layout.num_bytes
         counters.bytes_sent += num_bytes
