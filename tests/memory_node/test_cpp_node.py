@@ -93,7 +93,8 @@ def test_start_without_torch(cpp_node: NodeProcess) -> None:
     """Importing it takes longer than all else between a loss and the next token."""
     maps = Path(f"/proc/{cpp_node.process.pid}/maps").read_text()
     assert "_cpu_kernels" in maps
-    assert "torch" not in maps
+    # vLLM preloads the libgomp of its torch into children of a process that used it.
+    assert "libtorch" not in maps
 
 
 @needs_library
