@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -55,11 +56,12 @@ class Worker:
             sizes = [NUM_BLOCKS // count - 5, *sizes[1:-1], NUM_BLOCKS // count + 5]
         self.partition = Partition(kind, tuple(sizes[:count]))
         sharded = shard_geometry(geometry, kind, count)
-        self.controls, clients = [], []
+        self.controls, self.reservations, clients = [], [], []
         for address, num_blocks in zip(addresses, sizes, strict=False):
             control = ControlClient(address, 10)
             self.controls.append(control)
             reserved = control.reserve(reservation(sharded, 8 << 20))
+            self.reservations.append(reserved.reservation)
             opened = control.open_session(session_of(reserved.reservation, num_blocks))
             attach = attach_request(opened, sharded)
             clients.append(NodeClient(address, attach, timeout_s))
@@ -210,3 +212,23 @@ def test_node_hangs_and_is_killed(
     assert "its session was lost" in str(first_loss)
     assert second.step([1]) > 0
     assert second.nodes.loss is first_loss
+
+
+def test_lost_channel_leaves_nothing(addresses: list[str]) -> None:
+    """Neither descriptors nor mapped memory wait for the garbage collector."""
+
+    def lose_one() -> int:
+        worker = Worker([addresses[0]], tolerate_loss=True)
+        assert worker.step([33]) < 1e-5
+        worker.controls[0].close_session(worker.reservations[0])
+        worker.step([1])
+        assert worker.nodes.loss is not None
+        worker.close()
+        del worker
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.disable()
+    try:
+        assert len({lose_one() for _ in range(3)}) == 1
+    finally:
+        gc.enable()

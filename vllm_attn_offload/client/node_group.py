@@ -265,6 +265,12 @@ class NodeGroup:
         """End all data channels."""
         for client in self._clients:
             client.close()
+        error: BaseException | None = self.loss
+        while error is not None:
+            # Its frames refer to this group: what is shared with a node would stay
+            # mapped until a garbage collection.
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
 
     def _lose(self, error: MemoryNodeError) -> None:
         self.loss = error
