@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from rich.table import Table
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.memory_node.step import (
     AttentionStep,
     step_num_bytes,
@@ -196,25 +195,16 @@ def sample(peer: Peer, count: int) -> dict[str, float]:
 def running_node(kv_cache_gib: float, cpus: str) -> Iterator[str]:
     """A memory node on a Unix socket; its address."""
     with tempfile.TemporaryDirectory() as directory:
-        ready_read, ready_write = os.pipe()
-        address = f"unix:{Path(directory) / 'node.sock'}"
-        node = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
-                *("--listen", address, "--kv-cache-gib", str(kv_cache_gib)),
-                *("--ready-fd", str(ready_write), "--cpus", cpus),
-            ],
-            pass_fds=(ready_write,),
+        node = MemoryNodeProcess(
+            Path(directory, "node"),
+            kv_cache_gib=kv_cache_gib,
+            cpus=cpus,
+            startup_timeout_s=60,
         )
-        os.close(ready_write)
         try:
-            if not os.read(ready_read, 4096):
-                raise SystemExit("the memory node did not start; its message is above")
-            yield address
+            yield node.address
         finally:
-            node.terminate()
-            node.wait(10)
-            os.close(ready_read)
+            node.stop()
 
 
 def measure(address: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:

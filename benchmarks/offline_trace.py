@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TextIO
 
 import timeline
 from offline_engines import as_option, offload_engine, pool_gib
+from ready_process import READY_FD, ReadyProcess
 
 
 def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
@@ -29,15 +28,15 @@ def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
             log,
             "traced",
             num_microbatches=option,
-            memory_nodes=[f"unix:{folder}/node.sock"],
+            memory_nodes=[node.address],
+            local_node_cpus="",
         )
         try:
             engine.wait_until_ready()
             of_worker = engine.ask({"trace": point})
         finally:
             engine.stop()
-            node.terminate()
-            node.wait(10)
+            node.stop()
         of_node = json.loads(Path(folder, "events.json").read_text("utf-8"))
     step = timeline.one_step(of_worker, of_node)
     timeline.write_chrome_trace(step, arguments.trace_out)
@@ -47,19 +46,12 @@ def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
 
 def _start_node(
     folder: Path, kv_cache_gib: float, arguments: argparse.Namespace
-) -> subprocess.Popen[bytes]:
-    """A memory node that writes its events when it ends; returns when it listens."""
-    ready_read, ready_write = os.pipe()
-    node = subprocess.Popen(
+) -> ReadyProcess:
+    """A memory node that writes its events when it ends."""
+    return ReadyProcess(
         [
             *(sys.executable, timeline.__file__, str(folder / "events.json")),
             *("--listen", f"unix:{folder}/node.sock", "--cpus", arguments.node_cpus),
-            *("--kv-cache-gib", f"{kv_cache_gib}", "--ready-fd", str(ready_write)),
-        ],
-        pass_fds=(ready_write,),
+            *("--kv-cache-gib", f"{kv_cache_gib}", "--ready-fd", READY_FD),
+        ]
     )
-    os.close(ready_write)
-    with os.fdopen(ready_read) as ready:
-        if not ready.readline():
-            raise SystemExit("The traced memory node did not start; see above.")
-    return node

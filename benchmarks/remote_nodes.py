@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import select
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,10 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from network_namespace import RemoteHost, remote_host
+from ready_process import READY_FD, ReadyProcess
 
 NODE = Path(sys.executable).with_name("vllm-memory-node")
 RELAY = Path(__file__).with_name("slow_link.py")
-START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 10.0
 
 
 class RemoteNodes:
@@ -38,7 +35,7 @@ class RemoteNodes:
         self._token_file = token_file
         self._log = log
         self._stack = stack
-        self._relays: list[subprocess.Popen[str]] = []
+        self._relays: list[ReadyProcess] = []
 
     def start(self, kv_cache_gib: float, cpus: str, is_relayed: bool) -> dict[str, Any]:
         """Start one more node.
@@ -51,45 +48,25 @@ class RemoteNodes:
         Returns:
             Its ``address`` for ``memory_nodes``, and the ``auth_token_file``.
         """
-        command = [
+        node = self._launch(
             *(*self.host.command, str(NODE), "--listen", f"{self.host.address}:0"),
             *("--kv-cache-gib", str(kv_cache_gib), "--cpus", cpus),
-            *("--auth-token-file", str(self._token_file), "--ready-fd"),
-        ]
-        address = self._launch(command)[1]
+            *("--auth-token-file", str(self._token_file), "--ready-fd", READY_FD),
+        )
         if is_relayed:
-            # The relay takes its arguments in the other order.
-            relay, address = self._launch([sys.executable, str(RELAY)], address)
-            self._relays.append(relay)
-        return {"address": address, "auth_token_file": str(self._token_file)}
+            node = self._launch(sys.executable, str(RELAY), READY_FD, node.address)
+            self._relays.append(node)
+        return {"address": node.address, "auth_token_file": str(self._token_file)}
 
     def delay(self, one_way_ms: float) -> None:
         """Set the latency that is added to every relayed link."""
         for relay in self._relays:
-            assert relay.stdin is not None
-            relay.stdin.write(f"{one_way_ms}\n")
-            relay.stdin.flush()
+            relay.tell(str(one_way_ms))
 
-    def _launch(
-        self, command: list[str], *arguments: str
-    ) -> tuple[subprocess.Popen[str], str]:
-        read, write = os.pipe()
-        process = subprocess.Popen(
-            [*command, str(write), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            text=True,
-            pass_fds=(write,),
-        )
-        os.close(write)
-        self._stack.callback(_end, process)
-        with os.fdopen(read) as ready:
-            select.select([ready], [], [], START_TIMEOUT_S)
-            address = ready.readline().strip()
-        if not address:
-            raise SystemExit(f"{command[0]} did not start. See {self._log.name}")
-        return process, address
+    def _launch(self, *command: str) -> ReadyProcess:
+        process = ReadyProcess(list(command), self._log)
+        self._stack.callback(process.stop)
+        return process
 
 
 @contextmanager
@@ -112,12 +89,3 @@ def remote_nodes(log: TextIO) -> Iterator[RemoteNodes]:
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32), "utf-8")
         yield RemoteNodes(host, token_file, log, stack)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(STOP_TIMEOUT_S)

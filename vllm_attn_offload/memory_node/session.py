@@ -133,10 +133,12 @@ class Session:
         if not isinstance(self._attention, SharedRowsAttention):
             return None
         num_rows, item_bytes = self._limits[0].max_num_reqs, self._item_bytes
-        widths = [max(rows.width for rows in self._rows)]
-        widths.append(max(rows.out for rows in self._rows))
         request_bytes, reply_bytes = (
-            min(num_rows * width * item_bytes, _MAX_ROWS_BYTES) for width in widths
+            min(num_rows * width * item_bytes, _MAX_ROWS_BYTES)
+            for width in (
+                max(rows.width for rows in self._rows),
+                max(rows.out for rows in self._rows),
+            )
         )
         return DeviceRows(self._attention.shared_device, request_bytes, reply_bytes)
 
