@@ -39,12 +39,15 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile and capture; attention returns zeros meanwhile."""
-        # Dummy steps of the second model runner look real but are not.
+        # Dummy steps of the second model runner look real but are not, and graphs are
+        # captured of whole steps.
         self._connect_layers(None)
+        self._micro_batches.connect(None)
         try:
             return super().compile_or_warm_up_model()
         finally:
             self._connect_layers(self._nodes)
+            self._micro_batches.connect(self._nodes)
 
     def shutdown(self) -> None:
         """Close the data channels, then shut the worker down."""

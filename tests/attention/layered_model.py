@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from raw_session import attach_request, make_geometry, reservation, session_of
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import (
+    BatchDescriptor,
     ForwardContext,
     get_forward_context,
     override_forward_context,
@@ -36,6 +38,7 @@ class LayeredModel(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = GEOMETRY.layers[0]
+        self.graph_modes: list[CUDAGraphMode] = []
         torch.manual_seed(0)
         widths = [layer.num_query_heads, *[layer.num_kv_heads] * 2]
         self.widths = [layer.head_size * heads for heads in widths]
@@ -64,6 +67,7 @@ class LayeredModel(torch.nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states ``[num_tokens, HIDDEN]``, and those before the last layer."""
         assert get_forward_context().is_padding.shape == input_ids.shape
+        self.graph_modes.append(get_forward_context().cudagraph_runtime_mode)
         hidden = self.embed(input_ids) + positions.sum(0)[:, None] / 100
         before = hidden
         for index, layer in enumerate(GEOMETRY.layers):
@@ -117,17 +121,30 @@ class Engine:
         self._requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, num_reqs)
 
     @torch.inference_mode()
-    def step(self, num_new: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run a step; the tokens depend on the positions alone."""
+    def step(
+        self, num_new: list[int], num_padding: int = 0
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run a step; the tokens depend on the positions alone.
+
+        Args:
+            num_new: Rows per request.
+            num_padding: Rows that fill the batch to the size of a captured graph.
+        """
         batch, _ = self._requests.grow(num_new)
         metadata = AttentionOffloadMetadata(batch)
-        positions = torch.as_tensor(batch.slot_mapping).expand(3, -1) % 97
+        slots = torch.nn.functional.pad(
+            torch.as_tensor(batch.slot_mapping), (0, num_padding)
+        )
+        positions = slots.expand(3, -1) % 97
         context: dict[str, Any] = {
             "no_compile_layers": {},
             "attn_metadata": {layer.name: metadata for layer in GEOMETRY.layers},
             "slot_mapping": {},
-            "is_padding": torch.zeros(batch.num_tokens, dtype=torch.bool),
+            "is_padding": torch.arange(slots.shape[0]) >= batch.num_tokens,
         }
+        if num_padding:
+            context["cudagraph_runtime_mode"] = CUDAGraphMode.PIECEWISE
+            context["batch_descriptor"] = BatchDescriptor(slots.shape[0])
         whole = ForwardContext(**context)
         with override_forward_context(whole):
             output = self.model(

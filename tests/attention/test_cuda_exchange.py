@@ -248,7 +248,7 @@ def test_micro_batches_take_turns(
             continue
         expected.append(worker.requests.expected())
         parts = cut_batch(batch, 2)
-        baton = Baton((None, None))
+        baton = Baton(lambda _: None)
         threads = [
             threading.Thread(
                 target=_run_part,

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layered_model import Engine, LayeredModel
+from layered_model import Engine
 from node_process import NodeProcess, running_node
-from vllm.config import DeviceConfig, LoRAConfig, VllmConfig
+from vllm.config import CUDAGraphMode
 
-from vllm_attn_offload.attention.micro_batch_runner import wrap_model
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 
@@ -31,6 +30,23 @@ def test_cut_steps_equal_whole_steps(node: NodeProcess) -> None:
         torch.testing.assert_close(before, expected_before, rtol=1e-5, atol=1e-5)
     assert whole.runner.times()["num_cut_steps"] == 0
     assert cut.runner.times()["num_cut_steps"] == NUM_CUT_STEPS + 20
+    for engine in (whole, cut):
+        engine.close()
+
+
+def test_cut_steps_leave_graphs_and_keep_their_size(node: NodeProcess) -> None:
+    """A batch padded to a captured graph's size comes back in that size."""
+    whole, cut = Engine(node.address, 1, 3), Engine(node.address, 2, 3)
+    for engine in (whole, cut):
+        engine.step([9, 5, 2])
+        engine.model.graph_modes.clear()
+    expected, [expected_before] = whole.step([1, 1, 1], num_padding=5)
+    output, [before] = cut.step([1, 1, 1], num_padding=5)
+    assert output.shape == before.shape == expected.shape
+    torch.testing.assert_close(output[:3], expected[:3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(before[:3], expected_before[:3], rtol=1e-5, atol=1e-5)
+    assert whole.model.graph_modes == [CUDAGraphMode.PIECEWISE]
+    assert cut.model.graph_modes == [CUDAGraphMode.NONE] * 2
     for engine in (whole, cut):
         engine.close()
 
@@ -81,20 +97,6 @@ def test_second_micro_batch_fails(node: NodeProcess) -> None:
         engine.step([1, 1, 1, 1])
     assert len(set(calls[:2])) == 2, "micro-batches take turns layer by layer"
     engine.close()
-
-
-def test_wrap_model_refuses_lora() -> None:
-    """LoRA's rows are set before the step: halves would take the wrong adapters."""
-    lora = LoRAConfig(lora_dtype="bfloat16")
-    parts = {"device_config": DeviceConfig("cpu"), "lora_config": lora}
-    asked = {"attention_offload": {"num_microbatches": 2}}
-    with pytest.raises(ValueError, match="LoRA assigns adapters.*Allowed: 1 or auto"):
-        wrap_model(LayeredModel(), VllmConfig(additional_config=asked, **parts))
-    runner = wrap_model(
-        LayeredModel(), VllmConfig(additional_config={"attention_offload": {}}, **parts)
-    )
-    assert not runner.times()["is_cut"]
-    runner.uninstall()
 
 
 def test_option_names_what_is_allowed() -> None:

@@ -24,6 +24,7 @@ from vllm.v1.attention.selector import get_attn_backend
 import vllm_attn_offload
 from vllm_attn_offload.attention.cuda_metadata import CudaStep
 from vllm_attn_offload.attention.local_attention import RemotePart
+from vllm_attn_offload.attention.micro_batch_runner import wrap_model
 from vllm_attn_offload.cuda_placement import local_devices
 from vllm_attn_offload.plugin import register
 
@@ -102,6 +103,11 @@ def refusals(model: str) -> dict[str, str]:
     def compiled(**options: Any) -> str:
         return message_of(lambda: engine_config(model, compilation_config=options))
 
+    def cut(option: int | str, **options: Any) -> str:
+        offload = {"attention_offload": {"num_microbatches": option}}
+        cut_config = engine_config(model, additional_config=offload, **options)
+        return message_of(lambda: wrap_model(torch.nn.Module(), cut_config))
+
     return {
         "fp32": select(dtype=torch.float32),
         "head_size": select(head_size=60),
@@ -118,6 +124,9 @@ def refusals(model: str) -> dict[str, str]:
         "other_worker": message_of(
             lambda: engine_config(model, worker_cls="package.Worker")
         ),
+        "cut_with_lora": cut(2, enable_lora=True),
+        "cut_with_graphs": cut(2),
+        "cut_as_measured": cut("auto"),
     }
 
 

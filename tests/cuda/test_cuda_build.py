@@ -49,10 +49,16 @@ def test_engine_configuration(found: dict[str, Any]) -> None:
         ("fused_quant", "does not support the compilation pass fuse_attn_quant"),
         ("other_backend", "which needs AttentionBackendEnum.CUSTOM"),
         ("other_worker", "gpu_worker.GpuAttentionOffloadWorker. Drop one"),
+        ("cut_with_lora", "but LoRA on a GPU assigns adapters to the rows of whole"),
     ],
 )
 def test_refusal_says_why(found: dict[str, Any], given: str, reason: str) -> None:
     assert reason in found["refusals"][given]
+
+
+@pytest.mark.parametrize("given", ["cut_with_graphs", "cut_as_measured"])
+def test_is_not_refused(found: dict[str, Any], given: str) -> None:
+    assert found["refusals"][given] == ""
 
 
 def test_arguments_of_kernels(found: dict[str, Any]) -> None:

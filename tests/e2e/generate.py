@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+import adapters
 import sharing
 import workload
 
@@ -32,6 +33,8 @@ def main() -> None:
         phrases = workload.phrases(model)
         result["together"] = sharing.arrive_together(llm, phrases, rounds)
         result["joined"] = sharing.join_writer(llm, phrases)
+    if workload.MODES[mode].uses_adapters and dtype == "float32":
+        result["adapted"] = adapters.generate(llm, workload.phrases(model))
     if mode != "stock":
         result["stub_bytes"] = llm.collective_rpc("kv_stub_bytes")
         result["times"] = llm.collective_rpc("exchange_times")
@@ -48,6 +51,8 @@ def _engine(model: str, dtype: str, mode: workload.Mode, addresses: list[str]) -
         "disable_log_stats": False,
         **mode.engine,
     }
+    if mode.uses_adapters and dtype == "float32":
+        options |= adapters.ENGINE_OPTIONS
     pool = workload.pool_gib(dtype)
     if mode.offload is None:
         return LLM(model, kv_cache_memory_bytes=int(pool * (1 << 30)), **options)

@@ -55,6 +55,13 @@ def test_llm_float32_in_micro_batches(generated: Generated) -> None:
     assert times["num_cut_steps"] > 0.5 * times["num_decode_steps"] > 0
 
 
+def test_llm_float32_adapters_in_micro_batches(generated: Generated) -> None:
+    """Each half takes the LoRA adapters of its own rows; both adapters matter."""
+    stock = generated("float32", "stock")["adapted"]
+    assert generated("float32", "micro-batches")["adapted"] == stock
+    assert len({tuple(tokens) for tokens in stock}) == len(stock)
+
+
 def test_llm_float32_reads_what_the_step_writes(generated: Generated) -> None:
     """A request that reads a block of this step's writer keeps the step whole."""
     joined = generated("float32", "micro-batches")["joined"]

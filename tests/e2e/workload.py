@@ -54,6 +54,7 @@ class Mode:
         is_remote: Whether its nodes are on another host, which asks for a token.
         sharing_rounds: How often prompts that share a prefix arrive together.
         longest: Prompts of more tokens are left out.
+        uses_adapters: Whether requests with LoRA adapters come, too.
     """
 
     num_nodes: int = 0
@@ -63,10 +64,11 @@ class Mode:
     is_remote: bool = False
     sharing_rounds: int = 0
     longest: int = MAX_MODEL_LEN
+    uses_adapters: bool = False
 
 
 MODES = {
-    "stock": Mode(sharing_rounds=1),
+    "stock": Mode(sharing_rounds=1, uses_adapters=True),
     "offload": Mode(offload={}),
     "heads-3": Mode(
         3,
@@ -99,6 +101,7 @@ MODES = {
         variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         sharing_rounds=20,
         longest=300,
+        uses_adapters=True,
     ),
 }
 #: Blocks for one longest request and little more. The 19 short prompts of fp32 take

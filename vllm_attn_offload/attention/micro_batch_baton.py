@@ -4,12 +4,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
-
-from vllm import forward_context
-
-if TYPE_CHECKING:
-    from vllm.forward_context import ForwardContext
+from collections.abc import Callable
 
 
 class Baton:
@@ -24,11 +19,11 @@ class Baton:
     with a deadline.
 
     Args:
-        contexts: vLLM's forward context of each; it is a global of the process.
+        enter: Given a micro-batch, puts what vLLM keeps once per process in its state.
     """
 
-    def __init__(self, contexts: tuple[ForwardContext, ForwardContext]) -> None:
-        self._contexts = contexts
+    def __init__(self, enter: Callable[[int], None]) -> None:
+        self._enter = enter
         self._turns = (threading.Lock(), threading.Lock())
         self._turns[1].acquire()
         self._is_done = [False, False]
@@ -36,7 +31,7 @@ class Baton:
     def take(self, micro_batch: int) -> None:
         """Wait for the baton; micro-batch 0 has it first."""
         self._turns[micro_batch].acquire()
-        forward_context._forward_context = self._contexts[micro_batch]
+        self._enter(micro_batch)
 
     def pass_on(self, micro_batch: int) -> None:
         """Let the other micro-batch compute; returns when the baton is back."""

@@ -22,6 +22,7 @@ from vllm_attn_offload.attention.micro_batch_choice import (
     MicroBatchChoice,
     NumMicroBatches,
 )
+from vllm_attn_offload.attention.micro_batch_lora import LoraRows
 from vllm_attn_offload.attention.micro_batch_split import choose_cut, cut_batch
 from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.step_plan import BatchStep
@@ -56,6 +57,7 @@ class MicroBatchRunner:
         self._forward = model.forward
         self._block_size = block_size
         self._choice = choice
+        self._lora = LoraRows(model)
         self._nodes: NodeGroup | None = None
         # Both threads compute with as many OpenMP threads; the new one inherits the
         # CPUs that vLLM bound the process to.
@@ -68,8 +70,8 @@ class MicroBatchRunner:
         )
         model.forward = self._run
 
-    def connect(self, nodes: NodeGroup) -> None:
-        """Say which nodes attend from now on."""
+    def connect(self, nodes: NodeGroup | None) -> None:
+        """Say which nodes attend from now on; without any, no step is cut."""
         self._nodes = nodes
 
     def uninstall(self) -> None:
@@ -117,9 +119,16 @@ class MicroBatchRunner:
             AttentionOffloadMetadata(part, index)
             for index, part in enumerate(cut_batch(metadata.batch, cut))
         ]
-        rows = (slice(0, cut), slice(cut, None))
-        first, second = map(_context_of, (whole, whole), parts, rows)
-        baton = Baton((first, second))
+        rows = (slice(0, cut), slice(cut, metadata.num_tokens))
+        contexts = list(map(_context_of, (whole, whole), parts, rows))
+        adapters = self._lora.whole()
+        cut_adapters = list(map(self._lora.of, rows))
+
+        def enter(micro_batch: int) -> None:
+            forward_context._forward_context = contexts[micro_batch]
+            self._lora.use(cut_adapters[micro_batch])
+
+        baton = Baton(enter)
         for part in parts:
             part.baton = baton
         # Both compute on one stream: a thread starts with another one.
@@ -134,9 +143,11 @@ class MicroBatchRunner:
             # Also where the first failed: the second must not outlive the step.
             error = later.exception()
             forward_context._forward_context = whole
+            self._lora.use(adapters)
         if error is not None:
             raise error
-        return _joined([*outputs, later.result()])
+        num_padding = _num_rows(inputs) - metadata.num_tokens
+        return _joined([*outputs, later.result()], num_padding)
 
     def _run_part(
         self,
@@ -170,14 +181,18 @@ def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRun
     if refusal is not None and option == "auto":
         logger.info("Decode steps are not cut into micro-batches: %s.", refusal)
         option = 1
+    cudagraph_mode = vllm_config.compilation_config.cudagraph_mode
+    if option == 2 and cudagraph_mode.has_piecewise_cudagraphs():
+        logger.info("Decode steps in two micro-batches run without CUDA graphs.")
     block_size = vllm_config.cache_config.block_size
     return MicroBatchRunner(model, block_size, MicroBatchChoice(option))
 
 
 def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
-    if vllm_config.lora_config is not None:
-        return "LoRA assigns adapters to the rows of whole steps"
-    if option == "auto" and vllm_config.device_config.device_type != "cpu":
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if vllm_config.lora_config is not None and not is_cpu:
+        return "LoRA on a GPU assigns adapters to the rows of whole steps"
+    if option == "auto" and not is_cpu:
         return "the host cannot time a GPU's steps"
     if option == "auto" and vllm_config.parallel_config.tensor_parallel_size > 1:
         return "ranks could measure different times, but must run alike"
@@ -193,33 +208,39 @@ def _step_of(inputs: Inputs) -> AttentionOffloadMetadata | None:
     if (
         not isinstance(metadata, AttentionOffloadMetadata)
         or any(other is not metadata for other in context.attn_metadata.values())
-        or context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+        or context.cudagraph_runtime_mode == CUDAGraphMode.FULL
         or context.dp_metadata is not None
+        or any(
+            value is not None and name not in _ROWS_LAST | _ROWS_FIRST
+            for name, value in inputs.items()
+        )
     ):
         return None
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        if name in _ROWS_LAST:
-            num_rows = value.shape[-1]
-        elif name in _ROWS_FIRST:
-            num_rows = value.shape[0]
-        else:
-            return None
-        if num_rows != metadata.num_tokens:
-            return None
     return metadata
+
+
+def _num_rows(inputs: Inputs) -> int:
+    """Of a batch that may be padded to a captured graph's size."""
+    return next(
+        value.shape[-1 if name in _ROWS_LAST else 0]
+        for name, value in inputs.items()
+        if value is not None
+    )
 
 
 def _context_of(
     whole: ForwardContext, metadata: AttentionOffloadMetadata, rows: slice
 ) -> ForwardContext:
     assert isinstance(whole.attn_metadata, dict)
-    # Slots reach the nodes with the step; nothing on this side asks for them.
+    # Slots reach the nodes with the step; nothing on this side asks for them. All CUDA
+    # graphs share one memory pool (`compilation/cuda_graph.py`): one half would
+    # overwrite what the other still needs.
     return replace(
         whole,
         attn_metadata=dict.fromkeys(whole.attn_metadata, metadata),
         slot_mapping={},
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        batch_descriptor=None,
         is_padding=None if whole.is_padding is None else whole.is_padding[rows],
         moe_layer_index=0,
     )
@@ -236,9 +257,12 @@ def _rows_of(inputs: Inputs, rows: slice) -> Inputs:
     }
 
 
-def _joined(outputs: list[Any]) -> Any:
+def _joined(outputs: list[Any], num_padding: int) -> Any:
     """Rows of both micro-batches in the order of the batch, also of nested tensors."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
-        return torch.cat(outputs)
-    return type(first)([_joined(list(parts)) for parts in zip(*outputs, strict=True)])
+        padding = first.new_zeros((num_padding, *first.shape[1:]))
+        return torch.cat([*outputs, padding] if num_padding else outputs)
+    return type(first)(
+        [_joined(list(parts), num_padding) for parts in zip(*outputs, strict=True)]
+    )
