@@ -41,7 +41,11 @@ class SlowLink:
         """Accept connections for ever."""
         while True:
             near, _ = self._listener.accept()
-            far = socket.create_connection(self._target, CONNECT_TIMEOUT_S)
+            try:
+                far = socket.create_connection(self._target, CONNECT_TIMEOUT_S)
+            except OSError:
+                near.close()
+                continue
             far.settimeout(None)
             for source, sink in ((near, far), (far, near)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

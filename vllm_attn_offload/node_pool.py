@@ -300,12 +300,9 @@ class NodePool:
         One that does not start raises when its turn comes to be brought back.
         """
         with ThreadPoolExecutor(len(self._nodes)) as threads:
-            for index, node in enumerate(self._nodes):
+            for node in self._nodes:
                 if node.is_lost:
-                    threads.submit(node.start, self._needed_gib(index))
-
-    def _needed_gib(self, index: int) -> float:
-        return sum(request.kv_bytes for request in self._requests[index]) / GIB
+                    threads.submit(node.start, None)
 
     def _bring_back(self, index: int, *, use_standby: bool) -> None:
         """Restart or reconnect a lost node, or let a standby take its place.
@@ -342,7 +339,7 @@ class NodePool:
         """Join a node and hold on it what its place in the pool needs."""
         self._nodes[index], before = node, self._nodes[index]
         try:
-            node.join(self._needed_gib(index), _REJOIN_TIMEOUT_S)
+            node.join(None, _REJOIN_TIMEOUT_S)
             self._reserve_on(index)
             self._check_size(index)
         except MemoryNodeError:

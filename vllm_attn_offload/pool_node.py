@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.capacity import GIB
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol import (
     CapacityReserved,
@@ -50,6 +51,7 @@ class PoolNode:
         self._process: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None
         self._reserved: list[str] = []
+        self._total_gib: float | None = None
 
     @property
     def info(self) -> NodeInfo:
@@ -65,7 +67,8 @@ class PoolNode:
         """Start the node or connect to it.
 
         Args:
-            kv_cache_gib: Budget of a node that is started; None for its default.
+            kv_cache_gib: Budget of a node that is started; None for its default. One
+                that is started again has what it had.
             timeout_s: Deadline of the connection.
 
         Raises:
@@ -74,6 +77,7 @@ class PoolNode:
         self.start(kv_cache_gib)
         with self._lock:
             self._control = self._connect(self.address, timeout_s)
+            self._total_gib = self._control.info.kv_bytes_total / GIB
             self.is_lost = False
 
     def start(self, kv_cache_gib: float | None) -> None:
@@ -84,7 +88,7 @@ class PoolNode:
         """
         with self._lock:
             if not isinstance(self.source, str) and self._process is None:
-                self._process = self.source(kv_cache_gib)
+                self._process = self.source(self._total_gib or kv_cache_gib)
                 self.address = self._process.address
 
     def refresh_info(self) -> NodeInfo:

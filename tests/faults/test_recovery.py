@@ -10,6 +10,7 @@ import json
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +27,15 @@ import tiny_llama  # noqa: E402
 import workload  # noqa: E402
 from node_process import NodeProcess, eventually  # noqa: E402
 from serve import ServeProcess  # noqa: E402
+from slow_link import SlowLink  # noqa: E402
 
 from vllm_attn_offload.client.control_client import ControlClient  # noqa: E402
 
 NUM_TOKENS = 40
 DEADLINE_S = 240.0
 REQUEST_TIMEOUT_S = 4.0
+#: What is sent meanwhile never arrives.
+SILENT_S = 1e6
 
 Fault = Callable[[psutil.Process], object]
 Tokens = list[list[int]]
@@ -142,6 +146,9 @@ def test_nothing_is_left(engine: Engine) -> None:
 class RunningNodes:
     """Two nodes that an engine joins and a standby, started as users start them.
 
+    Attributes:
+        link: The engine's way to the first one.
+
     Args:
         directory: For sockets and logs.
     """
@@ -150,6 +157,9 @@ class RunningNodes:
         self._directory = directory
         self._started: list[NodeProcess] = []
         self.first = self.start("127.0.0.1:0")
+        host, port = self.first.address.split(":")
+        self.link = SlowLink((host, int(port)))
+        threading.Thread(target=self.link.serve, daemon=True).start()
         self.second = self.start(f"unix:{directory / 'second.sock'}")
         self.standby = self.start(f"unix:{directory / 'standby.sock'}")
 
@@ -184,7 +194,7 @@ def joined(
         model / "serve.log",
         tiny_llama.PROMPTS,
         {
-            "memory_nodes": [running.first.address, running.second.address],
+            "memory_nodes": [running.link.address, running.second.address],
             "standby_nodes": [running.standby.address],
         },
         *("--skip-tokenizer-init", "--tensor-parallel-size", "2"),
@@ -195,7 +205,7 @@ def joined(
     started.server.kill_all()
 
 
-@pytest.mark.parametrize("kind", ["first", "second"], ids=["tcp", "unix"])
+@pytest.mark.parametrize("kind", ["link", "second"], ids=["tcp", "unix"])
 def test_one_tensor_parallel_rank_is_cut_off(
     joined: Engine, running: RunningNodes, kind: str
 ) -> None:
@@ -211,6 +221,18 @@ def test_one_tensor_parallel_rank_is_cut_off(
     peer = getattr(running, kind).address.removeprefix("unix:")
     assert faults.drop_connections(worker, peer) == 1
     joined.assert_recovered(streams, before)
+
+
+def test_link_goes_silent(joined: Engine, running: RunningNodes) -> None:
+    """A half-open connection: nothing arrives any more, and nothing says so."""
+    before = joined.num_recoveries()
+    streams = joined.stream()
+    assert streams.wait_for(NUM_TOKENS, DEADLINE_S)
+    running.link.delay_s = SILENT_S
+    time.sleep(1.5 * REQUEST_TIMEOUT_S)
+    running.link.delay_s = 0.0
+    joined.assert_recovered(streams, before)
+    assert "takes over" not in joined.server.log.read_text("utf-8")
 
 
 def test_hostile_bytes_under_load(joined: Engine, running: RunningNodes) -> None:

@@ -39,7 +39,10 @@ class Losses(queue.SimpleQueue[MemoryNodeError]):
 
 @contextmanager
 def opened_pool(
-    config: AttentionOffloadConfig, directory: Path, num_blocks: int = 100
+    config: AttentionOffloadConfig,
+    directory: Path,
+    num_blocks: int = 100,
+    num_opened: int | None = None,
 ) -> Iterator[tuple[NodePool, Losses, list[Attachment]]]:
     """A pool with one worker's sessions, watched."""
     launches = [
@@ -53,7 +56,7 @@ def opened_pool(
     try:
         pool.join(config.kv_cache_gib)
         assert pool.reserve([GEOMETRY], 1) == [num_blocks]
-        (attachments,) = pool.open_sessions([num_blocks], LIMITS)
+        (attachments,) = pool.open_sessions([num_opened or num_blocks], LIMITS)
         pool.watch(losses.put)
         yield pool, losses, attachments
     finally:
@@ -89,6 +92,21 @@ def test_local_nodes_die_and_hang(tmp_path: Path) -> None:
             assert not {a.session for a in after} & {a.session for a in before}
             before = after
         assert losses.empty()
+
+
+def test_local_node_is_started_again_with_all_its_room(tmp_path: Path) -> None:
+    """Also with what the pool does not use, but a neighbour may."""
+    with opened_pool(options(), tmp_path, num_opened=60) as (pool, losses, before):
+        first = ControlClient(before[0].address, 5)
+        first.close()
+        os.kill(first.info.pid, signal.SIGKILL)
+        losses.get(timeout=10)
+        ((after,),) = pool.reopen(use_standby=False)
+        second = ControlClient(after.address, 5)
+        second.close()
+        assert second.info.pid != first.info.pid
+        assert second.info.kv_bytes_total == first.info.kv_bytes_total
+        assert second.info.kv_bytes_free == 40 * BLOCK_BYTES
 
 
 def test_heads_hold_no_more_than_the_least_node(
