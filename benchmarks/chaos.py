@@ -158,7 +158,8 @@ class Chaos:
 
     def run(self, minutes: float) -> None:
         """Until the time is over; at most one fault every few seconds."""
-        end = time.monotonic() + 60 * minutes
+        start = time.monotonic()
+        end = start + 60 * minutes
         while (now := time.monotonic()) < end:
             time.sleep(min(self._choose.uniform(*PAUSE_S), end - now))
             kind = self._choose.choice(KINDS)
@@ -166,6 +167,11 @@ class Chaos:
             if not nodes:
                 continue  # All are being started again.
             self._count(kind)
+            print(
+                f"{now - start:4.0f} s: {kind}; {self._report.requests} requests done, "
+                f"{len(self._report.failed)} failed, {len(self._report.wrong)} wrong",
+                flush=True,
+            )
             with contextlib.suppress(psutil.NoSuchProcess):
                 getattr(self, f"_{kind}")(self._choose.choice(nodes))
 

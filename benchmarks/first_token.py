@@ -16,8 +16,8 @@ from typing import Any
 
 import environment
 from offline_engines import EngineProcess, offload_engine, stock_engine
+from progress import track
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from smollm2 import prepare
 
@@ -76,7 +76,7 @@ def measure(
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers of every run by engine; the first run only warms up."""
     answers: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
-    for run in track(range(arguments.runs + 1), description="measuring"):
+    for run in track(range(arguments.runs + 1), "measuring"):
         request = {
             "first_token": [arguments.prompt, arguments.cached, arguments.new, run]
         }

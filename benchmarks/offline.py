@@ -24,9 +24,9 @@ from offline_engines import EngineProcess, offload_engine, stock_engine
 from offline_latency import Link
 from offline_nodes import sweep_nodes
 from offline_trace import trace
+from progress import track
 from remote_nodes import remote_nodes
 from rich.console import Console
-from rich.progress import track
 from smollm2 import prepare
 
 Side = EngineProcess | EngineMode
@@ -188,7 +188,7 @@ def measure(sides: list[Side], arguments: argparse.Namespace) -> list[dict[str, 
         point: {side.name: [] for side in sides} for point in points
     }
     plan = [(run, point) for run in range(arguments.runs) for point in points]
-    for _, point in track(plan, description="measuring"):
+    for _, point in track(plan, "measuring"):
         for side in sides:
             request = {
                 "batch": point[0],

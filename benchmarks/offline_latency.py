@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TextIO
 
 from engine_mode import EngineMode
 from offline_engines import EngineProcess, offload_engine, pool_gib
+from progress import track
 from remote_nodes import RemoteNodes
-from rich.progress import track
 
 
 class Link(NamedTuple):
@@ -60,7 +60,7 @@ def sweep_links(
     """Median step of each side on every link; sides take turns."""
     batch, context = max(arguments.batch), max(arguments.context)
     rows: list[dict[str, Any]] = []
-    for link in track(arguments.links, description="links"):
+    for link in track(arguments.links, "links"):
         host.delay(link.round_trip_ms / 2)
         host.host.limit_bandwidth(link.mbit_per_s)
         runs: dict[str, list[float]] = {side.name: [] for side in sides}

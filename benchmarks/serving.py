@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import environment
+from progress import track
 from remote_nodes import remote_nodes
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from serving_plots import plot
 from serving_server import VLLM, Server
@@ -154,7 +154,7 @@ def measure(
         run_bench(server, model, warm_up_load(arguments), folder, BENCH_TIMEOUT_S)
     rows = []
     plan = [(i, rate) for i, rate in enumerate(arguments.rates)]
-    for index, rate in track(plan, description="serving"):
+    for index, rate in track(plan, "serving"):
         load = trace_load(arguments, index, rate, folder)
         if load is None:
             load = random_load(arguments, index, rate)
