@@ -16,9 +16,10 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import environment
+from engine_mode import EngineMode
 from offline_engines import EngineProcess
 from progress import track
 from rich.console import Console
@@ -42,6 +43,14 @@ MARGIN_TOKENS = 512
 WARM_UP_STEPS = 3
 CALIBRATE_TIMEOUT_S = 900.0
 TABLE_COLUMNS = 120
+
+
+class Point(NamedTuple):
+    """A decode step that is predicted and measured."""
+
+    num_batches: int
+    batch: int
+    context: int
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,11 +85,7 @@ def main() -> None:
             start_node(stack, folder, i, arguments) for i in range(arguments.nodes)
         ]
         hardware = arguments.hardware or calibrate(model, addresses, arguments, folder)
-        rows = [
-            row
-            for n in arguments.microbatches
-            for row in compare(model, addresses, hardware, n, arguments, folder)
-        ]
+        rows = compare(model, addresses, hardware, arguments, folder)
         toml = hardware.read_text("utf-8")
     facts = environment.describe()
     errors = sorted(abs(row["error"]) for row in rows)
@@ -135,44 +140,54 @@ def compare(
     model: str,
     addresses: list[str],
     hardware: Path,
-    num_batches: int,
     arguments: argparse.Namespace,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Rows of one engine; its points are repeated in turn, and medians taken."""
-    points = [(b, c) for c in arguments.context for b in arguments.batch]
-    points = [(b, c) for b, c in points if b >= num_batches]
-    measured: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    """Rows of one engine; points and modes are repeated in turn, and medians taken."""
+    points = [
+        Point(n, batch, context)
+        for context in arguments.context
+        for batch in arguments.batch
+        for n in arguments.microbatches
+        if batch >= n
+    ]
+    measured: dict[Point, list[float]] = {point: [] for point in points}
     with (folder / "engine.log").open("w") as log:
-        options = engine_options(model, addresses, num_batches, arguments)
-        variables = {"VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus}
+        options = engine_options(model, addresses, arguments)
+        variables = {
+            "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
+            # Modes are functions that run in the worker.
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
         engine = EngineProcess("offload", options, variables, log)
         try:
             engine.wait_until_ready()
-            # An engine's first seconds are slower; nobody calibrates or serves there.
+            # An engine's first seconds can be slower; calibration leaves them out, too.
             rounds = range(-1, arguments.runs)
             plan = [(run, point) for run in rounds for point in points]
-            for run, (batch, context) in track(plan, "measuring"):
-                request = {"batch": batch, "context": context, "steps": arguments.steps}
-                answer = engine.ask(request)
+            for run, point in track(plan, "measuring"):
+                request = {
+                    "batch": point.batch,
+                    "context": point.context,
+                    "steps": arguments.steps,
+                }
+                mode = EngineMode(engine, str(point.num_batches))
+                answer = mode.ask(request)
                 if run >= 0:
-                    measured[batch, context].append(answer["step_s"])
+                    measured[point].append(answer["step_s"])
         finally:
             engine.stop()
-    predicted = predict(model, hardware, points, num_batches, arguments)
-    return [
-        row(point, num_batches, predicted[point], measured[point]) for point in points
-    ]
+    predicted = predict(model, hardware, points, arguments)
+    return [row(point, predicted[point], measured[point]) for point in points]
 
 
 def engine_options(
     model: str,
     addresses: list[str],
-    num_batches: int,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Keyword arguments of ``LLM``: offloading, as its configuration carries it."""
-    offload = {"memory_nodes": addresses, "num_microbatches": num_batches}
+    offload = {"memory_nodes": addresses}
     return {
         "model": model,
         "dtype": arguments.dtype,
@@ -187,10 +202,9 @@ def engine_options(
 def predict(
     model: str,
     hardware: Path,
-    points: list[tuple[int, int]],
-    num_batches: int,
+    points: list[Point],
     arguments: argparse.Namespace,
-) -> dict[tuple[int, int], Estimate]:
+) -> dict[Point, Estimate]:
     """What ``plan`` computes for exactly these batches."""
     catalogue = load_catalogue([hardware])
     shape = read_model_shape(model, dtype=arguments.dtype)
@@ -201,18 +215,18 @@ def predict(
         catalogue.networks[name],
     )
     found = {}
-    for batch, context in points:
-        grown = context + WARM_UP_STEPS + arguments.steps / 2
-        load = Workload(grown, context, arguments.steps, "none", max_batch=batch)
-        estimate = evaluate_offload(shape, offload, load, None, num_batches)
-        assert estimate.batch == batch
-        found[batch, context] = estimate
+    for point in points:
+        grown = point.context + WARM_UP_STEPS + arguments.steps / 2
+        load = Workload(
+            grown, point.context, arguments.steps, "none", max_batch=point.batch
+        )
+        estimate = evaluate_offload(shape, offload, load, None, point.num_batches)
+        assert estimate.batch == point.batch
+        found[point] = estimate
     return found
 
 
-def row(
-    point: tuple[int, int], num_batches: int, predicted: Estimate, measured: list[float]
-) -> dict[str, Any]:
+def row(point: Point, predicted: Estimate, measured: list[float]) -> dict[str, Any]:
     """Times in ms; the error is relative to the measurement."""
     measured_ms = 1e3 * statistics.median(measured)
     predicted_ms = 1e3 * predicted.tbt_s
@@ -221,9 +235,9 @@ def row(
         for name in ("overhead", "model", "attention", "wire")
     }
     return {
-        "batch": point[0],
-        "context": point[1],
-        "microbatches": num_batches,
+        "batch": point.batch,
+        "context": point.context,
+        "microbatches": point.num_batches,
         "predicted_ms": predicted_ms,
         "measured_ms": measured_ms,
         "error": predicted_ms / measured_ms - 1,

@@ -41,8 +41,8 @@ from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 
 HEADER = "# Written by vllm-attn-offload calibrate; running it again replaces it."
 # Seconds per probe. With the start of vLLM all of them stay below two minutes.
-BUDGETS_S = {MemoryProbe: 3.0, GemmProbe: 9.0, AttentionProbe: 8.0}
-NODE_BUDGET_S, ENGINE_BUDGET_S = 20.0, 30.0
+BUDGETS_S = {MemoryProbe: 2.0, GemmProbe: 5.0, AttentionProbe: 4.0}
+NODE_BUDGET_S, ENGINE_BUDGET_S = 10.0, 6.0
 QUICK_SHARE = 0.1
 # vLLM's default on a CPU; block sizes of GPUs are smaller, and matter less there.
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16

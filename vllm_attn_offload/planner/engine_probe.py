@@ -92,8 +92,8 @@ class EngineProbe:
         request = {
             "options": self._options(),
             "batches": list(self.batches),
-            "seconds_per_batch": budget_s / 3 / len(self.batches),
-            "warm_up_s": budget_s / 3,
+            "seconds_per_batch": budget_s / len(self.batches),
+            "warm_up_s": budget_s,
         }
         variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         if self.cpus:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 else:
     _WorkerBase = object
 
-WARM_UP_STEPS, WINDOW_STEPS, MIN_WINDOWS, MAX_WINDOWS = 3, 6, 3, 12
+WARM_UP_STEPS, WINDOW_STEPS, MIN_WINDOWS, MAX_WINDOWS = 3, 4, 2, 18
 #: Every batch is timed so often, with the others in between.
 NUM_ROUNDS = 2
-CONTEXT = 48
+CONTEXT = 16
 MAX_TOKENS = 2 * WINDOW_STEPS * MAX_WINDOWS
 # By name: this module is __main__ here and another one in the worker.
 EXTENSION = "vllm_attn_offload.planner.time_engine.LayerTimer"
@@ -82,8 +82,8 @@ class TimedEngine:
         self._num_requests = 0
 
     def warm_up(self, batch: int, seconds: float) -> None:
-        """Run steps whose times do not count: an engine's first seconds are slower (60
-        ms a step instead of 115 after ten seconds, SmolLM2-135M on 2 cores)."""
+        """Run steps whose times do not count: an engine's first seconds can be slower
+        (115 ms a step and later 60 were seen, SmolLM2-135M on 2 cores)."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             self.measure(batch, end - time.perf_counter())
