@@ -14,22 +14,22 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = "vllm_attn_offload"
 NESTED = ("triton_kernels", "patches")
-CPU_KERNELS = f"{PACKAGE}/memory_node/cpu_kernels"
+NATIVE_SOURCES = f"{PACKAGE}/native/csrc"
 
 
 class BuildLibrary(build_ext):
     """Names the library so that no Python version takes it for a module."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', '/')}.native.so"
+        return f"{fullname.replace('.', '/')}.lib.so"
 
 
 # A plain shared library that ctypes loads. Without a C++ compiler the package installs
 # all the same, and CPU memory nodes attend with torch.
-cpu_kernels = Extension(
-    f"{PACKAGE}.memory_node._cpu_kernels",
-    sources=sorted(glob(f"{CPU_KERNELS}/*.cpp")),
-    depends=sorted(glob(f"{CPU_KERNELS}/*.h")),
+native = Extension(
+    f"{PACKAGE}.native._native",
+    sources=sorted(glob(f"{NATIVE_SOURCES}/*.cpp")),
+    depends=sorted(glob(f"{NATIVE_SOURCES}/*.h")),
     language="c++",
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
@@ -51,7 +51,7 @@ setup(
     ],
     package_dir={f"{PACKAGE}.{name}": name for name in NESTED},
     package_data={PACKAGE: ["py.typed", "README.md", "planner/*.toml"]},
-    ext_modules=[cpu_kernels],
+    ext_modules=[native],
     cmdclass={"build_ext": BuildLibrary},
     install_requires=[
         "torch>=2.11",

@@ -26,11 +26,9 @@ import psutil
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
-import environment
-import faults
-import smollm2
 import workload
-from chaos_watch import Watch
+from harness import environment, faults, smollm2
+from harness.chaos_watch import Watch
 from rich.console import Console
 from rich.table import Table
 from serve import ServeProcess

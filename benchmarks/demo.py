@@ -26,11 +26,11 @@ from types import FrameType
 
 import httpx
 import psutil
+from harness.smollm2 import prepare
 from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
-from smollm2 import prepare
 
 SERVED_NAME = "smollm2"
 QUESTION = "What is the capital of France, and what is it known for?"

@@ -19,21 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import describe
+from harness.environment import describe
 from rich.console import Console
 from rich.table import Table
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.memory_node.step import (
-    AttentionStep,
-    step_num_bytes,
-    write_step,
-)
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.frames import FrameFlag
+from vllm_attn_offload.protocol.messages import (
     AttachSession,
-    FrameFlag,
     KVGroup,
     LayerGeometry,
     OpenSession,
@@ -41,6 +36,11 @@ from vllm_attn_offload.protocol import (
     SessionGeometry,
     SessionStats,
     Shard,
+)
+from vllm_attn_offload.protocol.step import (
+    AttentionStep,
+    step_num_bytes,
+    write_step,
 )
 
 TIMEOUT_S = 300.0

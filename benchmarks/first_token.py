@@ -14,12 +14,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import environment
-from offline_engines import EngineProcess, offload_engine, stock_engine
-from progress import track
+from engines.launch import EngineProcess, offload_engine, stock_engine
+from harness import environment
+from harness.progress import track
+from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
-from smollm2 import prepare
 
 LOG = Path("/tmp/attn-offload-benchmark.log")
 STOCK = "stock"

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_providers import PROVIDERS, Inputs, Workload, draw_inputs
-from gpu_engines import compare_tokens, measure_decode
-from gpu_exchange import measure_exchange
-from gpu_system import measure_transports
+from decode_kernels.decode_providers import PROVIDERS, Inputs, Workload, draw_inputs
+from gpu.engines import compare_tokens, measure_decode
+from gpu.exchange import measure_exchange
+from gpu.system import measure_transports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,7 +122,7 @@ def step_environment(bench: Bench) -> dict[str, Any]:
 
 
 def step_kernel_correctness(bench: Bench) -> dict[str, Any]:
-    from vllm_attn_offload.triton_kernels.decode_cases import (
+    from decode_kernels.decode_cases import (
         CASES,
         build_problem,
         find_errors,

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from cpu_attention_sides import Batch, Ours, Shape, Vllm
+from decode_kernels.cpu_sides import Batch, Ours, Shape, Vllm
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_attn_offload.memory_node.cpu_library import (
+from vllm_attn_offload.native.attention import (
     CpuKernelLibrary,
     load_cpu_library,
 )

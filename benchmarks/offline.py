@@ -16,18 +16,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-import environment
-import offline_latency
-import offline_tables
-from engine_mode import EngineMode
-from offline_engines import EngineProcess, offload_engine, stock_engine
-from offline_latency import Link
-from offline_nodes import sweep_nodes
-from offline_trace import trace
-from progress import track
-from remote_nodes import remote_nodes
+from engines import links as offline_latency
+from engines import tables as offline_tables
+from engines.launch import EngineProcess, offload_engine, stock_engine
+from engines.links import Link
+from engines.mode import EngineMode
+from engines.nodes import sweep_nodes
+from engines.trace import trace
+from harness import environment
+from harness.progress import track
+from harness.remote_nodes import remote_nodes
+from harness.smollm2 import prepare
 from rich.console import Console
-from smollm2 import prepare
 
 Side = EngineProcess | EngineMode
 

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paper_setup import load_traces
-from paper_v1 import attention_share, batch_v1, per_dollar_v1, rtx4080_tensor_parallel
-from paper_v2 import (
+from lamina.section import load_traces
+from lamina.v1 import attention_share, batch_v1, per_dollar_v1, rtx4080_tensor_parallel
+from lamina.v2 import (
     batch_v2,
     dop_sweep,
     exchange_latency,

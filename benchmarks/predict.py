@@ -18,23 +18,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import environment
-from engine_mode import EngineMode
-from offline_engines import EngineProcess
-from progress import track
+from engines.launch import EngineProcess
+from engines.mode import EngineMode
+from harness import environment
+from harness.progress import track
+from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
-from smollm2 import prepare
 
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate.deployment import (
     Estimate,
     Offload,
     Workload,
     evaluate_offload,
 )
 from vllm_attn_offload.planner.hardware import DeviceGroup, load_catalogue
-from vllm_attn_offload.planner.model_config import read_model_shape
+from vllm_attn_offload.planner.model.config import read_model_shape
 
 NAME = "here"
 MEDIAN_BAR, WORST_BAR = 0.10, 0.25

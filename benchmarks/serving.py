@@ -20,16 +20,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import environment
-from progress import track
-from remote_nodes import remote_nodes
+from harness import environment
+from harness.progress import track
+from harness.remote_nodes import remote_nodes
+from harness.serving_plots import plot
+from harness.serving_server import VLLM, Server
+from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
-from serving_plots import plot
-from serving_server import VLLM, Server
-from smollm2 import prepare
 
-from vllm_attn_offload.planner.traces import read_trace
+from vllm_attn_offload.planner.simulate.traces import read_trace
 
 CHUNK_TOKENS = 512
 BENCH_TIMEOUT_S = 3600.0

@@ -20,10 +20,8 @@ import tracemalloc
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from environment import describe
-from rich.console import Console
-from rich.table import Table
-from transport_node import (
+from harness.environment import describe
+from harness.transport_node import (
     MAX_BYTES,
     STOP_TRACING,
     TIMEOUT_S,
@@ -31,24 +29,21 @@ from transport_node import (
     USAGE,
     reply_bytes,
 )
+from rich.console import Console
+from rich.table import Table
 
-from vllm_attn_offload.protocol import (
-    Attached,
-    AttachSession,
-    ChannelOffer,
-    FrameHeader,
-    FrameKind,
-)
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import Attached, AttachSession, ChannelOffer
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.native import load_waits
 from vllm_attn_offload.transport.negotiate import open_worker_channel
 
-NODE = Path(__file__).with_name("transport_node.py")
+NODE = Path(__file__).parent / "harness" / "transport_node.py"
 SIZES = [4 << 10, 64 << 10, 1 << 20, 4 << 20]
 WARM_UP = 50
 GROWTH_TRIPS = 4000

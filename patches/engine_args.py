@@ -66,16 +66,16 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(self, *args, **kwargs)
         # Late: plain vLLM must not pay for what it does not use.
-        from vllm_attn_offload.engine_config import (
-            apply_to_engine_args,
-            choose_scheduler,
-        )
-        from vllm_attn_offload.frontend_metrics import export_node_metrics
-        from vllm_attn_offload.support import (
+        from vllm_attn_offload.compatibility import (
             check_arguments,
             check_recovery,
             check_supported,
         )
+        from vllm_attn_offload.engine.args import (
+            apply_to_engine_args,
+            choose_scheduler,
+        )
+        from vllm_attn_offload.engine.frontend import export_node_metrics
 
         check_arguments(self)
         apply_to_engine_args(self)

@@ -14,8 +14,8 @@ from vllm_attn_offload.versions import is_tested, untested_message, vllm_version
 
 PATCH_FREE = (
     "Without patches use: --distributed-executor-backend "
-    "vllm_attn_offload.executor.AttentionOffloadExecutor --worker-cls "
-    "vllm_attn_offload.cpu_worker.CpuAttentionOffloadWorker --additional-config "
+    "vllm_attn_offload.engine.executor.AttentionOffloadExecutor --worker-cls "
+    "vllm_attn_offload.worker.cpu.CpuAttentionOffloadWorker --additional-config "
     """'{"attention_offload": {}}'."""
 )
 _MARK = "__vllm_attn_offload_patch__"

@@ -32,7 +32,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Directory of the converted SmolLM2-135M-Instruct checkpoint."""
-    script = ROOT / "benchmarks" / "smollm2.py"
+    script = ROOT / "benchmarks" / "harness" / "smollm2.py"
     run = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=False
     )

@@ -41,5 +41,5 @@ def test_memory_node_side_imports_no_vllm() -> None:
         "triton_kernels",
     )
     assert "vllm_attn_offload.memory_node.main" in modules
-    assert "vllm_attn_offload.client.node_group" in modules
+    assert "vllm_attn_offload.client.remote_attention" in modules
     assert not {name for name in modules if name.split(".")[0] == "vllm"}

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.credentials import Credentials
+from vllm_attn_offload.transport.trust import Credentials
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,7 +12,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from vllm_attn_offload.protocol import SessionStats, Stats
+from vllm_attn_offload.protocol.messages import SessionStats, Stats
 
 _SESSION_LABELS = ("node", "engine", "tp_rank")
 # Name, help, field of SessionStats. "attn_offload:" and not "vllm:", because vLLM

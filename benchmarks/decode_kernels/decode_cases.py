@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-
-from .decode_plan import DecodeAttentionPlan, plan_decode_attention
-from .paged_decode_attention import paged_decode_attention
-from .reference import naive_paged_decode_attention
-from .tiles import architecture_of, choose_decode_tile
+from vllm_attn_offload.triton_kernels.decode_plan import (
+    DecodeAttentionPlan,
+    plan_decode_attention,
+)
+from vllm_attn_offload.triton_kernels.paged_decode_attention import (
+    paged_decode_attention,
+)
+from vllm_attn_offload.triton_kernels.reference import naive_paged_decode_attention
+from vllm_attn_offload.triton_kernels.tiles import architecture_of, choose_decode_tile
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FP8 = torch.float8_e4m3fn

@@ -113,13 +113,13 @@ class Engine:
 
     def choose_micro_batches(self, option: int | str) -> None:
         """Cut steps by another value of ``num_microbatches`` from now on."""
-        import engine_mode
+        from engines import mode as engine_mode
 
         self._llm.collective_rpc(engine_mode.choose, args=(option,))
 
     def trace(self, point: Point) -> list[list[Any]]:
         """Worker's events of a few decode steps; see ``timeline.py``."""
-        import timeline
+        from engines import timeline
 
         names = self._prefill(point)
         self._llm.collective_rpc(timeline.start_recording)
@@ -198,7 +198,7 @@ class Engine:
         }
 
     def _addresses(self) -> list[str]:
-        from vllm_attn_offload.engine_config import run_dir
+        from vllm_attn_offload.engine.args import run_dir
         from vllm_attn_offload.memory_node.launcher import local_address
 
         joined = self._offload_options.get("memory_nodes")
@@ -207,7 +207,7 @@ class Engine:
 
     def _session(self, address: str) -> Any:
         from vllm_attn_offload.client.control_client import ControlClient
-        from vllm_attn_offload.transport.credentials import Credentials
+        from vllm_attn_offload.transport.trust import Credentials
 
         token_file = self._offload_options.get("auth_token_file", "")
         credentials = Credentials.of_compute_node(token_file, "", "", "")

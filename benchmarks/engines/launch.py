@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-ENGINE_SCRIPT = Path(__file__).with_name("offline_engine.py")
+ENGINE_SCRIPT = Path(__file__).with_name("engine_main.py")
 MARGIN_TOKENS = 512
 
 

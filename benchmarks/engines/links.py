@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
-from engine_mode import EngineMode
-from offline_engines import EngineProcess, offload_engine, pool_gib
-from progress import track
-from remote_nodes import RemoteNodes
+from engines.launch import EngineProcess, offload_engine, pool_gib
+from engines.mode import EngineMode
+from harness.progress import track
+from harness.remote_nodes import RemoteNodes
 
 
 class Link(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offline_engines import EngineProcess, as_option
+from engines.launch import EngineProcess, as_option
 
-from vllm_attn_offload.attention.micro_batch_choice import (
+from vllm_attn_offload.attention.micro_batch.choice import (
     MicroBatchChoice,
     NumMicroBatches,
 )

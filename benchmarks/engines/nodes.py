@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from offline_engines import offload_engine
+from engines.launch import offload_engine
 
 
 def sweep_nodes(

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
-import timeline
-from offline_engines import as_option, offload_engine, pool_gib
-from ready_process import READY_FD, ReadyProcess
+from engines import timeline
+from engines.launch import as_option, offload_engine, pool_gib
+from harness.processes import READY_FD, ReadyProcess
 
 
 def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:

@@ -20,8 +20,8 @@ def main() -> None:
     config: dict[str, Any] = json.loads(Path(config_path).read_text("utf-8"))
     # Before vLLM is imported.
     os.environ.update(config["environment"])
-    sys.path.insert(0, str(Path(__file__).parent))
-    from offline_engine import Engine, Point
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from engines.engine_main import Engine, Point
 
     started = time.perf_counter()
     engine = Engine({"model": model, **config["options"]})

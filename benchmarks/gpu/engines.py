@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_model
 import psutil
 import torch
-from gpu_system import memory_node
+from gpu import model as gpu_model
+from gpu.system import memory_node
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -129,7 +129,7 @@ class Engines:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         with log.open("wb") as sink:
             engine = subprocess.run(
-                [sys.executable, HERE / "gpu_engine.py", self._model, config, output],
+                [sys.executable, HERE / "engine.py", self._model, config, output],
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 timeout=_DRY_TIMEOUT_S if self._is_dry else _ENGINE_TIMEOUT_S,

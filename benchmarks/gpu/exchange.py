@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_system import memory_node, missing
+from gpu.system import memory_node, missing
 
 BLOCK_SIZE = 16
 #: Requests and tokens of each: a decode step of one, and of larger batches.
@@ -86,9 +86,9 @@ def _measure(
     *,
     is_dry: bool,
 ) -> dict[str, Any]:
-    from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
-    from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
-    from vllm_attn_offload.attention.cuda_streams import CudaStreams
+    from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+    from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
+    from vllm_attn_offload.attention.cuda.streams import CudaStreams
     from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
     on_gpu = device.type == "cuda"
@@ -203,9 +203,9 @@ class _Session:
     ) -> None:
         from vllm_attn_offload.client.control_client import ControlClient
         from vllm_attn_offload.client.node_client import NodeClient
-        from vllm_attn_offload.client.node_group import NodeGroup
         from vllm_attn_offload.client.partition import Partition
-        from vllm_attn_offload.protocol import (
+        from vllm_attn_offload.client.remote_attention import NodeGroup
+        from vllm_attn_offload.protocol.messages import (
             AttachSession,
             KVGroup,
             LayerGeometry,

@@ -71,7 +71,7 @@ def _measure_copies(size: int, device: torch.device) -> dict[str, list[float]]:
 
 def _measure_round_trip(family: str, size: int, repeats: int) -> list[float]:
     """The project's own transport; the other end is a process, as a node is."""
-    from vllm_attn_offload.protocol import FrameHeader, FrameKind
+    from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
     from vllm_attn_offload.transport.tcp import TcpTransport
 
     ours, theirs = _connected(family)
@@ -112,7 +112,7 @@ def _connected(family: str) -> tuple[socket.socket, socket.socket]:
 
 
 def _echo(transport: TcpTransport) -> None:
-    from vllm_attn_offload.protocol import FrameHeader
+    from vllm_attn_offload.protocol.frames import FrameHeader
 
     header = FrameHeader()
     while True:

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import faults
 import psutil
+from harness import faults
 from serve import ServeProcess
 
 _INTERVAL_S = 0.05

@@ -20,7 +20,7 @@ import psutil
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     KVGroup,
     LayerGeometry,
     OpenSession,

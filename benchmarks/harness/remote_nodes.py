@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from network_namespace import RemoteHost, remote_host
-from ready_process import READY_FD, ReadyProcess
+from harness.network_namespace import RemoteHost, remote_host
+from harness.processes import READY_FD, ReadyProcess
 
 NODE = Path(sys.executable).with_name("vllm-memory-node")
 RELAY = Path(__file__).with_name("slow_link.py")

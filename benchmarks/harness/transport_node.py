@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory node's side of ``benchmarks/transport.py``: answers, but computes nothing.
 
-``python benchmarks/transport_node.py FD CPU``.
+``python benchmarks/harness/transport_node.py FD CPU``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 import time
 import tracemalloc
 
-from vllm_attn_offload.protocol import AttachSession, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import AttachSession
 from vllm_attn_offload.transport.control import message_decoder, receive_message
 from vllm_attn_offload.transport.negotiate import open_node_channel
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate.deployment import (
     Estimate,
     Offload,
     Workload,
@@ -22,9 +22,9 @@ from vllm_attn_offload.planner.hardware import (
     load_catalogue,
     price_per_hour,
 )
-from vllm_attn_offload.planner.model_shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
 from vllm_attn_offload.planner.report import format_table
-from vllm_attn_offload.planner.traces import Request, read_trace, summarize
+from vllm_attn_offload.planner.simulate.traces import Request, read_trace, summarize
 
 CATALOGUE = load_catalogue()
 H100, H20 = CATALOGUE.device("H100"), CATALOGUE.device("H20")

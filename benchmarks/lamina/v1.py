@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from paper_setup import (
+from lamina.section import (
     CATALOGUE,
     CLOUD_PRICES,
     LLAMA_7B,
@@ -20,8 +20,8 @@ from paper_setup import (
     usd,
 )
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.deployment import (
     DoesNotFitError,
     Offload,
     Workload,

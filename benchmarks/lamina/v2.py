@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
-from paper_setup import (
+from lamina.section import (
     CATALOGUE,
     FHBN,
     H20,
@@ -24,16 +24,19 @@ from paper_setup import (
     usd,
 )
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.deployment import (
     Offload,
     Workload,
     evaluate_homogeneous,
     evaluate_offload,
 )
 from vllm_attn_offload.planner.hardware import DeviceGroup
-from vllm_attn_offload.planner.model_shape import ModelShape
-from vllm_attn_offload.planner.scenario import simulate_homogeneous, simulate_offload
+from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.planner.simulate.scenario import (
+    simulate_homogeneous,
+    simulate_offload,
+)
 
 
 def table_1(_: Sequence[Trace]) -> Section:

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test helpers of nodes, workers and channels lie in their folders."""
+"""One memory node for each module's tests."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-for folder in ("memory_node", "client", "transport", "attention"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
-
-from node_process import NodeProcess, running_node  # noqa: E402
+from node_process import NodeProcess, running_node
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-for directory in (Path(__file__).parents[1] / "memory_node", Path(__file__).parent):
-    sys.path.insert(0, str(directory))
-
-from node_process import NodeProcess  # noqa: E402
+from node_process import NodeProcess
 
 OPTIONS = ("--kv-cache-gib", "0.1", "--cpus", str(max(os.sched_getaffinity(0))))
 

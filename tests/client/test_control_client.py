@@ -13,7 +13,7 @@ from node_process import NodeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import Error, Hello, Pong
+from vllm_attn_offload.protocol.messages import Error, Hello, Pong
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,

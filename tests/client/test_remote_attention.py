@@ -17,18 +17,18 @@ from node_process import NodeProcess, running_node
 from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
-from vllm_attn_offload.attention.local_prefill import attend_locally
+from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import MAX_UNACKNOWLEDGED_BYTES, NodeClient
-from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import (
     Partition,
     PartitionKind,
     shard_geometry,
 )
+from vllm_attn_offload.client.remote_attention import NodeGroup
 from vllm_attn_offload.client.step_plan import plan_step
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.protocol.messages import SessionGeometry
 
 NUM_BLOCKS = 60
 GEOMETRY = make_geometry()

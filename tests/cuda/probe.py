@@ -22,10 +22,10 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import get_attn_backend
 
 import vllm_attn_offload
-from vllm_attn_offload.attention.cuda_metadata import CudaStep
-from vllm_attn_offload.attention.local_attention import RemotePart
-from vllm_attn_offload.attention.micro_batch_runner import wrap_model
-from vllm_attn_offload.cuda_placement import local_devices
+from vllm_attn_offload.attention.cuda.local_attention import RemotePart
+from vllm_attn_offload.attention.cuda.metadata import CudaStep
+from vllm_attn_offload.attention.micro_batch.runner import wrap_model
+from vllm_attn_offload.engine.cuda_placement import local_devices
 from vllm_attn_offload.plugin import register
 
 OFFLOAD = {"attention_offload": {}}
@@ -53,7 +53,7 @@ def imports() -> dict[str, Any]:
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not module.name.startswith("vllm_attn_offload.planner"):
             importlib.import_module(module.name)
-    from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
+    from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 
     return {
         "platform": type(current_platform).__name__,
@@ -132,7 +132,7 @@ def refusals(model: str) -> dict[str, str]:
 
 def kernels() -> dict[str, str]:
     """Where calls on host tensors end: behind vLLM's wrappers, for want of a device."""
-    from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
+    from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 
     query = torch.zeros(3, 8, 64, dtype=torch.bfloat16)
     key = torch.zeros(3, 2, 64, dtype=torch.bfloat16)

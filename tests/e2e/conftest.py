@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import workload
+from harness import tiny_llama
+from harness.network_namespace import RemoteHost, remote_host
+from node_process import NodeProcess
+from serve import ServeProcess
 
 HERE = Path(__file__).parent
-# Tests are imported by path (importlib mode); their helpers lie beside them.
-for folder in (HERE, HERE.parent / "memory_node", HERE.parents[1] / "benchmarks"):
-    sys.path.insert(0, str(folder))
-
-import tiny_llama  # noqa: E402
-import workload  # noqa: E402
-from network_namespace import RemoteHost, remote_host  # noqa: E402
-from node_process import NodeProcess  # noqa: E402
-from serve import ServeProcess  # noqa: E402
-
 Result = dict[str, Any]
 
 

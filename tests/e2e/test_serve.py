@@ -14,7 +14,7 @@ import workload
 from equality import assert_close_bf16, assert_identical
 from serve import ServeProcess
 
-from vllm_attn_offload.engine_config import CPU_WORKER_CLS, EXECUTOR_CLS
+from vllm_attn_offload.engine.args import CPU_WORKER_CLS, EXECUTOR_CLS
 
 Generated = Callable[[str, str], dict[str, Any]]
 Server = Callable[[str], ServeProcess]

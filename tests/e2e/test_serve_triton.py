@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_llama
+from harness import tiny_llama
 from serve import ServeProcess
 
 NODE = Path(sys.executable).with_name("vllm-memory-node")

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import tiny_llama
+from harness import tiny_llama
 from node_process import NodeProcess
 from serve import ServeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.protocol import SessionStats
+from vllm_attn_offload.protocol.messages import SessionStats
 
 NUM_NODES, NUM_RANKS, ROUNDS = 2, 2, 4
 FREED_WITHIN_S = 5.0

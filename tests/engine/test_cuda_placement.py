@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_attn_offload.cuda_placement import choose_devices
+from vllm_attn_offload.engine.cuda_placement import choose_devices
 
 
 @pytest.mark.parametrize(

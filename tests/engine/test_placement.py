@@ -10,7 +10,7 @@ import pytest
 from vllm.config import VllmConfig
 
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.placement import local_cpus, local_kv_cache_gib
+from vllm_attn_offload.engine.placement import local_cpus, local_kv_cache_gib
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from busy_session import BusySession
+from certificates import Authority
+from node_process import NodeProcess, eventually, running_node
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "memory_node")]
-
-from busy_session import BusySession  # noqa: E402
-from certificates import Authority  # noqa: E402
-from node_process import NodeProcess, eventually, running_node  # noqa: E402
-
-from vllm_attn_offload.client.control_client import ControlClient  # noqa: E402
+from vllm_attn_offload.client.control_client import ControlClient
 
 OPTIONS = ("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0))))
 StartNode = Callable[..., NodeProcess]

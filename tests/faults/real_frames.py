@@ -7,13 +7,13 @@ import torch
 from paged_batch import PagedBatch
 from raw_session import encode_step, make_geometry
 
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.frames import (
     FRAME_HEADER_BYTES,
     FrameFlag,
     FrameHeader,
     FrameKind,
 )
+from vllm_attn_offload.protocol.step import AttentionStep
 
 NUM_BLOCKS = 8
 GEOMETRY = make_geometry(num_query_heads=4, num_kv_heads=2, head_size=16, block_size=16)

@@ -13,14 +13,10 @@ from real_frames import GEOMETRY, NUM_BLOCKS
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.protocol import (
-    FRAME_HEADER_BYTES,
-    Attached,
-    ChannelOffer,
-    FrameHeader,
-)
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES, FrameHeader
+from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.channel_memory import NUM_SIGNALS, ChannelMemory
-from vllm_attn_offload.transport.native import load_waits
 
 #: Counters, headers and slot indices, of which the other side reads some.
 CONTROL_BYTES = 1 << 10

@@ -13,8 +13,9 @@ from node_process import NodeProcess, eventually
 from paged_batch import PagedBatch
 from raw_session import RawSession, make_geometry
 
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import FrameKind, SessionStats
+from vllm_attn_offload.protocol.frames import FrameKind
+from vllm_attn_offload.protocol.messages import SessionStats
+from vllm_attn_offload.protocol.step import AttentionStep
 
 BLOCK_SIZE, NUM_BLOCKS = 1024, 64
 NUM_LAYERS = 40

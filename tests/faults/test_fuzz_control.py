@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from node_process import NodeProcess
 from raw_session import attach_request, make_geometry, reservation, session_of
 
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
     PROTOCOL_VERSION,
     Attached,

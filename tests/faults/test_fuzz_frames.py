@@ -12,7 +12,7 @@ from node_process import NodeProcess
 from raw_session import RawSession
 from real_frames import FRAMES, GEOMETRY, NUM_BLOCKS
 
-from vllm_attn_offload.protocol import FrameKind
+from vllm_attn_offload.protocol.frames import FrameKind
 
 
 @st.composite

@@ -16,9 +16,9 @@ from node_process import NodeProcess
 from real_frames import FRAMES
 from shared_session import CONTROL_BYTES, SharedSession
 
-from vllm_attn_offload.protocol import FrameKind
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameKind
 from vllm_attn_offload.transport.channel_memory import NUM_SIGNALS
-from vllm_attn_offload.transport.native import load_waits
 
 pytestmark = pytest.mark.skipif(
     load_waits() is None, reason="the C library is not built"

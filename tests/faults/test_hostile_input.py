@@ -19,7 +19,12 @@ from raw_session import make_geometry, reservation, session_of
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import connect
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import CloseSession, GetStats, Hello, OpenSession
+from vllm_attn_offload.protocol.messages import (
+    CloseSession,
+    GetStats,
+    Hello,
+    OpenSession,
+)
 from vllm_attn_offload.transport.address import Address
 
 StartNode = Callable[..., NodeProcess]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
+import workload
+from harness import faults, tiny_llama
+from harness.slow_link import SlowLink
+from node_process import NodeProcess, eventually
+from serve import ServeProcess
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "e2e")]
-
-import faults  # noqa: E402
-import tiny_llama  # noqa: E402
-import workload  # noqa: E402
-from node_process import NodeProcess, eventually  # noqa: E402
-from serve import ServeProcess  # noqa: E402
-from slow_link import SlowLink  # noqa: E402
-
-from vllm_attn_offload.client.control_client import ControlClient  # noqa: E402
+from vllm_attn_offload.client.control_client import ControlClient
 
 NUM_TOKENS = 40
 DEADLINE_S = 240.0

@@ -19,11 +19,11 @@ from raw_session import make_geometry
 from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.node_pool import NodePool, SessionLimits
+from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.capacity import GIB
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.node_pool import NodePool, SessionLimits
-from vllm_attn_offload.recovery import Recovery
+from vllm_attn_offload.protocol.messages import GIB
 
 StartNode = Callable[..., NodeProcess]
 GEOMETRY = make_geometry()

@@ -25,7 +25,7 @@ from raw_session import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import FrameFlag
+from vllm_attn_offload.protocol.frames import FrameFlag
 
 StartNode = Callable[..., NodeProcess]
 NUM_BLOCKS = 8

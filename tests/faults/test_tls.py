@@ -18,7 +18,7 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.credentials import (
+from vllm_attn_offload.transport.trust import (
     NO_CREDENTIALS,
     Credentials,
     read_token,

@@ -18,7 +18,7 @@ from node_process import COMMAND, NodeProcess, eventually
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     PROTOCOL_VERSION,
     Authenticate,
     Authenticated,
@@ -36,7 +36,7 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.credentials import (
+from vllm_attn_offload.transport.trust import (
     NO_CREDENTIALS,
     Credentials,
     read_token,

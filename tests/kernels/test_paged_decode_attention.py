@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decode_kernels.decode_cases import (
+    CASES,
+    DecodeCase,
+    build_problem,
+    find_errors,
+)
 from vllm_attn_offload.triton_kernels import (
     DecodeAttentionPlan,
     merge_attn_states,
     paged_decode_attention,
     plan_decode_attention,
-)
-from vllm_attn_offload.triton_kernels.decode_cases import (
-    CASES,
-    DecodeCase,
-    build_problem,
-    find_errors,
 )
 from vllm_attn_offload.triton_kernels.reference import naive_paged_decode_attention
 

@@ -4,18 +4,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-# Tests are imported by path (importlib mode); their helpers lie beside them, and those
-# of channels beside theirs.
-for folder in ("transport", "memory_node"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
-
-from node_process import NodeProcess, running_node  # noqa: E402
+from node_process import NodeProcess, running_node
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from vllm_attn_offload.memory_node.capacity import (
-    GIB,
     CapacityError,
     CapacityLedger,
     available_host_bytes,
 )
+from vllm_attn_offload.protocol.messages import GIB
 
 
 def test_reserve_and_release() -> None:

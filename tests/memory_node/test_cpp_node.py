@@ -26,22 +26,14 @@ from raw_session import RawSession, encode_step, make_geometry, reservation
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    PayloadLayout,
-    RowLayout,
-)
 from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
     CppDecodeAttention,
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
-from vllm_attn_offload.protocol import (
-    Dtype,
-    FrameFlag,
-    FrameHeader,
-    FrameKind,
-    SessionGeometry,
-)
+from vllm_attn_offload.native.attention import load_cpu_library
+from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.layer import PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.messages import Dtype, SessionGeometry
 
 ROOT = Path(__file__).parents[2]
 NUM_BLOCKS = 64
@@ -92,7 +84,7 @@ def run_alone(
 def test_start_without_torch(cpp_node: NodeProcess) -> None:
     """Importing it takes longer than all else between a loss and the next token."""
     maps = Path(f"/proc/{cpp_node.process.pid}/maps").read_text()
-    assert "_cpu_kernels" in maps
+    assert "_native.lib.so" in maps
     # vLLM preloads the libgomp of its torch into children of a process that used it.
     assert "libtorch" not in maps
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from node_process import eventually
 
-from vllm_attn_offload.memory_node.turns import Turns
+from vllm_attn_offload.memory_node.fair_lock import Turns
 
 
 def test_turns_are_handed_over_in_order() -> None:

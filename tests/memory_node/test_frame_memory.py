@@ -25,8 +25,8 @@ from raw_session import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import FrameFlag
-from vllm_attn_offload.transport.native import load_waits
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameFlag
 
 NUM_BLOCKS = 16
 GEOMETRY = make_geometry()

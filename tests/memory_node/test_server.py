@@ -26,7 +26,7 @@ from raw_session import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     PROTOCOL_VERSION,
     Attached,
     AttachSession,

@@ -23,10 +23,11 @@ from shared_rows_node import LaggingAttention, sharing_node
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import Attached, FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import Attached
+from vllm_attn_offload.protocol.step import AttentionStep
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
-from vllm_attn_offload.transport.native import load_waits
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 
 pytestmark = pytest.mark.skipif(load_waits() is None, reason="no C library")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from vllm_attn_offload.memory_node.cpu_library import (
+from vllm_attn_offload.native.attention import (
     DTYPES,
     AttendInput,
     CpuKernelLibrary,

@@ -12,23 +12,26 @@ import pytest
 import torch
 
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.calibrate import layer_matrices, write_hardware
-from vllm_attn_offload.planner.cli import main
-from vllm_attn_offload.planner.engine_probe import EngineProbe, EngineTime
-from vllm_attn_offload.planner.hardware import Device, Network, load_catalogue
-from vllm_attn_offload.planner.model_shape import ModelShape, gqa_group
-from vllm_attn_offload.planner.node_probe import (
+from vllm_attn_offload.planner.calibrate.calibration import (
+    layer_matrices,
+    write_hardware,
+)
+from vllm_attn_offload.planner.calibrate.engine_probe import EngineProbe, EngineTime
+from vllm_attn_offload.planner.calibrate.node_probe import (
     NodeProbe,
     fit_nonnegative,
     model_geometry,
 )
-from vllm_attn_offload.planner.probes import (
+from vllm_attn_offload.planner.calibrate.probes import (
     AttentionProbe,
     GemmProbe,
     MemoryProbe,
     fit_line,
 )
+from vllm_attn_offload.planner.cli import main
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.hardware import Device, Network, load_catalogue
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from vllm_attn_offload.planner.cli import main
-from vllm_attn_offload.planner.compare import compare
-from vllm_attn_offload.planner.deployment import Offload, Workload
+from vllm_attn_offload.planner.estimate.compare import compare
+from vllm_attn_offload.planner.estimate.deployment import Offload, Workload
 from vllm_attn_offload.planner.hardware import Catalogue, parse_group, parse_network
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 from vllm_attn_offload.planner.report import format_comparison
 
 CONFIGS = Path(__file__).with_name("configs")

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_attn_offload.planner import cost_model as cost
+from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.hardware import Catalogue, Device, Network
-from vllm_attn_offload.planner.model_shape import ModelShape, gqa_group, mla_group
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group, mla_group
 
 # 2 layers, 8 query heads and 2 KV heads of 64: q 512, k + v 256, out 512 elements.
 SHAPE = ModelShape("toy", 512, (gqa_group(2, 8, 2, 64),), 1e9, 2e9)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_attn_offload.planner.model_config import read_model_shape
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.config import read_model_shape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -55,7 +55,7 @@ def test_parameter_count_equals_transformers(
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from vllm_attn_offload.planner.parameters import count_parameters
+    from vllm_attn_offload.planner.model.parameters import count_parameters
 
     count = count_parameters(config.to_dict())
     counted = count.linear + count.experts + count.lm_head + count.embedding

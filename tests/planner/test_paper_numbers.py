@@ -7,8 +7,8 @@ from statistics import mean
 
 import pytest
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.deployment import (
     Estimate,
     Offload,
     Workload,
@@ -21,7 +21,7 @@ from vllm_attn_offload.planner.hardware import (
     Network,
     price_per_hour,
 )
-from vllm_attn_offload.planner.model_shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
 
 NO_NETWORK = Network("free", gbps=1e9, latency_us=0)
 

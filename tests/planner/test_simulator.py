@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from vllm_attn_offload.planner.deployment import Offload, Workload, evaluate_offload
-from vllm_attn_offload.planner.engine import SimulationConfig
-from vllm_attn_offload.planner.failures import Failures, NodeLoss
+from vllm_attn_offload.planner.estimate.deployment import (
+    Offload,
+    Workload,
+    evaluate_offload,
+)
 from vllm_attn_offload.planner.hardware import Catalogue, DeviceGroup, parse_network
-from vllm_attn_offload.planner.model_shape import ModelShape
-from vllm_attn_offload.planner.scenario import simulate_offload
-from vllm_attn_offload.planner.simulator import simulate
-from vllm_attn_offload.planner.traces import Request
+from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.planner.simulate.engine import SimulationConfig
+from vllm_attn_offload.planner.simulate.failures import Failures, NodeLoss
+from vllm_attn_offload.planner.simulate.scenario import simulate_offload
+from vllm_attn_offload.planner.simulate.simulator import simulate
+from vllm_attn_offload.planner.simulate.traces import Request
 
 
 @dataclass

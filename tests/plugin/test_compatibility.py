@@ -19,13 +19,13 @@ from vllm_attn_offload.patches import apply_patches
 
 from vllm_attn_offload import LLM
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.engine_config import (
+from vllm_attn_offload.compatibility import REFUSALS, check_layers, check_supported
+from vllm_attn_offload.engine.args import (
     CPU_WORKER_CLS,
     EXECUTOR_CLS,
     SCHEDULER_CLS,
 )
-from vllm_attn_offload.scheduler import AttentionOffloadScheduler
-from vllm_attn_offload.support import REFUSALS, check_layers, check_supported
+from vllm_attn_offload.engine.scheduler import AttentionOffloadScheduler
 
 OFFLOAD: dict[str, Any] = {"attention_offload": {}}
 ATTENTION_OP = "vllm::unified_attention_with_output"

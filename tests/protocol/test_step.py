@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.memory_node.step import (
+from vllm_attn_offload.protocol.step import (
     AttentionStep,
     StepLimits,
     read_step,

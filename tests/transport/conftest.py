@@ -3,16 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-# Tests are imported by path (importlib mode); their helpers lie beside them.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from channel_pairs import Channels, channel_pair  # noqa: E402
+from channel_pairs import Channels, channel_pair
 
 
 @pytest.fixture(

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import Error, Hello, Ping, Reply, Request
+from vllm_attn_offload.protocol.messages import Error, Hello, Ping, Reply, Request
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,

@@ -13,7 +13,9 @@ from channel_pairs import pattern, receive_attached
 from host_device import HostDevice
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import Attached, FrameHeader, SlotLayout
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.messages import Attached, SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
 from vllm_attn_offload.transport.control import send_message
@@ -21,7 +23,6 @@ from vllm_attn_offload.transport.device_memory import (
     DeviceMemoryTransport,
     rows_num_bytes,
 )
-from vllm_attn_offload.transport.native import load_waits
 from vllm_attn_offload.transport.negotiate import (
     NUM_SLOTS,
     ROWS_ARE_SHARED,

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from channel_pairs import Sockets, receive_attached, tcp_pair
 
-from vllm_attn_offload.protocol import ChannelOffer, FrameHeader
+from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.messages import ChannelOffer
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.native import load_waits
 from vllm_attn_offload.transport.negotiate import (
     offer_channel,
     open_node_channel,

@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import channel_pairs
 import psutil
 import pytest
 from channel_pairs import receive_attached, shared_memory_pair
 from peer_process import SLOT_BYTES, open_channel
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import FrameHeader, FrameKind, SlotLayout
+from vllm_attn_offload.native.waits import NativeWaits, load_waits
+from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import NUM_SIGNALS, ChannelMemory
-from vllm_attn_offload.transport.native import NativeWaits, load_waits
 
-PEER = Path(__file__).with_name("peer_process.py")
+PEER = Path(channel_pairs.__file__).with_name("peer_process.py")
 LAYOUT = SlotLayout(4, SLOT_BYTES, SLOT_BYTES)
 
 Attack = Callable[[ChannelMemory, NativeWaits, socket.socket], None]

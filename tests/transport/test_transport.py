@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from channel_pairs import STALL_TIMEOUT_S, Channels, pattern
 
-from vllm_attn_offload.protocol import FrameHeader, FrameKind
+from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
 from vllm_attn_offload.transport.base import Transport
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
-from vllm_attn_offload.attention.local_prefill import attend_locally
+from vllm_attn_offload.attention.cpu_prefill import attend_locally
+from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.client.remote_attention import NodeGroup
 
 
 class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):

@@ -16,10 +16,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attn_offload.attention.cuda_metadata import CudaReadback, CudaStep
-from vllm_attn_offload.attention.cuda_streams import CudaStreams
-from vllm_attn_offload.attention.micro_batch_baton import Baton
-from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+from vllm_attn_offload.attention.cuda.metadata import CudaReadback, CudaStep
+from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.attention.micro_batch.baton import Baton
+from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
 from vllm_attn_offload.client.step_plan import BatchStep
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     CapacityReserved,
     Closed,
     CloseSession,
@@ -24,7 +24,7 @@ from vllm_attn_offload.protocol import (
     Stats,
 )
 from vllm_attn_offload.transport.control import hang_up
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 _ReplyT = TypeVar("_ReplyT", bound=msgspec.Struct)
 

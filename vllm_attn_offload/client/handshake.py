@@ -11,7 +11,7 @@ import msgspec
 
 from vllm_attn_offload import __version__
 from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
     PROTOCOL_VERSION,
     Authenticate,
@@ -30,7 +30,7 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 _ReplyT = TypeVar("_ReplyT", bound=msgspec.Struct)
 _decoder = message_decoder(Reply)

@@ -10,18 +10,13 @@ import torch
 
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
-from vllm_attn_offload.protocol import (
-    Attached,
-    AttachSession,
-    FrameFlag,
-    FrameHeader,
-    FrameKind,
-)
+from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import Attached, AttachSession
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 _MAX_ERROR_BYTES = 1 << 16
 _ROWS_ON_DEVICE = FrameFlag.ON_DEVICE.value | FrameFlag.FUSED.value

@@ -10,8 +10,8 @@ import torch
 from vllm_attn_offload.client.layer_payload import LayerPayload
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.step_plan import NodeStep
-from vllm_attn_offload.memory_node.step import step_num_bytes, write_step
-from vllm_attn_offload.protocol import FrameFlag
+from vllm_attn_offload.protocol.frames import FrameFlag
+from vllm_attn_offload.protocol.step import step_num_bytes, write_step
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value

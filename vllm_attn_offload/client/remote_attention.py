@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
-from vllm_attn_offload.client.lane import Lane
 from vllm_attn_offload.client.layer_payload import bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.node_exchange import Lane
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.step_plan import BatchStep, StepPlan, plan_step
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol import FrameFlag, SessionGeometry
+from vllm_attn_offload.protocol.frames import FrameFlag
+from vllm_attn_offload.protocol.messages import SessionGeometry
 
 #: Attention is allowed to read KV at this rate before its node counts as lost.
 _SLOWEST_BYTES_PER_S = 50e6

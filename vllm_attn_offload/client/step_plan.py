@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_attn_offload.client.partition import Partition
-from vllm_attn_offload.memory_node.step import AttentionStep, Int32Array, Int64Array
+from vllm_attn_offload.protocol.step import AttentionStep, Int32Array, Int64Array
 
 BoolArray = npt.NDArray[np.bool_]
 

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-EXECUTOR_CLS = "vllm_attn_offload.executor.AttentionOffloadExecutor"
-CPU_WORKER_CLS = "vllm_attn_offload.cpu_worker.CpuAttentionOffloadWorker"
-GPU_WORKER_CLS = "vllm_attn_offload.gpu_worker.GpuAttentionOffloadWorker"
+EXECUTOR_CLS = "vllm_attn_offload.engine.executor.AttentionOffloadExecutor"
+CPU_WORKER_CLS = "vllm_attn_offload.worker.cpu.CpuAttentionOffloadWorker"
+GPU_WORKER_CLS = "vllm_attn_offload.worker.gpu.GpuAttentionOffloadWorker"
 
-SCHEDULER_CLS = "vllm_attn_offload.scheduler.AttentionOffloadScheduler"
-ASYNC_SCHEDULER_CLS = "vllm_attn_offload.scheduler.AsyncAttentionOffloadScheduler"
+SCHEDULER_CLS = "vllm_attn_offload.engine.scheduler.AttentionOffloadScheduler"
+ASYNC_SCHEDULER_CLS = (
+    "vllm_attn_offload.engine.scheduler.AsyncAttentionOffloadScheduler"
+)
 
 _RUN_DIR_VARIABLE = "ATTN_OFFLOAD_RUN_DIR"
 _DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"

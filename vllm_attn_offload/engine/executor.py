@@ -12,24 +12,24 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.compatibility import check_recovery, check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.cuda_placement import local_devices
-from vllm_attn_offload.engine_config import (
+from vllm_attn_offload.engine.args import (
     choose_scheduler,
     data_parallel_size,
     run_dir,
 )
+from vllm_attn_offload.engine.cuda_placement import local_devices
+from vllm_attn_offload.engine.frontend_watch import end_with_frontend
+from vllm_attn_offload.engine.node_handle import Launch
+from vllm_attn_offload.engine.node_pool import NodePool, SessionLimits
+from vllm_attn_offload.engine.placement import local_cpus, local_kv_cache_gib
+from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.frontend_watch import end_with_frontend
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.lost_step import LossReader, LostStep
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.node_pool import NodePool, SessionLimits
-from vllm_attn_offload.placement import local_cpus, local_kv_cache_gib
-from vllm_attn_offload.pool_node import Launch
-from vllm_attn_offload.protocol import SessionGeometry
-from vllm_attn_offload.recovery import Recovery
-from vllm_attn_offload.support import check_recovery, check_supported
+from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator

@@ -10,13 +10,13 @@ from prometheus_client import REGISTRY
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine_config import run_dir
+from vllm_attn_offload.engine.args import run_dir
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.launcher import local_address
 from vllm_attn_offload.metrics import StatsCollector
-from vllm_attn_offload.protocol import Stats
-from vllm_attn_offload.transport.credentials import Credentials
+from vllm_attn_offload.protocol.messages import Stats
+from vllm_attn_offload.transport.trust import Credentials
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

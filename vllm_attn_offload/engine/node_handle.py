@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.capacity import GIB
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
+    GIB,
     CapacityReserved,
     NodeInfo,
     OpenSession,

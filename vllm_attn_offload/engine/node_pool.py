@@ -17,11 +17,11 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.node_handle import Connect, Launch, PoolNode
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.memory_node.capacity import GIB
-from vllm_attn_offload.pool_node import Connect, Launch, PoolNode
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
+    GIB,
     CapacityReserved,
     OpenSession,
     ReserveCapacity,

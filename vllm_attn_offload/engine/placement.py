@@ -14,7 +14,7 @@ from vllm.utils.cpu_resource_utils import parse_id_list
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.memory_node.capacity import GIB
+from vllm_attn_offload.protocol.messages import GIB
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_attn_offload.client.attachment import Attachment, Problem
+from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.node_pool import NodePool
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

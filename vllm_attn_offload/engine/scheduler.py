@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.recovery import Recovery
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-GIB = 1 << 30
+from vllm_attn_offload.protocol.messages import GIB
 
 
 class CapacityError(RuntimeError):

@@ -8,7 +8,7 @@ import ssl
 import time
 from collections.abc import Callable
 
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     HANDSHAKE_BYTES,
     Authenticate,
     Authenticated,
@@ -25,7 +25,7 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.credentials import Credentials
+from vllm_attn_offload.transport.trust import Credentials
 
 _hello_decoder = message_decoder(Hello)
 _authenticate_decoder = message_decoder(Authenticate)

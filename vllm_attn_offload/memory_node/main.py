@@ -15,16 +15,17 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from vllm_attn_offload.memory_node.capacity import GIB, available_host_bytes
+from vllm_attn_offload.memory_node.args import parse_options
+from vllm_attn_offload.memory_node.capacity import available_host_bytes
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.create import (
     create_decode_attention,
 )
 from vllm_attn_offload.memory_node.log_limit import LogLimit
-from vllm_attn_offload.memory_node.options import parse_options
 from vllm_attn_offload.memory_node.server import MAX_CONNECTIONS, MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
-from vllm_attn_offload.transport.credentials import Credentials
+from vllm_attn_offload.protocol.messages import GIB
+from vllm_attn_offload.transport.trust import Credentials
 
 logger = logging.getLogger(__name__)
 

@@ -9,17 +9,14 @@ import secrets
 import threading
 from dataclasses import dataclass
 
-from vllm_attn_offload.memory_node.capacity import GIB, CapacityError, CapacityLedger
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    DTYPE_BYTES,
-    DecodeAttention,
-    RowLayout,
-)
+from vllm_attn_offload.memory_node.capacity import CapacityError, CapacityLedger
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.fair_lock import Turns
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
-from vllm_attn_offload.memory_node.step import step_num_bytes
-from vllm_attn_offload.memory_node.turns import Turns
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, RowLayout
+from vllm_attn_offload.protocol.messages import (
+    GIB,
     AttachSession,
     CapacityReserved,
     OpenSession,
@@ -28,6 +25,7 @@ from vllm_attn_offload.protocol import (
     SessionOpened,
     SessionStats,
 )
+from vllm_attn_offload.protocol.step import step_num_bytes
 
 logger = logging.getLogger(__name__)
 

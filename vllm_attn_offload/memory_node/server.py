@@ -19,7 +19,7 @@ from vllm_attn_offload.memory_node.connections import Connection, Connections
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
 from vllm_attn_offload.memory_node.reservations import Reservations
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
     AttachSession,
     ChannelOffer,
@@ -48,8 +48,8 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
 from vllm_attn_offload.transport.negotiate import NUM_SLOTS, open_node_channel
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 logger = logging.getLogger(__name__)
 

@@ -11,23 +11,19 @@ import numpy as np
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.decode_attention.base import (
-    DTYPE_BYTES,
     DecodeAttention,
-    PayloadLayout,
-    RowLayout,
     SharedRowsAttention,
 )
+from vllm_attn_offload.memory_node.fair_lock import Turns
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
-from vllm_attn_offload.memory_node.step import StepLimits, read_step
-from vllm_attn_offload.memory_node.turns import Turns
-from vllm_attn_offload.protocol import (
-    FrameFlag,
-    FrameHeader,
-    FrameKind,
+from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.messages import (
     OpenSession,
     ReserveCapacity,
     SessionStats,
 )
+from vllm_attn_offload.protocol.step import StepLimits, read_step
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.shared_device import DeviceRows

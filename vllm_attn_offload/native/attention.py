@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the CPU kernel library and wraps its C interface (``cpu_kernels/abi.h``).
+"""Loads the CPU kernels and wraps their C interface (``csrc/abi.h``).
 
 Pointers are plain integers (``tensor.data_ptr()``, ``array.ctypes.data``). Every call
 releases the GIL. Nothing here imports torch: a node that attends with this library
@@ -25,7 +25,7 @@ from ctypes import (
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_attn_offload.native_library import check_version, find_library
+from vllm_attn_offload.native.library import check_version, find_library
 
 #: Codes of ``abi.h``.
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 def find_library() -> Path | None:
     """The built library, or None where the package was installed without a compiler."""
-    path = Path(__file__).with_name("memory_node") / "_cpu_kernels.native.so"
+    path = Path(__file__).with_name("_native.lib.so")
     return path if path.exists() else None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting in the C library (``memory_node/cpu_kernels/wait.cpp``), without the GIL."""
+"""Waiting in the C library (``csrc/wait.cpp``), without the GIL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctypes import (
 )
 from typing import Any
 
-from vllm_attn_offload.native_library import check_version, find_library
+from vllm_attn_offload.native.library import check_version, find_library
 
 READY, TIMED_OUT, CLOSED, INTERRUPTED, FAILED = range(5)
 _MAX_MILLISECONDS = (1 << 31) - 1

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.planner.calibrate_command import add_calibrate, run_calibrate
-from vllm_attn_offload.planner.deployment import Offload, Workload
-from vllm_attn_offload.planner.failures import Failures, NodeLoss
+from vllm_attn_offload.planner.calibrate.command import add_calibrate, run_calibrate
+from vllm_attn_offload.planner.estimate.deployment import Offload, Workload
 from vllm_attn_offload.planner.hardware import (
     Catalogue,
     Device,
@@ -23,9 +22,10 @@ from vllm_attn_offload.planner.hardware import (
     parse_group,
     parse_network,
 )
-from vllm_attn_offload.planner.model_config import ENGINE_DTYPES, read_model_shape
+from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
 from vllm_attn_offload.planner.plan import Question, answer
-from vllm_attn_offload.planner.traces import Request, read_trace, summarize
+from vllm_attn_offload.planner.simulate.failures import Failures, NodeLoss
+from vllm_attn_offload.planner.simulate.traces import Request, read_trace, summarize
 
 PLAN_HELP = "does offloading attention pay for this model, hardware and workload?"
 PLAN_EPILOG = """examples:

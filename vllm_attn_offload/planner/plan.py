@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_attn_offload.planner.compare import compare
-from vllm_attn_offload.planner.deployment import Offload, Workload
-from vllm_attn_offload.planner.failures import Failures
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.estimate.compare import compare
+from vllm_attn_offload.planner.estimate.deployment import Offload, Workload
+from vllm_attn_offload.planner.estimate.search import search_ratios
+from vllm_attn_offload.planner.model.shape import ModelShape
 from vllm_attn_offload.planner.plot import plot_plan
 from vllm_attn_offload.planner.report import (
     comparison_json,
@@ -18,9 +18,9 @@ from vllm_attn_offload.planner.report import (
     format_table,
     format_usd,
 )
-from vllm_attn_offload.planner.scenario import simulate_comparison
-from vllm_attn_offload.planner.search import search_ratios
-from vllm_attn_offload.planner.traces import Request
+from vllm_attn_offload.planner.simulate.failures import Failures
+from vllm_attn_offload.planner.simulate.scenario import simulate_comparison
+from vllm_attn_offload.planner.simulate.traces import Request
 
 SEARCH_ROWS = 15
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_attn_offload.planner.deployment import Estimate, Offload, Workload
+from vllm_attn_offload.planner.estimate.deployment import Estimate, Offload, Workload
 from vllm_attn_offload.planner.hardware import Device, DeviceGroup
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 Ranked = Sequence[tuple[DeviceGroup, DeviceGroup | None, Estimate]]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_attn_offload.planner.compare import ALPHA, Comparison
-from vllm_attn_offload.planner.deployment import Estimate
+from vllm_attn_offload.planner.estimate.compare import ALPHA, Comparison
+from vllm_attn_offload.planner.estimate.deployment import Estimate
 
 WIDTH = 88
 ROWS: tuple[tuple[str, Callable[[Estimate], str]], ...] = (

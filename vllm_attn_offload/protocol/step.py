@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import STEP_PREFIX
+from vllm_attn_offload.protocol.frames import STEP_PREFIX
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]

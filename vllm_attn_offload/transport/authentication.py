@@ -11,7 +11,7 @@ import hmac
 import secrets
 from enum import Enum
 
-from vllm_attn_offload.protocol import NONCE_BYTES, compatibility_hash
+from vllm_attn_offload.protocol.messages import NONCE_BYTES, compatibility_hash
 
 
 class Role(Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from vllm_attn_offload.protocol import FrameHeader
+from vllm_attn_offload.protocol.frames import FrameHeader
 
 
 class Transport(ABC):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import FRAME_HEADER_BYTES, SlotLayout
-from vllm_attn_offload.transport.native import Signal
+from vllm_attn_offload.native.waits import Signal
+from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES
+from vllm_attn_offload.protocol.messages import SlotLayout
 
 #: Of what is counted: requests written, requests freed, replies written, replies freed.
 NUM_SIGNALS = 4

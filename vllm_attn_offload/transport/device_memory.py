@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import FrameHeader, SlotLayout
+from vllm_attn_offload.native.waits import NativeWaits
+from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.messages import SlotLayout
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
-from vllm_attn_offload.transport.native import NativeWaits
 from vllm_attn_offload.transport.shared_device import DeviceMemory
 from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 

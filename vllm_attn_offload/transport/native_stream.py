@@ -9,8 +9,7 @@ import socket
 import threading
 import time
 
-from vllm_attn_offload.transport.blocking_stream import BlockingStream
-from vllm_attn_offload.transport.native import (
+from vllm_attn_offload.native.waits import (
     CLOSED,
     FAILED,
     INTERRUPTED,
@@ -19,6 +18,7 @@ from vllm_attn_offload.transport.native import (
     Receive,
     milliseconds,
 )
+from vllm_attn_offload.transport.streams import BlockingStream
 
 
 class NativeStream(BlockingStream):

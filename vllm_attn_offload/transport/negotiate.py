@@ -11,7 +11,8 @@ import socket
 import struct
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import Attached, ChannelOffer, SlotLayout
+from vllm_attn_offload.native.waits import NativeWaits, load_waits
+from vllm_attn_offload.protocol.messages import Attached, ChannelOffer, SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
 from vllm_attn_offload.transport.control import send_message
@@ -19,7 +20,6 @@ from vllm_attn_offload.transport.device_memory import (
     DeviceMemoryTransport,
     rows_num_bytes,
 )
-from vllm_attn_offload.transport.native import NativeWaits, load_waits
 from vllm_attn_offload.transport.shared_device import (
     DeviceMemory,
     DeviceRows,

@@ -12,21 +12,21 @@ from collections import deque
 from typing import Any
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol import FrameHeader
-from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.channel_memory import (
-    NO_RING,
-    NUM_SIGNALS,
-    ChannelMemory,
-    Slot,
-)
-from vllm_attn_offload.transport.native import (
+from vllm_attn_offload.native.waits import (
     INTERRUPTED,
     READY,
     TIMED_OUT,
     NativeWaits,
     Signal,
     milliseconds,
+)
+from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.transport.base import Transport
+from vllm_attn_offload.transport.channel_memory import (
+    NO_RING,
+    NUM_SIGNALS,
+    ChannelMemory,
+    Slot,
 )
 
 _NOTHING_CAME = "nothing received for {:.1f} s"

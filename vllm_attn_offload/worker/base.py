@@ -12,29 +12,29 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.attention.micro_batch_runner import wrap_model
+from vllm_attn_offload.attention.micro_batch.runner import wrap_model
 from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import (
     Partition,
     PartitionKind,
     shard_geometry,
 )
+from vllm_attn_offload.client.remote_attention import NodeGroup
+from vllm_attn_offload.compatibility import check_layers
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.lost_step import LostStep
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     AttachSession,
     Dtype,
     KVGroup,
     LayerGeometry,
     SessionGeometry,
 )
-from vllm_attn_offload.support import check_layers
 from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.worker.lost_step import LostStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

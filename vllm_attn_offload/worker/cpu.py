@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_attn_offload.plugin import BACKEND_PATH
-from vllm_attn_offload.worker import AttentionOffloadWorker
+from vllm_attn_offload.worker.base import AttentionOffloadWorker
 
 
 class CpuAttentionOffloadWorker(AttentionOffloadWorker, CPUWorker):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
-from vllm_attn_offload.attention.cuda_prefill import FlashPrefill
-from vllm_attn_offload.attention.cuda_streams import CudaStreams
-from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
+from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.client.remote_attention import NodeGroup
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 from vllm_attn_offload.transport.shared_device import SharedDevice
-from vllm_attn_offload.worker import AttentionOffloadWorker
+from vllm_attn_offload.worker.base import AttentionOffloadWorker
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import CompilationTimes

@@ -29,23 +29,23 @@ from shared_rows_node import LaggingAttention, sharing_node
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from worker_batch import WorkerBatch
 
-from vllm_attn_offload.attention.cuda_exchange import DeviceExchange
-from vllm_attn_offload.attention.cuda_metadata import CudaReadback
+from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.metadata import CudaReadback
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.attention.micro_batch_baton import Baton
-from vllm_attn_offload.attention.micro_batch_split import cut_batch
+from vllm_attn_offload.attention.micro_batch.baton import Baton
+from vllm_attn_offload.attention.micro_batch.split import cut_batch
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import (
     Partition,
     PartitionKind,
     shard_geometry,
 )
+from vllm_attn_offload.client.remote_attention import NodeGroup
 from vllm_attn_offload.client.step_plan import BatchStep
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.transport.native import load_waits
+from vllm_attn_offload.native.waits import load_waits
 
 NUM_BLOCKS, NUM_LAYERS = 60, 3
 GEOMETRY = make_geometry(num_layers=NUM_LAYERS)

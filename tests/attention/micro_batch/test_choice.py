@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_attn_offload.attention.micro_batch_choice import (
+from vllm_attn_offload.attention.micro_batch.choice import (
     NUM_SAMPLES,
     NUM_STEPS_DECIDED,
     MicroBatchChoice,

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_attn_offload.attention.micro_batch_split import (
+from vllm_attn_offload.attention.micro_batch.split import (
     StepCosts,
     choose_cut,
     cut_batch,

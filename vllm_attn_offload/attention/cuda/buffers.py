@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_attn_offload.attention.device_streams import DeviceStreams, Mark
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
 
 
 class StagedRows:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_attn_offload.attention.device_streams import DeviceStreams
-from vllm_attn_offload.attention.local_attention import RemotePart
-from vllm_attn_offload.client.node_group import GroupStep
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
+from vllm_attn_offload.attention.cuda.local_attention import RemotePart
+from vllm_attn_offload.client.remote_attention import GroupStep
 from vllm_attn_offload.client.step_plan import StepPlan
 
 

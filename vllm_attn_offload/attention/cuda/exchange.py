@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_attn_offload.attention.cuda_metadata import CudaStep
-from vllm_attn_offload.attention.cuda_remote_rows import RemoteRows
-from vllm_attn_offload.attention.cuda_shared_rows import SharedRows
-from vllm_attn_offload.attention.cuda_staging import StagedRows
-from vllm_attn_offload.attention.cuda_store import LayerStores
-from vllm_attn_offload.attention.device_streams import DeviceStreams
-from vllm_attn_offload.attention.local_attention import LocalAttention
+from vllm_attn_offload.attention.cuda.buffers import StagedRows
+from vllm_attn_offload.attention.cuda.cuda_remote_rows import RemoteRows
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
+from vllm_attn_offload.attention.cuda.ipc import SharedRows
+from vllm_attn_offload.attention.cuda.local_attention import LocalAttention
+from vllm_attn_offload.attention.cuda.metadata import CudaStep
+from vllm_attn_offload.attention.cuda.store import LayerStores
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
 
 _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

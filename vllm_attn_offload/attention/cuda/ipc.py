@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_attn_offload.attention.device_streams import DeviceStreams
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
 
 
 class SharedRows:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_attn_offload.attention.cuda_metadata import CudaStep
+from vllm_attn_offload.attention.cuda.metadata import CudaStep
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_attn_offload.attention.device_streams import DeviceStreams, Mark
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
 from vllm_attn_offload.client.step_plan import BatchStep
-from vllm_attn_offload.memory_node.step import Int32Array
+from vllm_attn_offload.protocol.step import Int32Array
 
 _INT32_PER_SLOT = 2
 

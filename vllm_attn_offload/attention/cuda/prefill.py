@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from vllm_attn_offload.attention.cuda_metadata import CudaStep
-from vllm_attn_offload.attention.local_attention import RemotePart
+from vllm_attn_offload.attention.cuda.local_attention import RemotePart
+from vllm_attn_offload.attention.cuda.metadata import CudaStep
 
 
 class FlashPrefill:

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from vllm_attn_offload.attention.cuda_staging import StagedRows
-from vllm_attn_offload.attention.device_streams import DeviceStreams, Mark
-from vllm_attn_offload.client.node_group import GroupStep, NodeGroup
+from vllm_attn_offload.attention.cuda.buffers import StagedRows
+from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
+from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
 
 #: One layer's rows are sent while the next one's are copied.
 _NUM_BUFFERS = 2

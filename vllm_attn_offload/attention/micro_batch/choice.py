@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Literal
 
-from vllm_attn_offload.attention.micro_batch_split import StepCosts
+from vllm_attn_offload.attention.micro_batch.split import StepCosts
 from vllm_attn_offload.logger import get_logger
 
 logger = get_logger(__name__)

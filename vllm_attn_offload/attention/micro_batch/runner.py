@@ -17,14 +17,14 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import ForwardContext
 
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.attention.micro_batch_baton import Baton
-from vllm_attn_offload.attention.micro_batch_choice import (
+from vllm_attn_offload.attention.micro_batch.baton import Baton
+from vllm_attn_offload.attention.micro_batch.choice import (
     MicroBatchChoice,
     NumMicroBatches,
 )
-from vllm_attn_offload.attention.micro_batch_lora import LoraRows
-from vllm_attn_offload.attention.micro_batch_split import choose_cut, cut_batch
-from vllm_attn_offload.client.node_group import NodeGroup
+from vllm_attn_offload.attention.micro_batch.lora import LoraRows
+from vllm_attn_offload.attention.micro_batch.split import choose_cut, cut_batch
+from vllm_attn_offload.client.remote_attention import NodeGroup
 from vllm_attn_offload.client.step_plan import BatchStep
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.logger import get_logger

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention by the compiled CPU kernels (``memory_node/cpu_kernels``).
+"""Decode attention by the compiled CPU kernels (``native/csrc``).
 
 A step is planned once, into C objects that later steps reuse; per layer only pointers
 change.
@@ -18,7 +18,8 @@ import numpy as np
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
-from vllm_attn_offload.memory_node.cpu_library import (
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.native.attention import (
     DTYPES,
     AttendInput,
     CpuCache,
@@ -26,14 +27,9 @@ from vllm_attn_offload.memory_node.cpu_library import (
     PlanInput,
     StoreInput,
 )
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    DTYPE_BYTES,
-    DecodeAttention,
-    PayloadLayout,
-    RowLayout,
-)
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.step import AttentionStep
 
 _SPIN_US = 50
 

@@ -51,10 +51,10 @@ def _create_torch() -> DecodeAttention:
 
 
 def _create_cpp() -> DecodeAttention:
-    from vllm_attn_offload.memory_node.cpu_library import load_cpu_library
     from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
         CppDecodeAttention,
     )
+    from vllm_attn_offload.native.attention import load_cpu_library
 
     try:
         library = load_cpu_library()

@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    PayloadLayout,
-    RowLayout,
-    SharedRowsAttention,
-)
+from vllm_attn_offload.memory_node.decode_attention.base import SharedRowsAttention
 from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     TORCH_DTYPES,
     Pool,
@@ -26,8 +22,9 @@ from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     attend_rows,
     store_rows,
 )
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.protocol.layer import PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.step import AttentionStep
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import Columns, PayloadLayout
-from vllm_attn_offload.protocol import LayerGeometry
+from vllm_attn_offload.protocol.layer import Columns, PayloadLayout
+from vllm_attn_offload.protocol.messages import LayerGeometry
 
 
 def payload_views(

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    DTYPE_BYTES,
-    DecodeAttention,
-    PayloadLayout,
-)
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
+from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.step import AttentionStep
 
 _TORCH_DTYPES = {
     "float32": torch.float32,

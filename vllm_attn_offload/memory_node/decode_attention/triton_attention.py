@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    DTYPE_BYTES,
-    DecodeAttention,
-    PayloadLayout,
-)
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
+from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.step import AttentionStep
 from vllm_attn_offload.triton_kernels import (
     DecodeAttentionPlan,
     paged_decode_attention,

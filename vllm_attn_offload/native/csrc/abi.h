@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain C interface of the memory node's CPU library. Python mirrors it in
-// cpu_library.py and transport/native.py; every change here bumps AO_ABI_VERSION.
+// native/attention.py and native/waits.py; every change here bumps AO_ABI_VERSION.
 #ifndef ATTN_OFFLOAD_ABI_H_
 #define ATTN_OFFLOAD_ABI_H_
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 2
+#define AO_ABI_VERSION 3
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };

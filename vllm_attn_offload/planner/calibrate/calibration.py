@@ -14,21 +14,19 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.planner.engine_probe import (
+from vllm_attn_offload.planner.calibrate.engine_probe import (
     BATCHES,
     QUICK_BATCHES,
     EngineProbe,
 )
-from vllm_attn_offload.planner.hardware import Device, Network
-from vllm_attn_offload.planner.model_shape import ModelShape
-from vllm_attn_offload.planner.node_probe import (
+from vllm_attn_offload.planner.calibrate.node_probe import (
     GRID,
     QUICK_GRID,
     NodeProbe,
     model_geometry,
 )
-from vllm_attn_offload.planner.node_session import TIMEOUT_S
-from vllm_attn_offload.planner.probes import (
+from vllm_attn_offload.planner.calibrate.node_session import TIMEOUT_S
+from vllm_attn_offload.planner.calibrate.probes import (
     AttentionProbe,
     Entry,
     GemmProbe,
@@ -36,8 +34,10 @@ from vllm_attn_offload.planner.probes import (
     Probe,
     ProbeResult,
 )
-from vllm_attn_offload.protocol import Dtype
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.planner.hardware import Device, Network
+from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.protocol.messages import Dtype
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 HEADER = "# Written by vllm-attn-offload calibrate; running it again replaces it."
 # Seconds per probe. With the start of vLLM all of them stay below two minutes.

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from vllm_attn_offload.planner.model_config import ENGINE_DTYPES, read_model_shape
+from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
 
 CALIBRATE_HELP = "measure this machine and write a hardware TOML that plan uses"
 CALIBRATE_EPILOG = """examples:
@@ -71,7 +71,10 @@ def run_calibrate(args: argparse.Namespace) -> int:
         MemoryNodeError: a memory node cannot be used.
     """
     # torch takes seconds to import, and plan does without it.
-    from vllm_attn_offload.planner.calibrate import Calibration, check_output
+    from vllm_attn_offload.planner.calibrate.calibration import (
+        Calibration,
+        check_output,
+    )
 
     check_output(args.output)
     if args.memory_node and args.node_cpus:
@@ -121,7 +124,7 @@ def _trust(args: argparse.Namespace) -> dict[str, str]:
 
 def _cpus(text: str) -> frozenset[int]:
     # Late: it comes with the memory node's imports, which plan does without.
-    from vllm_attn_offload.memory_node.options import cpu_list
+    from vllm_attn_offload.memory_node.args import cpu_list
 
     return cpu_list(text)
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.cost_model import interpolate
+from vllm_attn_offload.planner.calibrate.node_probe import fit_nonnegative
+from vllm_attn_offload.planner.calibrate.probes import Entry, ProbeResult
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.cost_model import interpolate
 from vllm_attn_offload.planner.hardware import Device, Network
-from vllm_attn_offload.planner.model_shape import ModelShape
-from vllm_attn_offload.planner.node_probe import fit_nonnegative
-from vllm_attn_offload.planner.probes import Entry, ProbeResult
+from vllm_attn_offload.planner.model.shape import ModelShape
 
-CHILD = "vllm_attn_offload.planner.time_engine"
+CHILD = "vllm_attn_offload.planner.calibrate.time_engine"
 BATCHES = (1, 2, 4, 8, 16, 32)
 QUICK_BATCHES = (1, 8, 32)
 TIMEOUT_S = 600.0

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_attn_offload.client.partition import choose_partition
-from vllm_attn_offload.planner.model_shape import ModelShape, gqa_group
-from vllm_attn_offload.planner.node_session import LayerTime, NodeSession
-from vllm_attn_offload.planner.probes import Entry, ProbeResult
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.planner.calibrate.node_session import LayerTime, NodeSession
+from vllm_attn_offload.planner.calibrate.probes import Entry, ProbeResult
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
+from vllm_attn_offload.protocol.messages import (
     Dtype,
     KVGroup,
     LayerGeometry,
     SessionGeometry,
 )
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 # Requests x tokens. The first is the emptiest exchange, the last the largest frames.
 GRID = (

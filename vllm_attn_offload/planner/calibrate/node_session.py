@@ -15,22 +15,22 @@ import torch
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import (
     Partition,
     choose_partition,
     pool_blocks,
     shard_geometry,
 )
+from vllm_attn_offload.client.remote_attention import NodeGroup
 from vllm_attn_offload.client.step_plan import BatchStep
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
     ReserveCapacity,
     SessionGeometry,
     Shard,
 )
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 TIMEOUT_S = 30.0
 FILL_TOKENS = 1024

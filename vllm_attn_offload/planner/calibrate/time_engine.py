@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from vllm_attn_offload.worker import AttentionOffloadWorker as _WorkerBase
+    from vllm_attn_offload.worker.base import AttentionOffloadWorker as _WorkerBase
 else:
     _WorkerBase = object
 
@@ -28,7 +28,7 @@ NUM_ROUNDS = 2
 CONTEXT = 16
 MAX_TOKENS = 2 * WINDOW_STEPS * MAX_WINDOWS
 # By name: this module is __main__ here and another one in the worker.
-EXTENSION = "vllm_attn_offload.planner.time_engine.LayerTimer"
+EXTENSION = "vllm_attn_offload.planner.calibrate.time_engine.LayerTimer"
 EXCHANGE_PARTS = ("pack", "send", "wait", "merge")
 
 

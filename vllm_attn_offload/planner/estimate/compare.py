@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.deployment import (
     DoesNotFitError,
     Estimate,
     Offload,
@@ -23,7 +23,7 @@ from vllm_attn_offload.planner.hardware import (
     groups_price,
     price_per_hour,
 )
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 # Wire time that Lamina (arXiv 2405.01814 section 3.3) accepts, relative to the rest.
 ALPHA = 0.2

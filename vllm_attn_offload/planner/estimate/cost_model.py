@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from vllm_attn_offload.planner.hardware import Device, Network
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 # Share of device memory that weights and KV may fill; vLLM's default for GPUs.
 MEMORY_FRACTION = 0.9

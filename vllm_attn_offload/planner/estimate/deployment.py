@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from vllm_attn_offload.planner import cost_model as cost
+from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.hardware import DeviceGroup, Network
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 PARTITIONS = ("auto", "heads", "blocks")
 

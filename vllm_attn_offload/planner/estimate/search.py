@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vllm_attn_offload.planner.compare import compare
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate.compare import compare
+from vllm_attn_offload.planner.estimate.deployment import (
     DoesNotFitError,
     Estimate,
     Offload,
@@ -20,7 +20,7 @@ from vllm_attn_offload.planner.hardware import (
     common_price_list,
     groups_price,
 )
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 COMPUTE_COUNTS = (1, 2, 4, 8)
 MEMORY_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)

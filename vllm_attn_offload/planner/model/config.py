@@ -14,13 +14,13 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from vllm_attn_offload.planner.model_shape import (
+from vllm_attn_offload.planner.model.parameters import count_parameters
+from vllm_attn_offload.planner.model.shape import (
     LayerGroup,
     ModelShape,
     gqa_group,
     mla_group,
 )
-from vllm_attn_offload.planner.parameters import count_parameters
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")

@@ -15,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from vllm_attn_offload.planner.cost_model import step_time
-from vllm_attn_offload.planner.failures import Failures, NodeLoss
-from vllm_attn_offload.planner.memory_pool import MemoryPool
-from vllm_attn_offload.planner.traces import Request
+from vllm_attn_offload.planner.estimate.cost_model import step_time
+from vllm_attn_offload.planner.simulate.failures import Failures, NodeLoss
+from vllm_attn_offload.planner.simulate.memory_pool import MemoryPool
+from vllm_attn_offload.planner.simulate.traces import Request
 
 
 class StepModel(Protocol):

@@ -8,21 +8,21 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from vllm_attn_offload.planner import cost_model as cost
-from vllm_attn_offload.planner.compare import Comparison
-from vllm_attn_offload.planner.deployment import (
+from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.compare import Comparison
+from vllm_attn_offload.planner.estimate.deployment import (
     DoesNotFitError,
     Estimate,
     Offload,
     Workload,
 )
-from vllm_attn_offload.planner.engine import SimulationConfig
-from vllm_attn_offload.planner.failures import Failures
 from vllm_attn_offload.planner.hardware import DeviceGroup
-from vllm_attn_offload.planner.model_shape import ModelShape
+from vllm_attn_offload.planner.model.shape import ModelShape
 from vllm_attn_offload.planner.report import format_table
-from vllm_attn_offload.planner.simulator import SimulationResult, simulate
-from vllm_attn_offload.planner.traces import Request
+from vllm_attn_offload.planner.simulate.engine import SimulationConfig
+from vllm_attn_offload.planner.simulate.failures import Failures
+from vllm_attn_offload.planner.simulate.simulator import SimulationResult, simulate
+from vllm_attn_offload.planner.simulate.traces import Request
 
 
 @dataclass(slots=True)

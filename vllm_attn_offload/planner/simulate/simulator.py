@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_attn_offload.planner.deployment import DoesNotFitError
-from vllm_attn_offload.planner.engine import Engine, SimulationConfig, StepModel
-from vllm_attn_offload.planner.memory_pool import MemoryPool
-from vllm_attn_offload.planner.traces import Request
+from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError
+from vllm_attn_offload.planner.simulate.engine import (
+    Engine,
+    SimulationConfig,
+    StepModel,
+)
+from vllm_attn_offload.planner.simulate.memory_pool import MemoryPool
+from vllm_attn_offload.planner.simulate.traces import Request
 
 
 @dataclass(frozen=True, slots=True)

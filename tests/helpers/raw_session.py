@@ -12,18 +12,11 @@ import torch
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.memory_node.step import (
-    AttentionStep,
-    step_num_bytes,
-    write_step,
-)
-from vllm_attn_offload.protocol import (
+from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.messages import (
     Attached,
     AttachSession,
     Dtype,
-    FrameFlag,
-    FrameHeader,
-    FrameKind,
     KVGroup,
     LayerGeometry,
     OpenSession,
@@ -32,8 +25,13 @@ from vllm_attn_offload.protocol import (
     SessionOpened,
     Shard,
 )
-from vllm_attn_offload.transport.credentials import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.protocol.step import (
+    AttentionStep,
+    step_num_bytes,
+    write_step,
+)
 from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 TIMEOUT_S = 10.0
 _names = itertools.count()

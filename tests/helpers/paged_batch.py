@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_attn_offload.memory_node.step import AttentionStep
-from vllm_attn_offload.protocol import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.step import AttentionStep
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 TORCH_DTYPES = {

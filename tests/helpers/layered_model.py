@@ -18,15 +18,15 @@ from worker_batch import WorkerBatch
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.attention.micro_batch_choice import (
+from vllm_attn_offload.attention.micro_batch.choice import (
     MicroBatchChoice,
     NumMicroBatches,
 )
-from vllm_attn_offload.attention.micro_batch_runner import MicroBatchRunner
+from vllm_attn_offload.attention.micro_batch.runner import MicroBatchRunner
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_group import NodeGroup
 from vllm_attn_offload.client.partition import Partition
+from vllm_attn_offload.client.remote_attention import NodeGroup
 
 NUM_BLOCKS, BLOCK_SIZE, HIDDEN, VOCABULARY = 200, 16, 96, 50
 GEOMETRY = make_geometry(num_layers=3)

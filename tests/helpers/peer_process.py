@@ -15,7 +15,8 @@ import time
 
 from channel_pairs import receive_attached
 
-from vllm_attn_offload.protocol import ChannelOffer, FrameHeader
+from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.messages import ChannelOffer
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.negotiate import (
     open_node_channel,

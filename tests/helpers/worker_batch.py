@@ -10,7 +10,7 @@ import torch
 from paged_batch import Qkv, random_tokens
 
 from vllm_attn_offload.client.step_plan import BatchStep
-from vllm_attn_offload.protocol import SessionGeometry
+from vllm_attn_offload.protocol.messages import SessionGeometry
 
 
 @dataclass

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from host_device import HostDevice
 
-from vllm_attn_offload.memory_node.decode_attention.base import (
-    PayloadLayout,
-    SharedRowsAttention,
-)
+from vllm_attn_offload.memory_node.decode_attention.base import SharedRowsAttention
 from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
     TorchDecodeAttention,
 )
 from vllm_attn_offload.memory_node.server import MemoryNode
+from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.transport.address import Address
 
 

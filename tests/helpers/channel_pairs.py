@@ -8,7 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vllm_attn_offload.protocol import Attached, ChannelOffer
+from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.control import message_decoder, receive_message
