@@ -38,7 +38,7 @@ from vllm_attn_offload.protocol.messages import (
     Shard,
 )
 from vllm_attn_offload.protocol.step import (
-    AttentionStep,
+    StepMetadata,
     step_num_bytes,
     write_step,
 )
@@ -112,7 +112,7 @@ class Peer:
         for begin in range(0, self._context, CHUNK):
             slots = np.arange(begin, min(begin + CHUNK, self._context))
             empty = np.empty(0, np.int32)
-            stored = AttentionStep(
+            stored = StepMetadata(
                 np.zeros(1, np.int32), empty, slots, empty.reshape(0, 0)
             )
             self._send_step(stored)
@@ -123,16 +123,16 @@ class Peer:
             )
             self._client.receive_out(0, memoryview(bytearray()))
 
-    def _decode_step(self) -> AttentionStep:
+    def _decode_step(self) -> StepMetadata:
         table = np.arange(self._num_blocks, dtype=np.int32)
-        return AttentionStep(
+        return StepMetadata(
             np.arange(self.num_reqs + 1, dtype=np.int32),
             np.full(self.num_reqs, self._context, np.int32),
             np.empty(0, np.int64),
             np.tile(table, (self.num_reqs, 1)),
         )
 
-    def _send_step(self, step: AttentionStep) -> None:
+    def _send_step(self, step: StepMetadata) -> None:
         self._step += 1
         num_reqs, width = step.block_table.shape
         payload = memoryview(

@@ -75,7 +75,7 @@ _COUNTERS = (
 
 
 class StatsCollector(Collector):
-    """Turns node statistics into metric families whenever Prometheus scrapes.
+    """FairLock node statistics into metric families whenever Prometheus scrapes.
 
     Args:
         read_stats: Returns the current statistics by node address; nodes that do not

@@ -204,7 +204,7 @@ class _Session:
         from vllm_attn_offload.client.control_client import ControlClient
         from vllm_attn_offload.client.node_client import NodeClient
         from vllm_attn_offload.client.partition import Partition
-        from vllm_attn_offload.client.remote_attention import NodeGroup
+        from vllm_attn_offload.client.remote_attention import RemoteAttention
         from vllm_attn_offload.protocol.messages import (
             AttachSession,
             KVGroup,
@@ -239,11 +239,13 @@ class _Session:
         self.transport = client.transport_name
         if shared is not None and self.transport != "device memory":
             raise RuntimeError(f"rows were to be shared, and pass {self.transport}")
-        self.nodes = NodeGroup([client], Partition("heads", (num_blocks,)), geometry)
+        self.nodes = RemoteAttention(
+            [client], Partition("heads", (num_blocks,)), geometry
+        )
 
     def step(self, batch: int, context: int) -> Any:
         """A decode step: every request has its own blocks, in random order."""
-        from vllm_attn_offload.client.step_plan import BatchStep
+        from vllm_attn_offload.client.step_partition import BatchStep
 
         width = -(-context // BLOCK_SIZE)
         order = np.random.default_rng(0).permutation(batch * width)

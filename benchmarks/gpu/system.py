@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from vllm_attn_offload.transport.tcp import TcpTransport
+    from vllm_attn_offload.transport.socket_transport import SocketTransport
 
 HERE = Path(__file__).parent
 #: Rows of one layer: one token of a small model up to a batch of 256 of a 70B one.
@@ -72,7 +72,7 @@ def _measure_copies(size: int, device: torch.device) -> dict[str, list[float]]:
 def _measure_round_trip(family: str, size: int, repeats: int) -> list[float]:
     """The project's own transport; the other end is a process, as a node is."""
     from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
-    from vllm_attn_offload.transport.tcp import TcpTransport
+    from vllm_attn_offload.transport.socket_transport import SocketTransport
 
     ours, theirs = _connected(family)
     child = os.fork()
@@ -80,11 +80,11 @@ def _measure_round_trip(family: str, size: int, repeats: int) -> list[float]:
         # Only echoes: no kernel, no CUDA call, and no cleanup that the parent owns.
         ours.close()
         try:
-            _echo(TcpTransport(theirs, stall_timeout_s=10))
+            _echo(SocketTransport(theirs, stall_timeout_s=10))
         finally:
             os._exit(0)
     theirs.close()
-    transport = TcpTransport(ours, stall_timeout_s=10)
+    transport = SocketTransport(ours, stall_timeout_s=10)
     header, payload = FrameHeader(), memoryview(bytearray(size))
 
     def round_trip() -> None:
@@ -111,7 +111,7 @@ def _connected(family: str) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _echo(transport: TcpTransport) -> None:
+def _echo(transport: SocketTransport) -> None:
     from vllm_attn_offload.protocol.frames import FrameHeader
 
     header = FrameHeader()

@@ -25,8 +25,8 @@ from vllm_attn_offload.client.partition import (
     PartitionKind,
     shard_geometry,
 )
-from vllm_attn_offload.client.remote_attention import NodeGroup
-from vllm_attn_offload.client.step_plan import plan_step
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.step_partition import partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.messages import SessionGeometry
 
@@ -65,7 +65,7 @@ class Worker:
             opened = control.open_session(session_of(reserved.reservation, num_blocks))
             attach = attach_request(opened, sharded)
             clients.append(NodeClient(address, attach, timeout_s))
-        self.nodes = NodeGroup(
+        self.nodes = RemoteAttention(
             clients, self.partition, geometry, tolerate_loss=tolerate_loss
         )
 
@@ -160,7 +160,7 @@ def test_stored_chunks_are_acknowledged(
 def test_first_chunk_asks_nodes_for_nothing() -> None:
     """Nothing is cached: every row is stored, none is queried."""
     batch, _ = WorkerBatch(GEOMETRY, NUM_BLOCKS, 2).grow([40, 20])
-    plan = plan_step(batch, Partition("heads", (NUM_BLOCKS,)), 16)
+    plan = partition_step(batch, Partition("heads", (NUM_BLOCKS,)), 16)
     (part,) = plan.nodes
     assert (part.step.num_query_rows, part.step.num_tokens) == (0, 60)
     assert not plan.needs_merge
@@ -172,7 +172,7 @@ def test_blocks_are_read_once() -> None:
     requests.grow([137 * (index + 3) for index in range(16)])
     batch, _ = requests.grow([1] * 16)
     partition = Partition("blocks", (1000, 1000, 2000))
-    plan = plan_step(batch, partition, 16)
+    plan = partition_step(batch, partition, 16)
     tokens = [int(part.step.seq_lens.sum()) for part in plan.nodes]
     assert sum(tokens) == int(batch.seq_lens.sum())
     load = np.array(tokens) / np.array(partition.blocks_per_node)

@@ -13,7 +13,7 @@ from vllm_attn_offload.protocol.frames import (
     FrameHeader,
     FrameKind,
 )
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 8
 GEOMETRY = make_geometry(num_query_heads=4, num_kv_heads=2, head_size=16, block_size=16)
@@ -46,7 +46,7 @@ def real_frames() -> list[bytes]:
         for flags in (FrameFlag.FUSED, FrameFlag.FUSED | FrameFlag.WANT_LSE):
             frames += layers(number, qkv, flags)
         frames += layers(number, qkv, FrameFlag.NONE)
-        stored = AttentionStep(
+        stored = StepMetadata(
             step.query_start_loc[:1],
             step.seq_lens[:0],
             step.slot_mapping,

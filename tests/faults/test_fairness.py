@@ -15,7 +15,7 @@ from raw_session import RawSession, make_geometry
 
 from vllm_attn_offload.protocol.frames import FrameKind
 from vllm_attn_offload.protocol.messages import SessionStats
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 BLOCK_SIZE, NUM_BLOCKS = 1024, 64
 NUM_LAYERS = 40
@@ -26,7 +26,7 @@ def greedy(node: NodeProcess) -> Iterator[RawSession]:
     """Has sent 40 layers over 64k tokens, and reads no answer before the test ends."""
     geometry = make_geometry(block_size=BLOCK_SIZE, num_layers=1)
     with closing(RawSession(node.address, geometry, NUM_BLOCKS)) as session:
-        step = AttentionStep(
+        step = StepMetadata(
             query_start_loc=np.array([0, 1], np.int32),
             seq_lens=np.array([NUM_BLOCKS * BLOCK_SIZE], np.int32),
             slot_mapping=np.array([-1]),

@@ -17,7 +17,7 @@ from vllm_attn_offload.transport.negotiate import (
     open_worker_channel,
 )
 from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
-from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.tls import compute_context, node_context
 
 STALL_TIMEOUT_S = 0.6
@@ -101,7 +101,7 @@ def channel_pair(kind: str, directory: Path) -> Channels:
     }[kind]()
     spin_us = 100 if kind.endswith("spin") else 0
     ours, theirs = (
-        TcpTransport(sock, stall_timeout_s=STALL_TIMEOUT_S, spin_us=spin_us)
+        SocketTransport(sock, stall_timeout_s=STALL_TIMEOUT_S, spin_us=spin_us)
         for sock in sockets
     )
     return ours, theirs

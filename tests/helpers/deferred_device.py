@@ -19,7 +19,7 @@ from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.cuda.local_attention import RemotePart
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import merge_remote
-from vllm_attn_offload.client.step_plan import Prefill
+from vllm_attn_offload.client.step_partition import Prefill
 
 Order = Literal["fork", "join", "wait"]
 Pace = Literal["late", "early", "kernels-early"]

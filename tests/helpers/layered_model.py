@@ -26,7 +26,7 @@ from vllm_attn_offload.attention.micro_batch.runner import MicroBatchRunner
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import Partition
-from vllm_attn_offload.client.remote_attention import NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention
 
 NUM_BLOCKS, BLOCK_SIZE, HIDDEN, VOCABULARY = 200, 16, 96, 50
 GEOMETRY = make_geometry(num_layers=3)
@@ -107,7 +107,7 @@ class Engine:
         reserved = self.control.reserve(reservation(GEOMETRY, 64 << 20))
         opened = self.control.open_session(session_of(reserved.reservation, NUM_BLOCKS))
         client = NodeClient(address, attach_request(opened, GEOMETRY), 30.0)
-        self.nodes = NodeGroup(
+        self.nodes = RemoteAttention(
             [client],
             Partition("heads", (NUM_BLOCKS,)),
             GEOMETRY,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 TORCH_DTYPES = {
@@ -54,10 +54,10 @@ class PagedBatch:
         self._requests = [_Request(*self._tokens(0)) for _ in range(num_reqs)]
         self._new: list[tuple[_Request, int]] = []
 
-    def poison(self, num_blocks: int) -> tuple[AttentionStep, torch.Tensor]:
+    def poison(self, num_blocks: int) -> tuple[StepMetadata, torch.Tensor]:
         """A step that stores NaN in every slot of the pool."""
         num_tokens = num_blocks * self._block_size
-        step = AttentionStep(
+        step = StepMetadata(
             query_start_loc=np.arange(num_blocks + 1, dtype=np.int32)
             * self._block_size,
             seq_lens=np.full(num_blocks, self._block_size, np.int32),
@@ -67,7 +67,7 @@ class PagedBatch:
         width = sum(part.flatten(1).shape[1] for part in self._tokens(1))
         return step, torch.full((num_tokens, width), torch.nan, dtype=self._dtype)
 
-    def grow(self, num_new: list[int]) -> tuple[AttentionStep, torch.Tensor]:
+    def grow(self, num_new: list[int]) -> tuple[StepMetadata, torch.Tensor]:
         """Add tokens to every request; those with 0 sit the step out.
 
         Returns:
@@ -111,15 +111,15 @@ class PagedBatch:
     def _tokens(self, count: int) -> Qkv:
         return random_tokens(self._layer, count, self._dtype, self._generator)
 
-    def _step(self, slots: list[int]) -> AttentionStep:
+    def _step(self, slots: list[int]) -> StepMetadata:
         requests = [request for request, _ in self._new]
         width = max(len(request.blocks) for request in requests)
-        # Columns past a request's blocks are never looked at: vLLM leaves old ids.
+        # StridedRows past a request's blocks are never looked at: vLLM leaves old ids.
         table = np.full((len(requests), width), -12345, np.int32)
         for row, request in zip(table, requests, strict=True):
             row[: len(request.blocks)] = request.blocks
         counts = [count for _, count in self._new]
-        return AttentionStep(
+        return StepMetadata(
             query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
             seq_lens=np.array([r.num_tokens for r in requests], np.int32),
             slot_mapping=np.array(slots, np.int64),

@@ -26,11 +26,11 @@ from vllm_attn_offload.protocol.messages import (
     Shard,
 )
 from vllm_attn_offload.protocol.step import (
-    AttentionStep,
+    StepMetadata,
     step_num_bytes,
     write_step,
 )
-from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 TIMEOUT_S = 10.0
@@ -114,7 +114,7 @@ class RawSession:
         opened = self.control.open_session(session_of(reserved.reservation, num_blocks))
         self._sock, _ = connect(address, TIMEOUT_S, credentials)
         call(self._sock, address, attach_request(opened, geometry), Attached, TIMEOUT_S)
-        self.transport = TcpTransport(self._sock, stall_timeout_s=TIMEOUT_S)
+        self.transport = SocketTransport(self._sock, stall_timeout_s=TIMEOUT_S)
         self._step = 0
 
     def send(self, header: FrameHeader, payload: bytes | memoryview = b"") -> None:
@@ -130,7 +130,7 @@ class RawSession:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
-    def send_step(self, step: AttentionStep) -> None:
+    def send_step(self, step: StepMetadata) -> None:
         """Send a STEP frame with the next number."""
         self._step += 1
         payload = encode_step(step)
@@ -213,7 +213,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def encode_step(step: AttentionStep) -> memoryview:
+def encode_step(step: StepMetadata) -> memoryview:
     """Payload of a STEP frame."""
     num_reqs, width = step.block_table.shape
     buffer = memoryview(bytearray(step_num_bytes(num_reqs, step.num_tokens, width)))

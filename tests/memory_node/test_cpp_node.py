@@ -32,7 +32,7 @@ from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
-from vllm_attn_offload.protocol.layer import PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import Dtype, SessionGeometry
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,7 @@ def test_layers_allocate_nothing() -> None:
     out = memoryview(bytearray(step.num_tokens * 9 * 64 * 2))
     lse = memoryview(bytearray(step.num_tokens * 9 * 4))
     plan = attention.plan(0, geometry, step)
-    layout = PayloadLayout.fused(RowLayout.of(geometry.layers[0]), step.num_tokens, 2)
+    layout = PayloadLayout.fused(TokenLayout.of(geometry.layers[0]), step.num_tokens, 2)
 
     def run_layers() -> int:
         for _ in range(50):

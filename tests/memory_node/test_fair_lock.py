@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns are taken in the order in which they were asked for."""
+"""FairLock are taken in the order in which they were asked for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 import pytest
 from node_process import eventually
 
-from vllm_attn_offload.memory_node.fair_lock import Turns
+from vllm_attn_offload.memory_node.fair_lock import FairLock
 
 
 def test_turns_are_handed_over_in_order() -> None:
-    turns = Turns()
+    turns = FairLock()
     taken: list[int] = []
 
     def take(number: int) -> None:
@@ -32,7 +32,7 @@ def test_turns_are_handed_over_in_order() -> None:
 
 def test_a_greedy_thread_waits_in_line() -> None:
     """Whoever releases and asks again at once is behind those who waited."""
-    turns = Turns()
+    turns = FairLock()
     taken: list[str] = []
 
     def greedy() -> None:
@@ -58,7 +58,7 @@ def test_a_greedy_thread_waits_in_line() -> None:
 
 
 def test_one_at_a_time() -> None:
-    turns = Turns()
+    turns = FairLock()
     inside = most = total = 0
 
     def work() -> None:
@@ -80,7 +80,7 @@ def test_one_at_a_time() -> None:
 
 
 def test_turn_ends_with_an_exception() -> None:
-    turns = Turns()
+    turns = FairLock()
     with pytest.raises(ValueError, match="inside"), turns:
         raise ValueError("inside")
     with turns:

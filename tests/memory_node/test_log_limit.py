@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 
-from vllm_attn_offload.memory_node.log_limit import LogLimit
+from vllm_attn_offload.memory_node.log_limit import RateLimitFilter
 
 
 def record(number: int, level: int = logging.WARNING) -> logging.LogRecord:
@@ -14,7 +14,7 @@ def record(number: int, level: int = logging.WARNING) -> logging.LogRecord:
 
 
 def test_burst_then_few() -> None:
-    limit = LogLimit(burst=3, per_s=20)
+    limit = RateLimitFilter(burst=3, per_s=20)
     assert [limit.filter(record(n)) for n in range(6)].count(True) == 3
     assert limit.filter(record(0, logging.ERROR))
     time.sleep(0.1)

@@ -26,7 +26,7 @@ from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.messages import Attached
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 
@@ -43,9 +43,9 @@ def sharing(tmp_path: Path) -> Iterator[tuple[str, LaggingAttention]]:
         yield node
 
 
-def one_token(*, queries: int) -> AttentionStep:
+def one_token(*, queries: int) -> StepMetadata:
     """A request's first token: stored, and attended for or not."""
-    return AttentionStep(
+    return StepMetadata(
         query_start_loc=np.array([0, queries], np.int32),
         seq_lens=np.array([1], np.int32),
         slot_mapping=np.array([0], np.int64),
@@ -73,7 +73,7 @@ class RowsChannel:
         assert isinstance(transport, DeviceMemoryTransport)
         self.transport = transport
 
-    def send_step(self, step: AttentionStep) -> None:
+    def send_step(self, step: StepMetadata) -> None:
         payload = encode_step(step)
         header = FrameHeader(FrameKind.STEP, step=1, num_bytes=payload.nbytes)
         self.transport.send(header, payload)

@@ -12,8 +12,8 @@ import pytest
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.protocol.step import (
-    AttentionStep,
     StepLimits,
+    StepMetadata,
     read_step,
     step_num_bytes,
     write_step,
@@ -29,9 +29,9 @@ LIMITS = StepLimits(
 INT32 = np.iinfo(np.int32)
 
 
-def valid_step(**changes: Any) -> AttentionStep:
+def valid_step(**changes: Any) -> StepMetadata:
     """One row over 33 tokens, and three over 20; four tokens are stored."""
-    step = AttentionStep(
+    step = StepMetadata(
         query_start_loc=np.array([0, 1, 4], np.int32),
         seq_lens=np.array([33, 20], np.int32),
         slot_mapping=np.array([9 * 16, 17, -1, 19], np.int64),
@@ -40,7 +40,7 @@ def valid_step(**changes: Any) -> AttentionStep:
     return replace(step, **{name: np.array(value) for name, value in changes.items()})
 
 
-def encode(step: AttentionStep) -> memoryview:
+def encode(step: StepMetadata) -> memoryview:
     num_reqs, width = step.block_table.shape
     buffer = memoryview(bytearray(step_num_bytes(num_reqs, step.num_tokens, width)))
     assert write_step(step, buffer) == buffer.nbytes
@@ -60,7 +60,7 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize("num_reqs", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_round_trip_alignment(num_reqs: int, width: int) -> None:
-    step = AttentionStep(
+    step = StepMetadata(
         query_start_loc=np.arange(num_reqs + 1, dtype=np.int32),
         seq_lens=np.full(num_reqs, 16 * width, np.int32),
         slot_mapping=np.arange(num_reqs, dtype=np.int64) + (1 << 3),
@@ -98,7 +98,7 @@ def test_read_step_refuses_wrapping_differences() -> None:
     """Starts whose int32 differences are all positive, though they fall."""
     limits = replace(LIMITS, max_blocks_per_req=1 << 22, block_size=1 << 16)
     width = (INT32.max >> 16) + 1
-    step = AttentionStep(
+    step = StepMetadata(
         query_start_loc=np.array([0, INT32.max, INT32.min, -1, 4], np.int32),
         seq_lens=np.full(4, INT32.max, np.int32),
         slot_mapping=np.zeros(4, np.int64),

@@ -23,7 +23,7 @@ from vllm_attn_offload.transport.negotiate import (
     open_node_channel,
     open_worker_channel,
 )
-from vllm_attn_offload.transport.spin import SPIN_US, process_cpu_ids, spin_us
+from vllm_attn_offload.transport.spin_policy import SPIN_US, process_cpu_ids, spin_us
 
 
 def open_node(sock: socket.socket, offer: ChannelOffer | None) -> Transport:

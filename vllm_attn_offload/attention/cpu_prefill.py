@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from vllm_attn_offload.client.step_plan import Prefill
+from vllm_attn_offload.client.step_partition import Prefill
 
 #: CPUs without bf16 instructions multiply in fp32 several times faster.
 _COMPUTES_BF16 = (

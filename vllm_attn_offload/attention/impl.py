@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention
 
 
 class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
@@ -40,7 +40,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._nodes: NodeGroup | None = None
+        self._nodes: RemoteAttention | None = None
         self._exchange: DeviceExchange | None = None
         self._layer_index = -1
         refused = {
@@ -60,7 +60,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
 
     def connect(
         self,
-        nodes: NodeGroup | None,
+        nodes: RemoteAttention | None,
         layer_index: int,
         exchange: DeviceExchange | None = None,
     ) -> None:

@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_attn_offload.attention.cuda.metadata import CudaReadback, CudaStep
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.attention.micro_batch.baton import Baton
-from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+from vllm_attn_offload.client.step_partition import BatchStep
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
 
     source: BatchStep | CudaStep
     micro_batch: int = 0
-    step: GroupStep | None = None
+    step: SentStep | None = None
     baton: Baton | None = None
 
     @property
@@ -47,7 +47,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
         """Real rows of q, k and v."""
         return self.source.num_tokens
 
-    def ensure_sent(self, nodes: NodeGroup) -> GroupStep:
+    def ensure_sent(self, nodes: RemoteAttention) -> SentStep:
         """Send the step with its first layer.
 
         Late, because dummy runs build metadata that no layer uses.

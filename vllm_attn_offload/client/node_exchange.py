@@ -9,7 +9,7 @@ import torch
 
 from vllm_attn_offload.client.layer_payload import LayerPayload
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.step_plan import NodeStep
+from vllm_attn_offload.client.step_partition import NodeStep
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.step import step_num_bytes, write_step
 
@@ -19,7 +19,7 @@ _FUSED = FrameFlag.FUSED.value
 _NOTHING = memoryview(bytearray(0))
 
 
-class Lane:
+class NodeExchange:
     """What a micro-batch needs of a node; its buffers are kept between steps.
 
     Args:

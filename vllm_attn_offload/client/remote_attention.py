@@ -12,10 +12,14 @@ import torch
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.layer_payload import bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_exchange import Lane
+from vllm_attn_offload.client.node_exchange import NodeExchange
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
 from vllm_attn_offload.client.partition import Partition
-from vllm_attn_offload.client.step_plan import BatchStep, StepPlan, plan_step
+from vllm_attn_offload.client.step_partition import (
+    BatchStep,
+    StepPartition,
+    partition_step,
+)
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.messages import SessionGeometry
@@ -27,17 +31,17 @@ _WANT_LSE = FrameFlag.WANT_LSE.value
 
 
 @dataclass(slots=True)
-class GroupStep:
+class SentStep:
     """A step that was sent; ``plan`` says which rows are attended where."""
 
     number: int
     micro_batch: int
-    plan: StepPlan
+    plan: StepPartition
     remote_rows: torch.Tensor | None
     partials: PartialOutputs | None = None
 
 
-class NodeGroup:
+class RemoteAttention:
     """Sends layers to the nodes that hold the KV blocks and collects the output.
 
     Args:
@@ -63,11 +67,11 @@ class NodeGroup:
         self._block_size = geometry.groups[0].block_size
         self._tolerate_loss = tolerate_loss
         self._token_s = _slowest_token_s(geometry)
-        self._lanes: list[list[Lane]] = []
+        self._lanes: list[list[NodeExchange]] = []
         self._times = ExchangeTimes()
         self._step = 0
 
-    def begin_step(self, batch: BatchStep, micro_batch: int = 0) -> GroupStep:
+    def begin_step(self, batch: BatchStep, micro_batch: int = 0) -> SentStep:
         """Divide a step between the nodes and send each its part.
 
         Raises:
@@ -75,9 +79,9 @@ class NodeGroup:
         """
         self._step += 1
         self._times.num_steps += 1
-        plan = plan_step(batch, self._partition, self._block_size)
+        plan = partition_step(batch, self._partition, self._block_size)
         rows = plan.remote_rows
-        step = GroupStep(
+        step = SentStep(
             self._step,
             micro_batch,
             plan,
@@ -96,7 +100,7 @@ class NodeGroup:
 
     def post_layer(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -124,7 +128,7 @@ class NodeGroup:
 
     def collect(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         output: torch.Tensor,
         local_lse: torch.Tensor | None = None,
@@ -154,7 +158,7 @@ class NodeGroup:
 
     def collect_remote(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
@@ -182,7 +186,7 @@ class NodeGroup:
             if lse is not None:
                 lse.zero_()
 
-    def rows_buffer(self, step: GroupStep, num_bytes: int) -> torch.Tensor | None:
+    def rows_buffer(self, step: SentStep, num_bytes: int) -> torch.Tensor | None:
         """Device memory for a layer's rows ``q | k | v``, one per token.
 
         The buffer is to be complete, and nothing else sent, before `post_rows`.
@@ -206,7 +210,7 @@ class NodeGroup:
             self._lose(error)
             return None
 
-    def post_rows(self, step: GroupStep, layer: int, num_bytes: int) -> None:
+    def post_rows(self, step: SentStep, layer: int, num_bytes: int) -> None:
         """Send the layer whose rows are in the `rows_buffer`.
 
         Raises:
@@ -223,7 +227,7 @@ class NodeGroup:
 
     def collect_rows(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         num_bytes: int,
         use: Callable[[torch.Tensor], Callable[[], None]],
@@ -281,14 +285,14 @@ class NodeGroup:
         if self.loss is not None and not self._tolerate_loss:
             raise self.loss
 
-    def _post_step(self, step: GroupStep) -> None:
+    def _post_step(self, step: SentStep) -> None:
         lanes = self._lanes[step.micro_batch]
         for lane, part in zip(lanes, step.plan.nodes, strict=True):
             lane.begin_step(step.number, step.micro_batch, part, self._token_s)
 
     def _post_parts(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
@@ -302,17 +306,19 @@ class NodeGroup:
             times.pack_s += packed - started
             times.send_s += time.perf_counter() - packed
 
-    def _lane(self, node: int) -> Lane:
+    def _lane(self, node: int) -> NodeExchange:
         client, layer = self._clients[node], self._geometry.layers[0]
         num_nodes = len(self._clients)
         if self._partition.kind == "blocks" or num_nodes == 1:
-            return Lane(client, slice(0, layer.num_query_heads), None)
+            return NodeExchange(client, slice(0, layer.num_query_heads), None)
         query_heads = _share(layer.num_query_heads, node, num_nodes)
-        return Lane(client, query_heads, _share(layer.num_kv_heads, node, num_nodes))
+        return NodeExchange(
+            client, query_heads, _share(layer.num_kv_heads, node, num_nodes)
+        )
 
     def _receive(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         output: torch.Tensor,
         local_lse: torch.Tensor | None,
@@ -329,7 +335,7 @@ class NodeGroup:
 
     def _receive_remote(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         output: torch.Tensor,
         lse: torch.Tensor | None,
@@ -346,11 +352,11 @@ class NodeGroup:
                 torch.logsumexp(step.partials.lse, dim=0, out=lse)
         self._times.merge_s += time.perf_counter() - started
 
-    def _is_plain(self, step: GroupStep, rows: torch.Tensor | None) -> bool:
+    def _is_plain(self, step: SentStep, rows: torch.Tensor | None) -> bool:
         """Whether one reply is the whole output."""
         return len(self._clients) == 1 and rows is None and not step.plan.needs_merge
 
-    def _receive_into(self, step: GroupStep, layer: int, output: torch.Tensor) -> None:
+    def _receive_into(self, step: SentStep, layer: int, output: torch.Tensor) -> None:
         (lane,) = self._lanes[step.micro_batch]
         started = time.perf_counter()
         lane.receive_into(layer, bytes_at(output.data_ptr(), output.nbytes))
@@ -358,7 +364,7 @@ class NodeGroup:
 
     def _receive_parts(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         output: torch.Tensor,
         rows: torch.Tensor | None,
@@ -378,9 +384,9 @@ class NodeGroup:
 
     def _place_part(
         self,
-        step: GroupStep,
+        step: SentStep,
         node: int,
-        lane: Lane,
+        lane: NodeExchange,
         output: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:

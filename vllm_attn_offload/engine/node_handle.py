@@ -28,7 +28,7 @@ _HEARTBEATS_PER_TIMEOUT = 4
 _MAX_HEARTBEAT_S = 1.0
 
 
-class PoolNode:
+class NodeHandle:
     """A node that the engine starts, or one that runs already.
 
     Args:

@@ -17,7 +17,7 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.node_handle import Connect, Launch, PoolNode
+from vllm_attn_offload.engine.node_handle import Connect, Launch, NodeHandle
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.messages import (
@@ -211,10 +211,10 @@ class NodePool:
         for node in self._nodes:
             node.close()
 
-    def _node(self, source: str | Launch) -> PoolNode:
-        return PoolNode(source, self._connect, self._config.request_timeout_s)
+    def _node(self, source: str | Launch) -> NodeHandle:
+        return NodeHandle(source, self._connect, self._config.request_timeout_s)
 
-    def _kv_bytes(self, node: PoolNode, num_engines: int) -> int:
+    def _kv_bytes(self, node: NodeHandle, num_engines: int) -> int:
         """What all workers together may hold on a node."""
         if self._config.kv_cache_gib is not None:
             return int(self._config.kv_cache_gib * GIB)
@@ -273,7 +273,7 @@ class NodePool:
         return [list(attachments) for attachments in zip(*by_node, strict=True)]
 
     def _open_session(
-        self, node: PoolNode, reserved: CapacityReserved, num_blocks: int
+        self, node: NodeHandle, reserved: CapacityReserved, num_blocks: int
     ) -> Attachment:
         assert self._limits is not None
         opened = node.open_session(
@@ -317,7 +317,7 @@ class NodePool:
             if not use_standby or not self._replace(index, lost):
                 raise
 
-    def _replace(self, index: int, lost: PoolNode) -> bool:
+    def _replace(self, index: int, lost: NodeHandle) -> bool:
         for address in list(self._standby):
             try:
                 self._take_in(index, self._node(address))
@@ -335,7 +335,7 @@ class NodePool:
             return True
         return False
 
-    def _take_in(self, index: int, node: PoolNode) -> None:
+    def _take_in(self, index: int, node: NodeHandle) -> None:
         """Join a node and hold on it what its place in the pool needs."""
         self._nodes[index], before = node, self._nodes[index]
         try:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 
 
-class Turns:
+class FairLock:
     """Lets one thread at a time compute, first come first served.
 
     A plain lock goes to whoever runs when it is released, and that is the session that

@@ -8,7 +8,7 @@ import threading
 import time
 
 
-class LogLimit(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets a burst of lines pass, then few a second; errors pass always.
 
     Args:

@@ -21,7 +21,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.create import (
     create_decode_attention,
 )
-from vllm_attn_offload.memory_node.log_limit import LogLimit
+from vllm_attn_offload.memory_node.log_limit import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MAX_CONNECTIONS, MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
 from vllm_attn_offload.protocol.messages import GIB
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%m-%d %H:%M:%S",
     )
     for handler in logging.getLogger().handlers:
-        handler.addFilter(LogLimit(burst=500, per_s=5))
+        handler.addFilter(RateLimitFilter(burst=500, per_s=5))
     _raise_descriptor_limit()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

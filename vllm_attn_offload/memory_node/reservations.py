@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from vllm_attn_offload.memory_node.capacity import CapacityError, CapacityLedger
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
-from vllm_attn_offload.memory_node.fair_lock import Turns
+from vllm_attn_offload.memory_node.fair_lock import FairLock
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, RowLayout
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
 from vllm_attn_offload.protocol.messages import (
     GIB,
     AttachSession,
@@ -54,7 +54,7 @@ class Reservations:
     def __init__(self, attention: DecodeAttention, kv_bytes: int) -> None:
         self.ledger = CapacityLedger(kv_bytes)
         self._attention = attention
-        self._turns = Turns()
+        self._turns = FairLock()
         self._lock = threading.Lock()
         self._held: dict[str, _Reservation] = {}
         # Frames are received into memory of their own, which engines also compete for.
@@ -242,7 +242,7 @@ def _step_bytes(request: OpenSession) -> int:
 
 def _check_longest_frame(geometry: SessionGeometry, request: OpenSession) -> None:
     row_bytes = DTYPE_BYTES[geometry.dtype] * max(
-        RowLayout.of(layer).width for layer in geometry.layers
+        TokenLayout.of(layer).width for layer in geometry.layers
     )
     longest = max(_step_bytes(request), request.max_num_tokens * row_bytes)
     if longest > _MAX_FRAME_BYTES:

@@ -14,10 +14,10 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
     SharedRowsAttention,
 )
-from vllm_attn_offload.memory_node.fair_lock import Turns
+from vllm_attn_offload.memory_node.fair_lock import FairLock
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import (
     OpenSession,
     ReserveCapacity,
@@ -83,7 +83,7 @@ class Session:
         reserved: ReserveCapacity,
         opened: OpenSession,
         attention: DecodeAttention,
-        turns: Turns,
+        turns: FairLock,
     ) -> None:
         self.geometry = reserved.geometry
         self.generation = opened.generation
@@ -97,7 +97,7 @@ class Session:
             attention.bind(self.geometry, layer, self._cache.region(layer))
             for layer in self.geometry.layers
         ]
-        self._rows = [RowLayout.of(layer) for layer in self.geometry.layers]
+        self._rows = [TokenLayout.of(layer) for layer in self.geometry.layers]
         self._kinds = [self._rows.index(rows) for rows in self._rows]
         self._item_bytes = DTYPE_BYTES[self.geometry.dtype]
         self._limits = [

@@ -11,7 +11,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class RowLayout:
+class TokenLayout:
     """Elements of one token's q, k, v and output."""
 
     q: int
@@ -20,7 +20,7 @@ class RowLayout:
     out: int
 
     @classmethod
-    def of(cls, layer: LayerGeometry) -> RowLayout:
+    def of(cls, layer: LayerGeometry) -> TokenLayout:
         """Row layout of a layer."""
         return cls(
             q=layer.num_query_heads * layer.head_size,
@@ -36,7 +36,7 @@ class RowLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class StridedRows:
     """Rows inside a LAYER payload: first byte, and bytes from row to row."""
 
     offset: int
@@ -58,25 +58,31 @@ class PayloadLayout:
 
     num_query_rows: int
     num_tokens: int
-    query: Columns
-    key: Columns
-    value: Columns
+    query: StridedRows
+    key: StridedRows
+    value: StridedRows
     num_bytes: int
 
     @classmethod
-    def fused(cls, rows: RowLayout, num_tokens: int, item_bytes: int) -> PayloadLayout:
+    def fused(
+        cls, rows: TokenLayout, num_tokens: int, item_bytes: int
+    ) -> PayloadLayout:
         """One row ``q | k | v`` per token, as a fused QKV projection writes them."""
         q, k, stride = (item_bytes * n for n in (rows.q, rows.k, rows.width))
-        columns = (Columns(0, stride), Columns(q, stride), Columns(q + k, stride))
+        columns = (
+            StridedRows(0, stride),
+            StridedRows(q, stride),
+            StridedRows(q + k, stride),
+        )
         return cls(num_tokens, num_tokens, *columns, num_tokens * stride)
 
     @classmethod
     def planar(
-        cls, rows: RowLayout, num_query_rows: int, num_tokens: int, item_bytes: int
+        cls, rows: TokenLayout, num_query_rows: int, num_tokens: int, item_bytes: int
     ) -> PayloadLayout:
         """All rows of q, then all of k, then all of v."""
         q, k, v = (item_bytes * n for n in (rows.q, rows.k, rows.v))
         key = num_query_rows * q
         value = key + num_tokens * k
-        columns = (Columns(0, q), Columns(key, k), Columns(value, v))
+        columns = (StridedRows(0, q), StridedRows(key, k), StridedRows(value, v))
         return cls(num_query_rows, num_tokens, *columns, value + num_tokens * v)

@@ -36,7 +36,7 @@ class StepLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionStep:
+class StepMetadata:
     """Metadata of one step of one KV group on one node; its layers reuse it.
 
     ``query_start_loc`` is int32 ``[num_reqs + 1]`` over the query rows, ``seq_lens``
@@ -73,7 +73,7 @@ def step_num_bytes(num_reqs: int, num_tokens: int, table_width: int) -> int:
     return _aligned(int32s) + 8 * num_tokens
 
 
-def write_step(step: AttentionStep, buffer: memoryview) -> int:
+def write_step(step: StepMetadata, buffer: memoryview) -> int:
     """Encode a step into ``buffer`` and return the payload's length in bytes."""
     num_reqs, width = step.block_table.shape
     STEP_PREFIX.pack_into(
@@ -87,7 +87,7 @@ def write_step(step: AttentionStep, buffer: memoryview) -> int:
     return step_num_bytes(num_reqs, step.num_tokens, width)
 
 
-def read_step(payload: memoryview, limits: StepLimits) -> AttentionStep:
+def read_step(payload: memoryview, limits: StepLimits) -> StepMetadata:
     """Decode a STEP payload and check every number in it against the session.
 
     Raises:
@@ -119,7 +119,7 @@ def _aligned(num_bytes: int) -> int:
 
 def _views(
     buffer: memoryview, num_reqs: int, num_tokens: int, width: int
-) -> AttentionStep:
+) -> StepMetadata:
     offset = STEP_PREFIX.size
     starts = np.frombuffer(buffer, np.int32, num_reqs + 1, offset)
     offset += starts.nbytes
@@ -128,7 +128,7 @@ def _views(
     table = np.frombuffer(buffer, np.int32, num_reqs * width, offset)
     offset = _aligned(offset + table.nbytes)
     slots = np.frombuffer(buffer, np.int64, num_tokens, offset)
-    return AttentionStep(starts, lens, slots, table.reshape(num_reqs, width))
+    return StepMetadata(starts, lens, slots, table.reshape(num_reqs, width))
 
 
 def _check_range(what: str, value: int, low: int, high: int) -> None:
@@ -138,7 +138,7 @@ def _check_range(what: str, value: int, low: int, high: int) -> None:
         )
 
 
-def _check_queries(step: AttentionStep, num_query_rows: int) -> None:
+def _check_queries(step: StepMetadata, num_query_rows: int) -> None:
     starts = step.query_start_loc
     # In int64: differences of hostile int32 values would wrap around.
     query_lens = np.diff(starts.astype(np.int64))
@@ -148,7 +148,7 @@ def _check_queries(step: AttentionStep, num_query_rows: int) -> None:
         )
 
 
-def _check_blocks(step: AttentionStep, limits: StepLimits) -> None:
+def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
     if not step.num_reqs:
         return
     width = step.block_table.shape[1]
@@ -169,7 +169,7 @@ def _check_blocks(step: AttentionStep, limits: StepLimits) -> None:
         )
 
 
-def _check_slots(step: AttentionStep, limits: StepLimits) -> None:
+def _check_slots(step: StepMetadata, limits: StepLimits) -> None:
     slots = step.slot_mapping
     num_slots = limits.num_blocks * limits.block_size
     if slots.size and (slots.min() < -1 or slots.max() >= num_slots):

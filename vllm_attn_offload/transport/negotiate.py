@@ -26,8 +26,12 @@ from vllm_attn_offload.transport.shared_device import (
     SharedDevice,
 )
 from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
-from vllm_attn_offload.transport.spin import process_cpu_ids, remote_spin_us, spin_us
-from vllm_attn_offload.transport.tcp import TcpTransport
+from vllm_attn_offload.transport.socket_transport import SocketTransport
+from vllm_attn_offload.transport.spin_policy import (
+    process_cpu_ids,
+    remote_spin_us,
+    spin_us,
+)
 
 # The memory node's process has handlers of its own; a compute node's loggers must be
 # children of vLLM's.
@@ -84,7 +88,7 @@ def open_worker_channel(
     if attached.shared_memory is None or waits is None:
         if not _is_same_host(sock):
             spin = remote_spin_us(process_cpu_ids())
-        return TcpTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
+        return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
     memory = ChannelMemory.receive(sock, attached.shared_memory, timeout_s)
     rows: DeviceMemory | None = None
     try:
@@ -154,7 +158,7 @@ def open_node_channel(
     waits = load_waits()
     if memory is None or waits is None:
         logger.info("a worker attached without shared memory (%s)", obstacle)
-        return TcpTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
+        return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
     return _shared_transport(
         sock,
         memory,

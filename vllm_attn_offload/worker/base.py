@@ -22,7 +22,7 @@ from vllm_attn_offload.client.partition import (
     PartitionKind,
     shard_geometry,
 )
-from vllm_attn_offload.client.remote_attention import NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.compatibility import check_layers
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
@@ -52,7 +52,7 @@ class AttentionOffloadWorker(_WorkerBase):
     """
 
     vllm_config: VllmConfig
-    _nodes: NodeGroup
+    _nodes: RemoteAttention
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with offloaded attention layers.
@@ -159,7 +159,9 @@ class AttentionOffloadWorker(_WorkerBase):
             self._nodes.close()
         super().shutdown()
 
-    def _connect(self, attachments: list[Attachment], kind: PartitionKind) -> NodeGroup:
+    def _connect(
+        self, attachments: list[Attachment], kind: PartitionKind
+    ) -> RemoteAttention:
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         credentials = config.load_credentials()
         geometry = self.session_geometry()
@@ -189,7 +191,7 @@ class AttentionOffloadWorker(_WorkerBase):
             for client in clients:
                 client.close()
             raise
-        return NodeGroup(
+        return RemoteAttention(
             clients,
             Partition(kind, tuple(each.num_blocks for each in attachments)),
             geometry,
@@ -200,12 +202,12 @@ class AttentionOffloadWorker(_WorkerBase):
         """What layers compute on, where nodes can share memory with it."""
         return None
 
-    def _connect_layers(self, nodes: NodeGroup | None) -> None:
+    def _connect_layers(self, nodes: RemoteAttention | None) -> None:
         """Hand the channels to the layers; None takes them away."""
         self._connect_impls(nodes, None)
 
     def _connect_impls(
-        self, nodes: NodeGroup | None, exchange: DeviceExchange | None
+        self, nodes: RemoteAttention | None, exchange: DeviceExchange | None
     ) -> None:
         for index, layer in enumerate(self._attention_layers().values()):
             cast(AttentionOffloadImpl, layer.impl).connect(nodes, index, exchange)

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
-from vllm_attn_offload.client.remote_attention import NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 from vllm_attn_offload.transport.shared_device import SharedDevice
@@ -59,7 +59,7 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         assert device is not None
         return CudaDevice(device)
 
-    def _connect_layers(self, nodes: NodeGroup | None) -> None:
+    def _connect_layers(self, nodes: RemoteAttention | None) -> None:
         self._close_exchange()
         layers = self._attention_layers()
         if nodes is not None and layers:

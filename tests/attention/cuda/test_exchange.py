@@ -42,8 +42,8 @@ from vllm_attn_offload.client.partition import (
     PartitionKind,
     shard_geometry,
 )
-from vllm_attn_offload.client.remote_attention import NodeGroup
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.native.waits import load_waits
 
@@ -107,7 +107,7 @@ class DeviceWorker:
             )
             request = attach_request(opened, sharded)
             clients.append(NodeClient(address, request, 10.0, device=shared))
-        self.nodes = NodeGroup(
+        self.nodes = RemoteAttention(
             clients,
             Partition(kind, tuple(sizes)),
             GEOMETRY,

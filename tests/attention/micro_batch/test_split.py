@@ -13,7 +13,7 @@ from vllm_attn_offload.attention.micro_batch.split import (
     cut_batch,
     shares_written,
 )
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.step_partition import BatchStep
 
 BLOCK = 16
 

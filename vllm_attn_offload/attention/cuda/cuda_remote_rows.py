@@ -8,8 +8,8 @@ import torch
 
 from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
 from vllm_attn_offload.attention.cuda.local_attention import RemotePart
-from vllm_attn_offload.client.remote_attention import GroupStep
-from vllm_attn_offload.client.step_plan import StepPlan
+from vllm_attn_offload.client.remote_attention import SentStep
+from vllm_attn_offload.client.step_partition import StepPartition
 
 
 class RemoteRows:
@@ -28,7 +28,7 @@ class RemoteRows:
 
     def __init__(self, streams: DeviceStreams) -> None:
         self._streams = streams
-        self._step: GroupStep | None = None
+        self._step: SentStep | None = None
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._device_lse: torch.Tensor | None = None
 
@@ -37,7 +37,7 @@ class RemoteRows:
         host, _ = self._pair("out", tuple(like.shape), like.dtype)
         return host
 
-    def begin(self, step: GroupStep, output: torch.Tensor) -> None:
+    def begin(self, step: SentStep, output: torch.Tensor) -> None:
         """Make room for the rows of a layer, and say once per step which they are.
 
         ``out`` ``[num_rows, num_heads, v_head_size]`` and, where the plan needs a
@@ -87,7 +87,7 @@ class RemoteRows:
         return host, device
 
 
-def _which_rows(plan: StepPlan) -> np.ndarray:
+def _which_rows(plan: StepPartition) -> np.ndarray:
     """int64 ``[2, num_rows]``: remote rows, and whether they have no local part."""
     rows = plan.remote_rows
     if rows is None:

@@ -20,7 +20,7 @@ from vllm_attn_offload.attention.cuda.local_attention import LocalAttention
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.store import LayerStores
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
 _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,7 +28,7 @@ _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class _Lane:
     """What one micro-batch has of its own: a copy stream, rows out, rows back."""
 
-    def __init__(self, nodes: NodeGroup, streams: DeviceStreams) -> None:
+    def __init__(self, nodes: RemoteAttention, streams: DeviceStreams) -> None:
         self.streams = streams
         self.rows = StagedRows(streams)
         self.remote = RemoteRows(streams)
@@ -46,7 +46,7 @@ class DeviceExchange:
 
     def __init__(
         self,
-        nodes: NodeGroup,
+        nodes: RemoteAttention,
         make_streams: Callable[[], DeviceStreams],
         attention: LocalAttention,
     ) -> None:
@@ -102,7 +102,7 @@ class DeviceExchange:
     def _attend_remotely(
         self,
         metadata: AttentionOffloadMetadata,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         qkv: _Qkv,
         output: torch.Tensor,
@@ -124,7 +124,7 @@ class DeviceExchange:
     def _attend_both(
         self,
         metadata: AttentionOffloadMetadata,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         qkv: _Qkv,
         output: torch.Tensor,

@@ -9,7 +9,7 @@ import torch
 
 from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
 
 class SharedRows:
@@ -20,14 +20,14 @@ class SharedRows:
         streams: Of the device.
     """
 
-    def __init__(self, nodes: NodeGroup, streams: DeviceStreams) -> None:
+    def __init__(self, nodes: RemoteAttention, streams: DeviceStreams) -> None:
         self._nodes = nodes
         self._streams = streams
 
     def attend(
         self,
         metadata: AttentionOffloadMetadata,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         output: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.protocol.step import Int32Array
 
 _INT32_PER_SLOT = 2
@@ -20,7 +20,7 @@ class CudaStep:
         query_start_loc: int32 ``[num_reqs + 1]`` on the device, for local prefills.
         max_query_len: Longest query of the step.
         starts: ``query_start_loc`` on the host.
-        width: Columns of the block table that were read back.
+        width: StridedRows of the block table that were read back.
         values: Host memory with slots (int64), lengths and block rows (int32).
         mark: When ``values`` is there; it stays so until the next step is begun.
     """

@@ -9,7 +9,7 @@ import torch
 
 from vllm_attn_offload.attention.cuda.buffers import StagedRows
 from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
-from vllm_attn_offload.client.remote_attention import GroupStep, NodeGroup
+from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
 #: One layer's rows are sent while the next one's are copied.
 _NUM_BUFFERS = 2
@@ -23,7 +23,7 @@ class LayerStores:
         streams: Of the device, for this object alone.
     """
 
-    def __init__(self, nodes: NodeGroup, streams: DeviceStreams) -> None:
+    def __init__(self, nodes: RemoteAttention, streams: DeviceStreams) -> None:
         self._nodes = nodes
         self._rows = [StagedRows(streams) for _ in range(_NUM_BUFFERS)]
         self._sent: list[Future[None] | None] = [None] * _NUM_BUFFERS
@@ -32,7 +32,7 @@ class LayerStores:
 
     def post(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
@@ -73,7 +73,7 @@ class LayerStores:
 
     def _send(
         self,
-        step: GroupStep,
+        step: SentStep,
         layer: int,
         rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         mark: Mark,

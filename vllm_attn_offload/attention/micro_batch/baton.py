@@ -12,7 +12,7 @@ class Baton:
 
     A micro-batch passes the baton on when it has sent its q, k, v, and waits for its
     attention only when it holds the baton again. Nobody else could use the device then,
-    so a wait may spin, and at most one thread of the process is runnable. Turns
+    so a wait may spin, and at most one thread of the process is runnable. FairLock
     alternate strictly: all ranks of an engine issue their collectives in one order.
 
     There is no deadline: whoever holds the baton computes, or waits for a memory node

@@ -24,8 +24,8 @@ from vllm_attn_offload.attention.micro_batch.choice import (
 )
 from vllm_attn_offload.attention.micro_batch.lora import LoraRows
 from vllm_attn_offload.attention.micro_batch.split import choose_cut, cut_batch
-from vllm_attn_offload.client.remote_attention import NodeGroup
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.logger import get_logger
 
@@ -58,7 +58,7 @@ class MicroBatchRunner:
         self._block_size = block_size
         self._choice = choice
         self._lora = LoraRows(model)
-        self._nodes: NodeGroup | None = None
+        self._nodes: RemoteAttention | None = None
         # Both threads compute with as many OpenMP threads; the new one inherits the
         # CPUs that vLLM bound the process to.
         num_threads = torch.get_num_threads()
@@ -70,7 +70,7 @@ class MicroBatchRunner:
         )
         model.forward = self._run
 
-    def connect(self, nodes: NodeGroup | None) -> None:
+    def connect(self, nodes: RemoteAttention | None) -> None:
         """Say which nodes attend from now on; without any, no step is cut."""
         self._nodes = nodes
 

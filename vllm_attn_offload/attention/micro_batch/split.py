@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.step_partition import BatchStep
 
 
 @dataclass(frozen=True, slots=True)

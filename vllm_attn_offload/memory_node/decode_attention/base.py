@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.shared_device import SharedDevice
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class DecodeAttention(BlockLayout):
         """
 
     @abstractmethod
-    def plan(
-        self, group: int, geometry: SessionGeometry, step: AttentionStep
-    ) -> object:
+    def plan(self, group: int, geometry: SessionGeometry, step: StepMetadata) -> object:
         """Turn a step into what the kernel needs for every layer of the group."""
 
     @abstractmethod

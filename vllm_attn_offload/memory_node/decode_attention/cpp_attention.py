@@ -27,9 +27,9 @@ from vllm_attn_offload.native.attention import (
     PlanInput,
     StoreInput,
 )
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
 
@@ -95,7 +95,7 @@ class CppDecodeAttention(DecodeAttention):
         )
 
     def plan(
-        self, group: int, geometry: SessionGeometry, step: AttentionStep
+        self, group: int, geometry: SessionGeometry, step: StepMetadata
     ) -> _StepPlan:
         session = self._sessions.get(id(geometry))
         if session is None:
@@ -164,7 +164,7 @@ class _LayerKind:
         block_size: int,
         dtype: str,
     ) -> None:
-        self.rows = RowLayout.of(layer)
+        self.rows = TokenLayout.of(layer)
         self.num_query_heads = layer.num_query_heads
         self.dtype = dtype
         self.cache = _create_cache(library, layer, num_blocks, block_size, dtype)
@@ -198,7 +198,7 @@ class _GroupCalls:
         self._input = PlanInput(causal=0)
         self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
 
-    def plan(self, threads: int, step: AttentionStep) -> None:
+    def plan(self, threads: int, step: StepMetadata) -> None:
         """Plan a step, whose arrays may change afterwards.
 
         Raises:
@@ -233,7 +233,7 @@ class _SessionCalls:
     def __init__(self, library: CpuKernelLibrary, geometry: SessionGeometry) -> None:
         self._library = library
         self._geometry = geometry
-        self._kinds: list[dict[tuple[RowLayout, int, int, int], _LayerKind]] = [
+        self._kinds: list[dict[tuple[TokenLayout, int, int, int], _LayerKind]] = [
             {} for _ in geometry.groups
         ]
         self.free_calls: list[list[_GroupCalls]] = [[] for _ in geometry.groups]
@@ -241,7 +241,7 @@ class _SessionCalls:
     def add_kind(self, layer: LayerGeometry, num_blocks: int) -> int:
         """Index of the layer's kind in its group."""
         kinds = self._kinds[layer.group]
-        rows = RowLayout.of(layer)
+        rows = TokenLayout.of(layer)
         key = (rows, layer.num_query_heads, layer.num_kv_heads, num_blocks)
         if key not in kinds:
             block_size = self._geometry.groups[layer.group].block_size

@@ -22,9 +22,9 @@ from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     attend_rows,
     store_rows,
 )
-from vllm_attn_offload.protocol.layer import PayloadLayout, RowLayout
+from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 
 
@@ -105,11 +105,11 @@ class CudaDecodeAttention(TritonDecodeAttention, SharedRowsAttention):
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def plan(
-        self, group: int, geometry: SessionGeometry, step: AttentionStep
+        self, group: int, geometry: SessionGeometry, step: StepMetadata
     ) -> _CudaPlan:
         layers = [layer for layer in geometry.layers if layer.group == group]
         item_bytes = TORCH_DTYPES[geometry.dtype].itemsize
-        rows = [RowLayout.of(layer) for layer in layers]
+        rows = [TokenLayout.of(layer) for layer in layers]
         widths = (
             item_bytes * max(row.width for row in rows),
             item_bytes * max(row.out for row in rows),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_attn_offload.protocol.layer import Columns, PayloadLayout
+from vllm_attn_offload.protocol.layer import PayloadLayout, StridedRows
 from vllm_attn_offload.protocol.messages import LayerGeometry
 
 
@@ -36,7 +36,7 @@ def payload_views(
 
 
 def _rows(
-    elements: torch.Tensor, num_rows: int, heads: int, size: int, columns: Columns
+    elements: torch.Tensor, num_rows: int, heads: int, size: int, columns: StridedRows
 ) -> torch.Tensor:
     item_bytes = elements.element_size()
     return elements.as_strided(

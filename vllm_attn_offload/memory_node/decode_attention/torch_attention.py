@@ -15,7 +15,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 _TORCH_DTYPES = {
     "float32": torch.float32,
@@ -79,7 +79,7 @@ class TorchDecodeAttention(DecodeAttention):
             value=value.view(num_slots, layer.num_kv_heads, layer.v_head_size),
         )
 
-    def plan(self, group: int, geometry: SessionGeometry, step: AttentionStep) -> _Plan:
+    def plan(self, group: int, geometry: SessionGeometry, step: StepMetadata) -> _Plan:
         block_size = geometry.groups[group].block_size
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
@@ -125,7 +125,7 @@ class TorchDecodeAttention(DecodeAttention):
             torch.frombuffer(lse, dtype=torch.float32).copy_(lses.flatten())
 
 
-def _plan_request(step: AttentionStep, index: int, block_size: int) -> _Request:
+def _plan_request(step: StepMetadata, index: int, block_size: int) -> _Request:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
     seq_len = int(step.seq_lens[index])
     blocks = torch.from_numpy(step.block_table[index].copy()).long()

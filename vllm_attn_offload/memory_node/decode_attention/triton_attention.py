@@ -17,7 +17,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import AttentionStep
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.triton_kernels import (
     DecodeAttentionPlan,
     paged_decode_attention,
@@ -129,7 +129,7 @@ class TritonDecodeAttention(DecodeAttention):
         return torch.frombuffer(region, dtype=TORCH_DTYPES[dtype])
 
     def plan(
-        self, group: int, geometry: SessionGeometry, step: AttentionStep
+        self, group: int, geometry: SessionGeometry, step: StepMetadata
     ) -> StepPlan:
         owner, starts, seq_lens = cut_queries(step)
         # Rounded up: every value is a variant of the kernels to compile.
@@ -200,7 +200,7 @@ class TritonDecodeAttention(DecodeAttention):
 
 
 def cut_queries(
-    step: AttentionStep,
+    step: StepMetadata,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut requests into pieces of at most ``MAX_QUERY_LEN`` rows.
 
@@ -219,7 +219,7 @@ def cut_queries(
     return owner, starts, step.seq_lens[owner]
 
 
-def _bounds(step: AttentionStep) -> Iterable[tuple[int, int]]:
+def _bounds(step: StepMetadata) -> Iterable[tuple[int, int]]:
     rows = step.query_start_loc.tolist()
     return zip(rows, rows[1:], strict=False)
 

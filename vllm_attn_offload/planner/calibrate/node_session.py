@@ -21,8 +21,8 @@ from vllm_attn_offload.client.partition import (
     pool_blocks,
     shard_geometry,
 )
-from vllm_attn_offload.client.remote_attention import NodeGroup
-from vllm_attn_offload.client.step_plan import BatchStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
@@ -98,7 +98,7 @@ class NodeSession:
                     f"model. Calibration needs {num_tokens:,}. Start them with a "
                     "larger --kv-cache-gib, or calibrate with --quick."
                 )
-            self._nodes = NodeGroup(clients, partition, geometry)
+            self._nodes = RemoteAttention(clients, partition, geometry)
             self._fill()
             self._stack = stack.pop_all()
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_attn_offload.client.partition import Partition
-from vllm_attn_offload.protocol.step import AttentionStep, Int32Array, Int64Array
+from vllm_attn_offload.protocol.step import Int32Array, Int64Array, StepMetadata
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -49,7 +49,7 @@ class NodeStep:
         stored_rows: Rows of the batch whose k, v it stores; None: all.
     """
 
-    step: AttentionStep
+    step: StepMetadata
     positions: Int64Array | None
     query_rows: Int64Array | None
     stored_rows: Int64Array | None
@@ -66,7 +66,7 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPartition:
     """A step, divided.
 
     Args:
@@ -84,7 +84,9 @@ class StepPlan:
     needs_merge: bool
 
 
-def plan_step(batch: BatchStep, partition: Partition, block_size: int) -> StepPlan:
+def partition_step(
+    batch: BatchStep, partition: Partition, block_size: int
+) -> StepPartition:
     """Divide a step between the compute node and the memory nodes.
 
     A row of a decoding request sees all of its request's tokens on the nodes, its own
@@ -107,7 +109,7 @@ def plan_step(batch: BatchStep, partition: Partition, block_size: int) -> StepPl
     table = batch.block_table[:, :width] if all_remote else None
     if table is None:
         table = batch.block_table[is_remote, :width]
-    whole = AttentionStep(_offsets(lens), visible, batch.slot_mapping, table)
+    whole = StepMetadata(_offsets(lens), visible, batch.slot_mapping, table)
     if partition.kind == "heads" or partition.num_nodes == 1:
         nodes = (NodeStep(whole, None, rows, None),) * partition.num_nodes
     else:
@@ -115,11 +117,11 @@ def plan_step(batch: BatchStep, partition: Partition, block_size: int) -> StepPl
     needs_merge = any(prefill.has_context for prefill in prefills) or (
         partition.kind == "blocks" and partition.num_nodes > 1
     )
-    return StepPlan(batch.num_tokens, rows, prefills, nodes, needs_merge)
+    return StepPartition(batch.num_tokens, rows, prefills, nodes, needs_merge)
 
 
 def _divided_blocks(
-    whole: AttentionStep,
+    whole: StepMetadata,
     rows: Int64Array | None,
     partition: Partition,
     block_size: int,
@@ -143,7 +145,7 @@ def _divided_blocks(
         has_any = lens > 0
         positions = _rows_of(starts[has_any], query_lens[has_any])
         stored_rows = np.flatnonzero(slot_homes == node)
-        step = AttentionStep(
+        step = StepMetadata(
             _offsets(query_lens[has_any]),
             lens[has_any],
             local_slots[stored_rows],

@@ -16,7 +16,7 @@ from vllm_attn_offload.transport.streams import BlockingStream
 from vllm_attn_offload.transport.tls_stream import TlsStream
 
 
-class TcpTransport(Transport):
+class SocketTransport(Transport):
     """A data channel over a stream socket.
 
     Args:

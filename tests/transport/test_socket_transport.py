@@ -17,8 +17,8 @@ from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES, FrameHeader, FrameKind
 from vllm_attn_offload.transport.byte_stream import ByteStream
 from vllm_attn_offload.transport.native_stream import NativeStream
+from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.streams import BlockingStream
-from vllm_attn_offload.transport.tcp import TcpTransport
 from vllm_attn_offload.transport.tls_stream import TlsStream
 
 STALL_TIMEOUT_S = 0.5
@@ -131,7 +131,7 @@ def test_receive_peer_stalls_in_a_frame(sockets: Sockets, num_bytes: int) -> Non
     frame = bytearray(FRAME_HEADER_BYTES + 10)
     FrameHeader(FrameKind.OUT, num_bytes=10).pack_into(frame)
     sockets[1].sendall(frame[:num_bytes])
-    channel = TcpTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
+    channel = SocketTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
     header = FrameHeader()
 
     def receive() -> None:
@@ -143,7 +143,9 @@ def test_receive_peer_stalls_in_a_frame(sockets: Sockets, num_bytes: int) -> Non
 
 
 def test_receive_peer_closed_in_a_payload(sockets: Sockets) -> None:
-    ours, theirs = (TcpTransport(s, stall_timeout_s=STALL_TIMEOUT_S) for s in sockets)
+    ours, theirs = (
+        SocketTransport(s, stall_timeout_s=STALL_TIMEOUT_S) for s in sockets
+    )
     ours.send(FrameHeader(FrameKind.OUT, num_bytes=9), memoryview(b"12345"))
     ours.close()
     header = FrameHeader()
@@ -154,14 +156,14 @@ def test_receive_peer_closed_in_a_payload(sockets: Sockets) -> None:
 
 def test_receive_header_garbage(sockets: Sockets) -> None:
     sockets[1].sendall(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")
-    channel = TcpTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
+    channel = SocketTransport(sockets[0], stall_timeout_s=STALL_TIMEOUT_S)
     with pytest.raises(ProtocolError, match="not a frame of this protocol"):
         channel.receive_header(FrameHeader(), 5)
 
 
 def test_sockets_of_tls_are_encrypted(tmp_path: Path) -> None:
     ours, theirs = tls_pair(tmp_path)
-    channel = TcpTransport(ours, stall_timeout_s=STALL_TIMEOUT_S)
+    channel = SocketTransport(ours, stall_timeout_s=STALL_TIMEOUT_S)
     raw = socket.socket(fileno=theirs.detach())
     channel.send(FrameHeader(num_bytes=9), memoryview(b"plaintext"))
     assert b"plaintext" not in raw.recv(1 << 10)
