@@ -25,7 +25,7 @@ import vllm_attn_offload
 from vllm_attn_offload.attention.cuda.local_attention import RemotePart
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.micro_batch.runner import wrap_model
-from vllm_attn_offload.engine.cuda_placement import local_devices
+from vllm_attn_offload.engine.placement import local_devices
 from vllm_attn_offload.plugin import register
 
 OFFLOAD = {"attention_offload": {}}

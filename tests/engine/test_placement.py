@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this host's CPUs and memory are divided between local memory nodes."""
+"""How this host's CPUs, memory and GPUs are divided between local memory nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import pytest
 from vllm.config import VllmConfig
 
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.placement import local_cpus, local_kv_cache_gib
+from vllm_attn_offload.engine.placement import (
+    choose_devices,
+    local_cpus,
+    local_kv_cache_gib,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,22 @@ def test_local_memory() -> None:
     share = local_kv_cache_gib(AttentionOffloadConfig(num_local_nodes=2), 2)
     assert share is not None
     assert 0.5 < share / (available / 8) < 2
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "engine", "spare", "expected"),
+    [
+        (1, 0, [], ["cpu"]),
+        (1, 0, [1], ["cuda:1"]),
+        (1, 1, [2, 3], ["cuda:3"]),
+        (2, 0, [2, 3], ["cuda:2", "cuda:3"]),
+        (2, 0, [2], ["cpu", "cpu"]),
+        (1, 0, [7], ["cpu"]),
+    ],
+    ids=["none", "one", "second-engine", "two", "too-few", "busy"],
+)
+def test_choose_devices(
+    num_nodes: int, engine: int, spare: list[int], expected: list[str]
+) -> None:
+    """Idle GPUs only, and all nodes of an engine on the same kind of device."""
+    assert choose_devices(num_nodes, engine, spare, lambda gpu: gpu != 7) == expected

@@ -19,7 +19,8 @@ from raw_session import make_geometry
 from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.node_pool import NodePool, SessionLimits
+from vllm_attn_offload.engine.node_handle import SessionLimits
+from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
@@ -46,15 +47,13 @@ def opened_pool(
 ) -> Iterator[tuple[NodePool, Losses, list[Attachment]]]:
     """A pool with one worker's sessions, watched."""
     launches = [
-        functools.partial(
-            _start, directory / f"local-{index}", config.startup_timeout_s
-        )
+        functools.partial(_start, directory / f"local-{index}", config)
         for index in range(config.num_local_nodes)
     ]
     pool = NodePool(config, "engine", launches, ControlClient)
     losses = Losses()
     try:
-        pool.join(config.kv_cache_gib)
+        pool.join()
         assert pool.reserve([GEOMETRY], 1) == [num_blocks]
         (attachments,) = pool.open_sessions([num_opened or num_blocks], LIMITS)
         pool.watch(losses.put)
@@ -64,10 +63,13 @@ def opened_pool(
 
 
 def _start(
-    directory: Path, timeout_s: float, kv_cache_gib: float | None
+    directory: Path, config: AttentionOffloadConfig, kv_cache_gib: float | None
 ) -> MemoryNodeProcess:
     return MemoryNodeProcess(
-        directory, kv_cache_gib=kv_cache_gib, cpus=CPUS, startup_timeout_s=timeout_s
+        directory,
+        kv_cache_gib=kv_cache_gib or config.kv_cache_gib,
+        cpus=CPUS,
+        startup_timeout_s=config.startup_timeout_s,
     )
 
 
@@ -118,10 +120,11 @@ def test_heads_hold_no_more_than_the_least_node(
     config = AttentionOffloadConfig(memory_nodes=(large.address, small.address))
     geometry = make_geometry(num_query_heads=8, num_kv_heads=2)
     pool = NodePool(config, "engine", [], ControlClient)
-    pool.join(None)
+    pool.join()
     (num_blocks,) = pool.reserve([geometry], 1)
     half_block_bytes = 2 * 2 * 16 * 1 * 64 * 4
-    assert (pool.kind, num_blocks) == ("heads", int(0.05 * GIB) // half_block_bytes)
+    assert pool.partition == "heads"
+    assert num_blocks == int(0.05 * GIB) // half_block_bytes
     pool.open_sessions([num_blocks], LIMITS)
     watcher = ControlClient(large.address, 5)
     free = GIB // 4 - num_blocks * half_block_bytes
@@ -137,7 +140,7 @@ def test_standby_takes_over(start_node: StartNode, tmp_path: Path) -> None:
     greedy = NodePool(
         AttentionOffloadConfig(memory_nodes=(small.address,)), "x", [], ControlClient
     )
-    greedy.join(None)
+    greedy.join()
     greedy.reserve([GEOMETRY], 1)
     config = options(
         memory_nodes=(lost.address,), standby_nodes=(small.address, spare.address)

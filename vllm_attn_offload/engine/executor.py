@@ -14,20 +14,14 @@ from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.compatibility import check_recovery, check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.args import (
-    choose_scheduler,
-    data_parallel_size,
-    run_dir,
-)
-from vllm_attn_offload.engine.cuda_placement import local_devices
-from vllm_attn_offload.engine.frontend_watch import end_with_frontend
-from vllm_attn_offload.engine.node_handle import Launch
-from vllm_attn_offload.engine.node_pool import NodePool, SessionLimits
-from vllm_attn_offload.engine.placement import local_cpus, local_kv_cache_gib
+from vllm_attn_offload.engine.args import choose_scheduler, data_parallel_size
+from vllm_attn_offload.engine.frontend import end_with_frontend
+from vllm_attn_offload.engine.node_handle import SessionLimits
+from vllm_attn_offload.engine.node_pool import NodePool
+from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import SessionGeometry
 from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
@@ -56,38 +50,17 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()
-        self._offload_config = config = AttentionOffloadConfig.of_engine(
-            self.vllm_config
-        )
+        config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
-        self._num_engines = data_parallel_size(self.vllm_config)
-        self._recovery: Recovery | None = None
-        index = self.parallel_config.data_parallel_index
-        devices = local_devices(
-            config.num_local_nodes,
-            self.parallel_config.local_world_size,
-            index,
-            self._num_engines,
-        )
         self._pool = NodePool(
             config,
-            f"{self.vllm_config.instance_id}-{index}",
-            [] if config.memory_nodes else self._launches(config, index, devices),
+            f"{self.vllm_config.instance_id}-{self.parallel_config.data_parallel_index}",
+            local_nodes(self.vllm_config, config),
             functools.partial(ControlClient, credentials=config.load_credentials()),
         )
-        if config.on_node_loss == "recover":
-            check_recovery(config.recovery_timeout_s)
-            # Before the scheduler is made, from the same configuration.
-            choose_scheduler(self.vllm_config)
-            self._recovery = Recovery(
-                self._pool, self._attach, config.recovery_timeout_s, self._give_up
-            )
-            self._recovery.register(self.vllm_config)
+        self._recovery = self._new_recovery(config)
         try:
-            budget = config.kv_cache_gib
-            if "cpu" in devices:
-                budget = local_kv_cache_gib(config, self._num_engines)
-            self._pool.join(budget)
+            self._pool.join()
             super()._init_executor()
         except BaseException:
             self._leave_memory_nodes()
@@ -105,7 +78,9 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             sum(spec.page_size_bytes for spec in specs.values())
             for specs in self.get_kv_cache_specs()
         ]
-        num_blocks = self._pool.reserve(geometries, self._num_engines)
+        num_blocks = self._pool.reserve(
+            geometries, data_parallel_size(self.vllm_config)
+        )
         return [
             count * num_bytes
             for count, num_bytes in zip(num_blocks, block_bytes, strict=True)
@@ -167,28 +142,17 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         super().shutdown()
         self._leave_memory_nodes()
 
-    def _launches(
-        self, config: AttentionOffloadConfig, index: int, devices: list[str]
-    ) -> list[Launch]:
-        """What starts each local node, as often as one is lost."""
-
-        def launch(node_index: int, cpus: str, device: str) -> Launch:
-            directory = run_dir(index, node_index)
-            return lambda kv_cache_gib: MemoryNodeProcess(
-                directory,
-                kv_cache_gib=kv_cache_gib,
-                cpus=cpus,
-                startup_timeout_s=config.startup_timeout_s,
-                device=device,
-            )
-
-        cpus_of_nodes = local_cpus(config, self.vllm_config)
-        return [
-            launch(node_index, cpus, device)
-            for node_index, (cpus, device) in enumerate(
-                zip(cpus_of_nodes, devices, strict=True)
-            )
-        ]
+    def _new_recovery(self, config: AttentionOffloadConfig) -> Recovery | None:
+        if config.on_node_loss != "recover":
+            return None
+        check_recovery(config.recovery_timeout_s)
+        # Before the scheduler is made, from the same configuration.
+        choose_scheduler(self.vllm_config)
+        recovery = Recovery(
+            self._pool, self._attach, config.recovery_timeout_s, self._give_up
+        )
+        recovery.register(self.vllm_config)
+        return recovery
 
     def _attach(self, attachments: list[list[Attachment]]) -> list[Problem | None]:
         """Give every worker its sessions; returns what went wrong, per worker.
@@ -197,7 +161,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         is hashed into the compile cache's key.
         """
         return self.collective_rpc(
-            "attach_memory_nodes", args=(attachments, self._pool.kind)
+            "attach_memory_nodes", args=(attachments, self._pool.partition)
         )
 
     def _report_lost_step(self, step: LostStep) -> None:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows the memory nodes' counters on vLLM's own ``/metrics``."""
+"""The engine and its frontend: node counters on ``/metrics``, ending with it."""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _SCRAPE_TIMEOUT_S = 1.0
+_SHUTDOWN_TIMEOUT_S = 10.0
 _collector: StatsCollector | None = None
 
 
@@ -95,3 +101,28 @@ def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[
         for node in range(config.num_local_nodes)
     ]
     return [*local, *config.standby_nodes]
+
+
+def end_with_frontend() -> None:
+    """Watch the process that started this engine; does nothing in its own process.
+
+    vLLM's engine waits for messages from its frontend and would wait for ever: workers,
+    memory node and KV cache would stay.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(
+            target=_watch_frontend,
+            args=(parent.sentinel,),
+            name="FrontendMonitor",
+            daemon=True,
+        ).start()
+
+
+def _watch_frontend(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    logger.error("The frontend of this engine is gone. The engine stops.")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SHUTDOWN_TIMEOUT_S)
+    # Workers and memory nodes watch this process and end with it.
+    os._exit(1)

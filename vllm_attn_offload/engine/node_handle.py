@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One memory node of an engine: its process where it is local, its control channel."""
+"""One memory node of an engine: its process, its control channel, what it holds."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import msgspec
+
+from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import (
     GIB,
-    CapacityReserved,
     NodeInfo,
     OpenSession,
     ReserveCapacity,
-    SessionOpened,
 )
 
-#: Starts a local node that holds so many GiB (None: its default).
+#: Starts a local node that holds so many GiB (None: what it was given at first).
 Launch = Callable[[float | None], MemoryNodeProcess]
 #: Opens a control channel to an address within so many seconds.
 Connect = Callable[[str, float], ControlClient]
@@ -28,8 +30,40 @@ _HEARTBEATS_PER_TIMEOUT = 4
 _MAX_HEARTBEAT_S = 1.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Size of the largest step that a worker sends."""
+
+    max_num_tokens: int
+    max_num_reqs: int
+    max_blocks_per_req: int
+
+
+@dataclasses.dataclass(slots=True)
+class _RankShare:
+    """Memory of a node for one rank; ``request`` is what to ask for next time."""
+
+    request: ReserveCapacity
+    reservation: str = ""
+    num_reserved: int = 0
+    num_opened: int = 0
+
+    def limit(self, num_blocks: int) -> None:
+        """Ask for no more memory than the blocks in use need."""
+        self.num_opened = num_blocks
+        needed = min(num_blocks, self.num_reserved)
+        self.ask(self.request.kv_bytes * needed // self.num_reserved)
+
+    def ask(self, kv_bytes: int) -> None:
+        """Change what is asked for the next time."""
+        self.request = msgspec.structs.replace(self.request, kv_bytes=kv_bytes)
+
+
 class NodeHandle:
     """A node that the engine starts, or one that runs already.
+
+    Methods that talk to it raise MemoryNodeError where it does not start, is lost or
+    refuses.
 
     Args:
         source: The address of a running node, or what starts a local one.
@@ -50,7 +84,8 @@ class NodeHandle:
         self._lock = threading.Lock()
         self._process: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None
-        self._reserved: list[str] = []
+        self._shares: list[_RankShare] = []
+        self._reservations: list[str] = []
         self._total_gib: float | None = None
 
     @property
@@ -63,52 +98,88 @@ class NodeHandle:
         """Process id of a local node."""
         return self._process.pid if self._process else None
 
-    def join(self, kv_cache_gib: float | None, timeout_s: float) -> None:
-        """Start the node or connect to it.
+    @property
+    def num_blocks(self) -> list[int]:
+        """Reserved blocks, per rank."""
+        return [share.num_reserved for share in self._shares]
 
-        Args:
-            kv_cache_gib: Budget of a node that is started; None for its default. One
-                that is started again has what it had.
-            timeout_s: Deadline of the connection.
+    @property
+    def kv_bytes(self) -> int:
+        """Reserved memory of all ranks."""
+        return sum(share.request.kv_bytes for share in self._shares)
 
-        Raises:
-            MemoryNodeError: It does not start, or nobody answers there.
-        """
-        self.start(kv_cache_gib)
+    def join(self, timeout_s: float) -> None:
+        """Start a local node, then connect within ``timeout_s``."""
+        self.start()
         with self._lock:
             self._control = self._connect(self.address, timeout_s)
             self._total_gib = self._control.info.kv_bytes_total / GIB
             self.is_lost = False
 
-    def start(self, kv_cache_gib: float | None) -> None:
+    def start(self) -> None:
         """Start the process of a local node, if there is none yet.
 
-        Raises:
-            MemoryNodeError: It ends or is not ready in time.
+        One that is started again gets the memory that it had.
         """
         with self._lock:
             if not isinstance(self.source, str) and self._process is None:
-                self._process = self.source(self._total_gib or kv_cache_gib)
+                self._process = self.source(self._total_gib)
                 self.address = self._process.address
 
     def refresh_info(self) -> NodeInfo:
         """Ask what is free now."""
         return self._channel().refresh_info()
 
-    def reserve(self, request: ReserveCapacity) -> CapacityReserved:
-        """Hold memory until ``release``, ``lose`` or ``close``."""
-        reserved = self._channel().reserve(request)
-        self._reserved.append(reserved.reservation)
-        return reserved
+    def reserve(self, requests: Iterable[ReserveCapacity]) -> None:
+        """Hold memory for each rank until ``close``, or until the node is lost."""
+        self._shares = [_RankShare(request) for request in requests]
+        self._reserve()
 
-    def open_session(self, request: OpenSession) -> SessionOpened:
-        """Turn a reservation into a pool."""
-        return self._channel().open_session(request)
+    def limit_blocks(self, num_blocks: Iterable[int]) -> None:
+        """Give back what no block of the pool needs.
 
-    def release(self) -> None:
-        """Give back all that is reserved; data channels to it end."""
-        while self._reserved:
-            self._channel().close_session(self._reserved.pop())
+        The least node limits a partition by heads, and the user may limit the pool.
+
+        Args:
+            num_blocks: Per rank, the blocks that its session will have.
+        """
+        held_bytes = self.kv_bytes
+        for share, count in zip(self._shares, num_blocks, strict=True):
+            share.limit(count)
+        if self.kv_bytes != held_bytes:
+            self.renew()
+
+    def renew(self) -> None:
+        """Give back everything and reserve the same again; its data channels end."""
+        while self._reservations:
+            self._channel().close_session(self._reservations.pop())
+        self._reserve()
+
+    def rejoin(self, timeout_s: float) -> None:
+        """Start or connect to a lost node again and reserve what it had.
+
+        Raises:
+            MemoryNodeError: It is not back, or holds less than before. It stays lost.
+        """
+        try:
+            self.join(timeout_s)
+            self._reserve()
+            self._check_size()
+        except MemoryNodeError:
+            self.lose()
+            raise
+
+    def take_over(self, lost: NodeHandle) -> None:
+        """Hold what another node held, from the next ``rejoin`` on."""
+        self._shares = [dataclasses.replace(share) for share in lost._shares]
+
+    def open_sessions(self, generation: int, limits: SessionLimits) -> list[Attachment]:
+        """Turn all reservations into KV pools.
+
+        Returns:
+            Per rank, what its worker needs to attach.
+        """
+        return [self._open(share, generation, limits) for share in self._shares]
 
     def watch(self, on_loss: Callable[[MemoryNodeError], None]) -> None:
         """Report when this connection is lost, once, from a thread.
@@ -145,7 +216,7 @@ class NodeHandle:
             if control is not None and control is not self._control:
                 return False
             self.is_lost = True
-            self._reserved.clear()
+            self._reservations.clear()
             if self._control is not None:
                 self._control.close()
                 self._control = None
@@ -167,6 +238,40 @@ class NodeHandle:
             control.close()
         if self._process is not None:
             self._process.stop()
+
+    def _reserve(self) -> None:
+        for share in self._shares:
+            reserved = self._channel().reserve(share.request)
+            self._reservations.append(reserved.reservation)
+            share.reservation = reserved.reservation
+            share.num_reserved = reserved.num_blocks
+            share.ask(reserved.kv_bytes)
+
+    def _check_size(self) -> None:
+        if any(share.num_reserved < share.num_opened for share in self._shares):
+            raise MemoryNodeError(
+                self.address,
+                f"its kernel ({self.info.attention_kernel}) fits "
+                f"{min(self.num_blocks):,} blocks where "
+                f"{max(share.num_opened for share in self._shares):,} were held "
+                "before. Use a standby with the same device and kernel.",
+            )
+
+    def _open(
+        self, share: _RankShare, generation: int, limits: SessionLimits
+    ) -> Attachment:
+        opened = self._channel().open_session(
+            OpenSession(
+                reservation=share.reservation,
+                generation=generation,
+                num_blocks=share.num_opened,
+                max_num_tokens=limits.max_num_tokens,
+                max_num_reqs=limits.max_num_reqs,
+                max_blocks_per_req=limits.max_blocks_per_req,
+            )
+        )
+        session, token = opened.session, opened.attach_token
+        return Attachment(self.address, session, token, generation, share.num_opened)
 
     def _channel(self) -> ControlClient:
         control = self._control

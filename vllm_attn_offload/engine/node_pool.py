@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-import msgspec
 
 from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.partition import (
@@ -17,13 +14,16 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.node_handle import Connect, Launch, NodeHandle
+from vllm_attn_offload.engine.node_handle import (
+    Connect,
+    Launch,
+    NodeHandle,
+    SessionLimits,
+)
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.messages import (
     GIB,
-    CapacityReserved,
-    OpenSession,
     ReserveCapacity,
     SessionGeometry,
     Shard,
@@ -33,15 +33,6 @@ logger = get_logger(__name__)
 
 #: A node that was there before answers at once, or is not back yet.
 _REJOIN_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """The largest step that a worker sends."""
-
-    max_num_tokens: int
-    max_num_reqs: int
-    max_blocks_per_req: int
 
 
 class NodePool:
@@ -62,7 +53,7 @@ class NodePool:
         connect: Connect,
     ) -> None:
         self.generation = 0
-        self.kind: PartitionKind = "heads"
+        self.partition: PartitionKind = "heads"
         self._config = config
         self._engine = engine
         self._connect = connect
@@ -70,26 +61,16 @@ class NodePool:
         self._nodes = [self._node(each) for each in config.memory_nodes or local]
         self._on_loss: Callable[[MemoryNodeError], None] | None = None
         self._limits: SessionLimits | None = None
-        # Per node and rank.
-        self._requests: list[list[ReserveCapacity]] = [[] for _ in self._nodes]
-        self._reserved: list[list[CapacityReserved]] = [[] for _ in self._nodes]
-        self._opened_blocks: list[list[int]] = []
 
-    def join(self, kv_cache_gib: float | None) -> None:
+    def join(self) -> None:
         """Start or connect to all nodes at once.
-
-        Args:
-            kv_cache_gib: Budget of a node that is started; None for its default.
 
         Raises:
             MemoryNodeError: One of them cannot be started or reached.
         """
         timeout_s = self._config.startup_timeout_s
         with ThreadPoolExecutor(len(self._nodes)) as threads:
-            joins = [
-                threads.submit(node.join, kv_cache_gib, timeout_s)
-                for node in self._nodes
-            ]
+            joins = [threads.submit(node.join, timeout_s) for node in self._nodes]
         for join in joins:
             join.result()
         for node in self._nodes:
@@ -116,24 +97,25 @@ class NodePool:
             MemoryNodeError: A node refuses or is gone.
         """
         num_nodes, num_ranks = len(self._nodes), len(geometries)
-        self.kind, reason = choose_partition(
+        self.partition, reason = choose_partition(
             self._config.partition, geometries[0], num_nodes
         )
-        shards = [shard_geometry(each, self.kind, num_nodes) for each in geometries]
+        shards = [
+            shard_geometry(each, self.partition, num_nodes) for each in geometries
+        ]
         for index, node in enumerate(self._nodes):
-            kv_bytes = self._kv_bytes(node, num_engines) // num_ranks
-            self._requests[index] = [
+            kv_bytes = max(1, self._kv_bytes(node, num_engines) // num_ranks)
+            node.reserve(
                 ReserveCapacity(
                     engine=self._engine,
                     shard=Shard(rank, num_ranks, index, num_nodes),
                     geometry=shard,
-                    kv_bytes=max(1, kv_bytes),
+                    kv_bytes=kv_bytes,
                 )
                 for rank, shard in enumerate(shards)
-            ]
-            self._reserve_on(index)
+            )
         self._log_capacity(reason)
-        return [pool_blocks(self.kind, self._blocks(rank)) for rank in range(num_ranks)]
+        return [pool_blocks(self.partition, held) for held in self._blocks_by_rank()]
 
     def open_sessions(
         self, num_blocks: list[int], limits: SessionLimits
@@ -152,12 +134,11 @@ class NodePool:
         """
         self._limits = limits
         by_rank = [
-            _divide(count, self._blocks(rank), self.kind)
-            for rank, count in enumerate(num_blocks)
+            _divide(count, held, self.partition)
+            for count, held in zip(num_blocks, self._blocks_by_rank(), strict=True)
         ]
-        self._opened_blocks = [list(counts) for counts in zip(*by_rank, strict=True)]
-        for index in range(len(self._nodes)):
-            self._give_back_surplus(index)
+        for node, counts in zip(self._nodes, zip(*by_rank, strict=True), strict=True):
+            node.limit_blocks(counts)
         return self._open()
 
     def watch(self, on_loss: Callable[[MemoryNodeError], None]) -> None:
@@ -184,12 +165,11 @@ class NodePool:
         for node in self._nodes:
             node.check()
         self._restart_local()
-        for index, node in enumerate(self._nodes):
+        for node in list(self._nodes):
             if node.is_lost:
-                self._bring_back(index, use_standby=use_standby)
+                self._bring_back(node, use_standby=use_standby)
             else:
-                node.release()
-                self._reserve_on(index)
+                node.renew()
         return self._open()
 
     def check_health(self) -> None:
@@ -223,76 +203,16 @@ class NodePool:
         free = node.refresh_info().kv_bytes_free
         return free if num_engines == 1 else min(free, share)
 
-    def _blocks(self, rank: int) -> tuple[int, ...]:
-        return tuple(reserved[rank].num_blocks for reserved in self._reserved)
-
-    def _reserve_on(self, index: int) -> None:
-        """Reserve on one node; the next time it must hold exactly the same.
-
-        Raises:
-            MemoryNodeError: It refuses, or holds less than its sessions had.
-        """
-        node, requests = self._nodes[index], self._requests[index]
-        self._reserved[index] = [node.reserve(request) for request in requests]
-        self._requests[index] = [
-            msgspec.structs.replace(request, kv_bytes=reserved.kv_bytes)
-            for request, reserved in zip(requests, self._reserved[index], strict=True)
-        ]
-
-    def _give_back_surplus(self, index: int) -> None:
-        """Leave to others what no block of the pool needs: the least node limits a
-        partition by heads, and the user may limit the pool."""
-        node, reserved = self._nodes[index], self._reserved[index]
-        shrunk = [
-            msgspec.structs.replace(
-                request,
-                kv_bytes=each.kv_bytes
-                * min(blocks, each.num_blocks)
-                // each.num_blocks,
-            )
-            for request, each, blocks in zip(
-                self._requests[index], reserved, self._opened_blocks[index], strict=True
-            )
-        ]
-        if shrunk != self._requests[index]:
-            self._requests[index] = shrunk
-            node.release()
-            self._reserve_on(index)
+    def _blocks_by_rank(self) -> list[tuple[int, ...]]:
+        """Per rank, the reserved blocks of each node."""
+        return list(zip(*(node.num_blocks for node in self._nodes), strict=True))
 
     def _open(self) -> list[list[Attachment]]:
         assert self._limits is not None
         by_node = [
-            [
-                self._open_session(node, reserved, num_blocks)
-                for reserved, num_blocks in zip(
-                    self._reserved[index], self._opened_blocks[index], strict=True
-                )
-            ]
-            for index, node in enumerate(self._nodes)
+            node.open_sessions(self.generation, self._limits) for node in self._nodes
         ]
         return [list(attachments) for attachments in zip(*by_node, strict=True)]
-
-    def _open_session(
-        self, node: NodeHandle, reserved: CapacityReserved, num_blocks: int
-    ) -> Attachment:
-        assert self._limits is not None
-        opened = node.open_session(
-            OpenSession(
-                reservation=reserved.reservation,
-                generation=self.generation,
-                num_blocks=num_blocks,
-                max_num_tokens=self._limits.max_num_tokens,
-                max_num_reqs=self._limits.max_num_reqs,
-                max_blocks_per_req=self._limits.max_blocks_per_req,
-            )
-        )
-        return Attachment(
-            node.address,
-            opened.session,
-            opened.attach_token,
-            self.generation,
-            num_blocks,
-        )
 
     def _restart_local(self) -> None:
         """Start the processes of all lost local nodes at once.
@@ -302,28 +222,30 @@ class NodePool:
         with ThreadPoolExecutor(len(self._nodes)) as threads:
             for node in self._nodes:
                 if node.is_lost:
-                    threads.submit(node.start, None)
+                    threads.submit(node.start)
 
-    def _bring_back(self, index: int, *, use_standby: bool) -> None:
+    def _bring_back(self, lost: NodeHandle, *, use_standby: bool) -> None:
         """Restart or reconnect a lost node, or let a standby take its place.
 
         Raises:
-            MemoryNodeError: Neither is possible now; of the lost node itself.
+            MemoryNodeError: Neither is possible now; names the lost node.
         """
-        lost = self._nodes[index]
         try:
-            self._take_in(index, lost)
+            self._take_in(lost)
         except MemoryNodeError:
-            if not use_standby or not self._replace(index, lost):
+            if not use_standby or not self._replace(lost):
                 raise
 
-    def _replace(self, index: int, lost: NodeHandle) -> bool:
+    def _replace(self, lost: NodeHandle) -> bool:
         for address in list(self._standby):
+            spare = self._node(address)
+            spare.take_over(lost)
             try:
-                self._take_in(index, self._node(address))
+                self._take_in(spare)
             except MemoryNodeError as error:
                 logger.warning("Attention offload: a standby is no help. %s", error)
                 continue
+            self._nodes[self._nodes.index(lost)] = spare
             self._standby.remove(address)
             if isinstance(lost.source, str):
                 self._standby.append(lost.source)
@@ -335,55 +257,35 @@ class NodePool:
             return True
         return False
 
-    def _take_in(self, index: int, node: NodeHandle) -> None:
-        """Join a node and hold on it what its place in the pool needs."""
-        self._nodes[index], before = node, self._nodes[index]
-        try:
-            node.join(None, _REJOIN_TIMEOUT_S)
-            self._reserve_on(index)
-            self._check_size(index)
-        except MemoryNodeError:
-            node.lose()
-            self._nodes[index] = before
-            raise
+    def _take_in(self, node: NodeHandle) -> None:
+        node.rejoin(_REJOIN_TIMEOUT_S)
         if self._on_loss is not None:
             node.watch(self._on_loss)
 
-    def _check_size(self, index: int) -> None:
-        node, needed = self._nodes[index], self._opened_blocks[index]
-        held = [reserved.num_blocks for reserved in self._reserved[index]]
-        if any(mine < least for mine, least in zip(held, needed, strict=True)):
-            raise MemoryNodeError(
-                node.address,
-                f"its kernel ({node.info.attention_kernel}) fits {min(held):,} blocks "
-                f"where {max(needed):,} were held before. Use a standby with the same "
-                "device and kernel.",
-            )
-
     def _log_capacity(self, reason: str) -> None:
-        for node, reserved in zip(self._nodes, self._reserved, strict=True):
+        for node in self._nodes:
             logger.info(
                 "Attention offload: memory node %s (%s, %s kernel) holds %.2f GiB of "
                 "KV cache, %s blocks; limits of the compute host do not apply",
                 node.address,
                 node.info.device,
                 node.info.attention_kernel,
-                sum(each.kv_bytes for each in reserved) / GIB,
-                f"{min(each.num_blocks for each in reserved):,}",
+                node.kv_bytes / GIB,
+                f"{min(node.num_blocks):,}",
             )
         logger.info(
             "Attention offload: %d memory node(s), partition by %s, because %s",
             len(self._nodes),
-            self.kind,
+            self.partition,
             reason,
         )
 
 
 def _divide(
-    num_blocks: int, held: tuple[int, ...], kind: PartitionKind
+    num_blocks: int, held: tuple[int, ...], partition: PartitionKind
 ) -> tuple[int, ...]:
     """Blocks of each node, of a pool that may be smaller than what is held."""
-    if kind == "heads":
+    if partition == "heads":
         return (num_blocks,) * len(held)
     total = sum(held)
     counts = [num_blocks * each // total for each in held]

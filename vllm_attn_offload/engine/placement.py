@@ -1,27 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which CPUs of this host compute and which ones local memory nodes get."""
+"""Divides this host's devices, CPUs and memory between workers and memory nodes."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import parse_id_list
+from vllm.utils.import_utils import import_pynvml
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.args import data_parallel_size, run_dir
+from vllm_attn_offload.engine.node_handle import Launch
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import GIB
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: As of a node that is alone: the host's memory is needed by others, too.
+#: Local nodes together hold what one node would: others need memory, too.
 _LOCAL_SHARE = 0.5
+#: A GPU is idle with up to this share of its memory in use.
+_IDLE_SHARE = 0.05
 _RESERVED_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+
+
+def local_nodes(
+    vllm_config: VllmConfig, config: AttentionOffloadConfig
+) -> list[Launch]:
+    """Decide the device, CPUs and memory of each local memory node of an engine.
+
+    Returns:
+        Starts one node each; empty where the options name running nodes.
+    """
+    if config.memory_nodes:
+        return []
+    engine = vllm_config.parallel_config.data_parallel_index
+    num_engines = data_parallel_size(vllm_config)
+    devices = local_devices(
+        config.num_local_nodes,
+        vllm_config.parallel_config.local_world_size,
+        engine,
+        num_engines,
+    )
+    budget_gib = config.kv_cache_gib
+    if "cpu" in devices:
+        budget_gib = local_kv_cache_gib(config, num_engines)
+    cpus = local_cpus(config, vllm_config)
+    return [
+        functools.partial(
+            _launch,
+            directory=run_dir(engine, index),
+            device=device,
+            cpus=cpus_of_node,
+            budget_gib=budget_gib,
+            startup_timeout_s=config.startup_timeout_s,
+        )
+        for index, (device, cpus_of_node) in enumerate(zip(devices, cpus, strict=True))
+    ]
+
+
+def _launch(
+    kv_cache_gib: float | None,
+    *,
+    directory: Path,
+    device: str,
+    cpus: str,
+    budget_gib: float | None,
+    startup_timeout_s: float,
+) -> MemoryNodeProcess:
+    return MemoryNodeProcess(
+        directory,
+        kv_cache_gib=kv_cache_gib or budget_gib,
+        cpus=cpus,
+        startup_timeout_s=startup_timeout_s,
+        device=device,
+    )
 
 
 def share_cpus(vllm_config: VllmConfig) -> list[int]:
@@ -86,3 +148,45 @@ def local_kv_cache_gib(
     if config.kv_cache_gib is not None or num_nodes == 1:
         return config.kv_cache_gib
     return psutil.virtual_memory().available * _LOCAL_SHARE / num_nodes / GIB
+
+
+def local_devices(
+    num_nodes: int, workers_per_engine: int, engine: int, num_engines: int
+) -> list[str]:
+    """Choose devices of an engine's local nodes: idle GPUs behind those that compute.
+
+    Args:
+        num_nodes: Local nodes of each engine.
+        workers_per_engine: GPUs that each engine computes on.
+        engine: Index of the engine among those that share this host.
+        num_engines: Engines that share this host.
+
+    Returns:
+        ``cuda:N`` for each node where there are enough idle GPUs, else ``cpu``.
+    """
+    if not current_platform.is_cuda():
+        return ["cpu"] * num_nodes
+    spare = range(num_engines * workers_per_engine, current_platform.device_count())
+    return choose_devices(num_nodes, engine, list(spare), is_idle)
+
+
+def choose_devices(
+    num_nodes: int, engine: int, spare: list[int], is_idle: Callable[[int], bool]
+) -> list[str]:
+    """Choose like ``local_devices`` from ``spare``, GPUs that no engine computes on."""
+    mine = spare[engine * num_nodes : (engine + 1) * num_nodes]
+    if len(mine) < num_nodes or not all(map(is_idle, mine)):
+        return ["cpu"] * num_nodes
+    return [f"cuda:{gpu}" for gpu in mine]
+
+
+def is_idle(gpu: int) -> bool:
+    """Tell whether a visible GPU's memory is unused, without making a context there."""
+    nvml = import_pynvml()
+    nvml.nvmlInit()
+    try:
+        physical = current_platform.visible_device_id_to_physical_device_id(gpu)
+        memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(physical))
+        return bool(memory.used <= _IDLE_SHARE * memory.total)
+    finally:
+        nvml.nvmlShutdown()
