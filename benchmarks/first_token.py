@@ -14,14 +14,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engines.launch import EngineProcess, offload_engine, stock_engine
+from engines.launch import LOG, EngineProcess, offload_engine, stock_engine
 from harness import environment
 from harness.progress import track
 from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
 
-LOG = Path("/tmp/attn-offload-benchmark.log")
 STOCK = "stock"
 
 
@@ -51,18 +50,18 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console()
     model = arguments.model or str(prepare())
-    with LOG.open("w") as log:
-        engines = [
-            stock_engine(arguments, model, log, STOCK, arguments.compute_cpus),
-            offload_engine(arguments, model, log, "one node"),
-        ]
-        try:
-            for engine in engines:
-                engine.wait_until_ready()
-            answers = measure(engines, arguments)
-        finally:
-            for engine in engines:
-                engine.stop()
+    LOG.unlink(missing_ok=True)
+    engines = [
+        stock_engine(arguments, model, LOG, STOCK, arguments.compute_cpus),
+        offload_engine(arguments, model, LOG, "one node"),
+    ]
+    try:
+        for engine in engines:
+            engine.wait_until_ready()
+        answers = measure(engines, arguments)
+    finally:
+        for engine in engines:
+            engine.stop()
     rows = [summarise(kind, answers) for kind in ("cold", "cached")]
     facts = environment.describe()
     print_table(console, rows, arguments, facts)

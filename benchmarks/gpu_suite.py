@@ -13,9 +13,7 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,9 +26,9 @@ from decode_kernels.decode_providers import PROVIDERS, Inputs, Workload, draw_in
 from gpu.engines import compare_tokens, measure_decode
 from gpu.exchange import measure_exchange
 from gpu.system import measure_transports
+from harness.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-
 
 SHAPES = [
     *((1, 512), (1, 4096), (1, 65536), (8, 4096), (32, 512), (32, 4096)),
@@ -100,19 +98,7 @@ def import_kernels() -> None:
 
 
 def step_environment(bench: Bench) -> dict[str, Any]:
-    import triton
-
-    git = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    result: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": git.stdout.strip() or None,
-        "command": sys.argv,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    result = describe()
     if not bench.is_dry:
         properties = torch.cuda.get_device_properties(0)
         result["gpu"] = properties.name

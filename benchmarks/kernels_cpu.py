@@ -11,10 +11,7 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import torch
 from decode_kernels.cpu_sides import Batch, Ours, Shape, Vllm
+from harness.environment import describe
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -31,7 +29,6 @@ from vllm_attn_offload.native.attention import (
 )
 
 FILL_TOKENS = 8192
-
 
 SHAPES = {
     shape.name: shape
@@ -232,32 +229,6 @@ def percentiles(samples: list[float]) -> list[float]:
     return [deciles[1], deciles[4], deciles[7]]
 
 
-def environment(library: CpuKernelLibrary, isa: str | None) -> dict[str, object]:
-    """What a reader needs to compare results."""
-    import vllm
-
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": cpu_model(),
-        "cpus": sorted(os.sched_getaffinity(0)),
-        "isa": isa or library.isa_names[0],
-        "load_average": os.getloadavg(),
-        "kernel": platform.release(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "revision": revision,
-        "command": sys.argv,
-    }
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def make_parser() -> FlexibleArgumentParser:
     parser = FlexibleArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -281,7 +252,7 @@ def main() -> None:
         )
     current_platform.import_kernels()
     torch.manual_seed(0)
-    about = environment(library, args.isa)
+    about = describe() | {"isa": args.isa or library.isa_names[0]}
     print(*(f"{key}: {value}" for key, value in about.items()), HEADER, sep="\n")
     results = []
     for name in args.shapes:

@@ -14,12 +14,11 @@ import json
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from engines import links as offline_latency
-from engines import tables as offline_tables
-from engines.launch import EngineProcess, offload_engine, stock_engine
-from engines.links import Link
+from engines import tables
+from engines.launch import LOG, EngineProcess, offload_engine, stock_engine
+from engines.links import Link, remote_engine, sweep_links
 from engines.mode import EngineMode
 from engines.nodes import sweep_nodes
 from engines.trace import trace
@@ -39,57 +38,64 @@ MIN_IDENTICAL = {"float32": 1.0, "bfloat16": 0.75, "float16": 0.75}
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--dtype", default="float32", choices=MIN_IDENTICAL)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--runs", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=24, help="default: %(default)s")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", help="default: SmolLM2-135M-Instruct")
+    add("--dtype", default="float32", choices=MIN_IDENTICAL)
+    add("--batch", type=int, nargs="+", default=[1, 8])
+    add("--context", type=int, nargs="+", default=[128, 1024])
+    add("--runs", type=int, default=5, help="default: %(default)s")
+    add("--steps", type=int, default=24, help="default: %(default)s")
+    add(
         "--stock-cpus",
         nargs="+",
         default=["0", "0-1"],
         metavar="LIST",
         help="thread bindings of stock vLLM to try; the best one is the baseline",
     )
-    parser.add_argument("--compute-cpus", default="0", metavar="LIST")
-    parser.add_argument("--node-cpus", default="1", metavar="LIST")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument(
+    add("--compute-cpus", default="0", metavar="LIST")
+    add("--node-cpus", default="1", metavar="LIST")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--output", type=Path, help="write JSON here")
+    add_modes(parser)
+    arguments = parser.parse_args()
+    if arguments.ablate:
+        arguments.micro_batches = ["1", "2"]
+    return arguments
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose what is compared."""
+    add = parser.add_argument
+    add(
         "--micro-batches",
         nargs="+",
         default=["auto"],
         choices=("1", "2", "auto"),
         help="measure the offloading engine with each; default: auto",
     )
-    parser.add_argument(
+    add(
         "--ablate",
         action="store_true",
         help="the same as --micro-batches 1 2, with what bounds the gain",
     )
-    parser.add_argument(
+    add(
         "--trace-out",
         type=Path,
         help="write a Chrome trace of one step at the largest point, and a PNG beside",
     )
-    parser.add_argument(
+    add(
         "--sweep-nodes",
         type=lambda text: [int(count) for count in text.split(",")],
         metavar="1,2,4",
         help="compare capacity and traffic of several local nodes, and nothing else",
     )
-    parser.add_argument(
+    add(
         "--links",
         type=lambda text: [Link.parse(link) for link in text.split(",")],
         metavar="MS[@MBIT],...",
         help="compare one micro-batch, two and stock, memory nodes on a second host "
         "(a network namespace) with a longer or thinner link, and nothing else",
     )
-    parser.add_argument("--output", type=Path, help="write JSON here")
-    arguments = parser.parse_args()
-    if arguments.ablate:
-        arguments.micro_batches = ["1", "2"]
-    return arguments
 
 
 def main() -> None:
@@ -99,18 +105,18 @@ def main() -> None:
     console.width = max(console.width, TABLE_COLUMNS)
     model = arguments.model or str(prepare())
     report: dict[str, Any] = {}
-    with Path("/tmp/attn-offload-benchmark.log").open("w") as log:
-        if arguments.sweep_nodes:
-            report["nodes"] = sweep_nodes(arguments, model, log)
-            offline_tables.print_nodes(console, report["nodes"])
-        elif arguments.links:
-            report["links"] = compare_links(arguments, model, log, console)
-            offline_tables.print_links(console, report["links"])
-        else:
-            report["rows"] = compare(arguments, model, log, console)
-        if arguments.trace_out:
-            trace(arguments, model, log)
-            console.print(f"wrote {arguments.trace_out} and a PNG beside it")
+    LOG.unlink(missing_ok=True)
+    if arguments.sweep_nodes:
+        report["nodes"] = sweep_nodes(arguments, model, LOG)
+        tables.print_nodes(console, report["nodes"])
+    elif arguments.links:
+        report["links"] = compare_links(arguments, model, LOG, console)
+        tables.print_links(console, report["links"])
+    else:
+        report["rows"] = compare(arguments, model, LOG, console)
+    if arguments.trace_out:
+        trace(arguments, model, LOG)
+        console.print(f"wrote {arguments.trace_out} and a PNG beside it")
     report["environment"] = facts = environment.describe()
     console.print(
         f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average']}"
@@ -120,7 +126,7 @@ def main() -> None:
 
 
 def compare(
-    arguments: argparse.Namespace, model: str, log: TextIO, console: Console
+    arguments: argparse.Namespace, model: str, log: Path, console: Console
 ) -> list[dict[str, Any]]:
     """Stock and offloading engines in turns; prints the tables."""
     engines = [
@@ -140,15 +146,15 @@ def compare(
     finally:
         for engine in engines:
             engine.stop()
-    offline_tables.print_rates(console, rows)
-    offline_tables.print_sums(console, rows)
+    tables.print_rates(console, rows)
+    tables.print_sums(console, rows)
     if arguments.ablate:
-        offline_tables.print_ablation(console, rows)
+        tables.print_ablation(console, rows)
     return rows
 
 
 def compare_links(
-    arguments: argparse.Namespace, model: str, log: TextIO, console: Console
+    arguments: argparse.Namespace, model: str, log: Path, console: Console
 ) -> list[dict[str, Any]]:
     """The largest point over every link, remote nodes against stock."""
     cpus = arguments.stock_cpus[-1]
@@ -156,7 +162,7 @@ def compare_links(
         host = stack.enter_context(remote_nodes(log))
         engines = [
             stock_engine(arguments, model, log, f"stock, CPUs {cpus}", cpus),
-            offline_latency.remote_engine(arguments, model, log, host),
+            remote_engine(arguments, model, log, host),
         ]
         for engine in engines:
             stack.callback(engine.stop)
@@ -164,7 +170,7 @@ def compare_links(
             engine.wait_until_ready()
         modes = [EngineMode(engines[1], option) for option in ("1", "2")]
         check([engines[0], *modes], arguments.dtype, console)
-        return offline_latency.sweep_links(arguments, [engines[0], *modes], host)
+        return sweep_links(arguments, [engines[0], *modes], host)
 
 
 def check(sides: list[Side], dtype: str, console: Console) -> None:

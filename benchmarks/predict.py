@@ -159,7 +159,7 @@ def compare(
             # Modes are functions that run in the worker.
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         }
-        engine = EngineProcess("offload", options, variables, log)
+        engine = EngineProcess("offload", options, variables, Path(log.name))
         try:
             engine.wait_until_ready()
             # An engine's first seconds can be slower; calibration leaves them out, too.

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -23,16 +21,13 @@ from typing import Any
 from harness import environment
 from harness.progress import track
 from harness.remote_nodes import remote_nodes
+from harness.serving_load import random_load, run_bench, trace_load, warm_up_load
 from harness.serving_plots import plot
-from harness.serving_server import VLLM, Server
+from harness.serving_server import MeasuredServer
 from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
 
-from vllm_attn_offload.planner.simulate.traces import read_trace
-
-CHUNK_TOKENS = 512
-BENCH_TIMEOUT_S = 3600.0
 TABLE_COLUMNS = 120
 
 
@@ -87,7 +82,7 @@ def main() -> None:
             log = folder / f"{name}.log"
             servers.append(start(name, model, arguments, offload, log))
             stack.callback(servers[-1].stop)
-        rows = measure(servers, model, arguments, folder)
+        rows = measure(servers, arguments, folder)
     facts = environment.describe()
     print_table(console, rows, facts)
     report = {"environment": facts, "rows": rows}
@@ -107,8 +102,7 @@ def start_remote_nodes(
             "kv_cache_gib": arguments.kv_cache_gib,
             "local_node_cpus": arguments.node_cpus,
         }
-    log = stack.enter_context((folder / "nodes.log").open("w", encoding="utf-8"))
-    host = stack.enter_context(remote_nodes(log))
+    host = stack.enter_context(remote_nodes(folder / "nodes.log"))
     each_gib = arguments.kv_cache_gib / arguments.remote_nodes
     nodes = [
         host.start(each_gib, arguments.node_cpus, is_relayed=False)
@@ -127,7 +121,7 @@ def start(
     arguments: argparse.Namespace,
     offload: dict[str, Any] | None,
     log: Path,
-) -> Server:
+) -> MeasuredServer:
     """Start one engine; both get the same limits and a KV cache of the same size."""
     options = [
         *("--dtype", arguments.dtype),
@@ -142,16 +136,18 @@ def start(
     else:
         options += ["--attention-offload-config", json.dumps(offload)]
         cpus = arguments.compute_cpus
-    return Server(name, model, options, {"VLLM_CPU_OMP_THREADS_BIND": cpus}, log)
+    return MeasuredServer(
+        name, model, options, {"VLLM_CPU_OMP_THREADS_BIND": cpus}, log
+    )
 
 
 def measure(
-    servers: list[Server], model: str, arguments: argparse.Namespace, folder: Path
+    servers: list[MeasuredServer], arguments: argparse.Namespace, folder: Path
 ) -> list[dict[str, Any]]:
     """One row per rate and engine; engines take turns at each rate."""
     for server in servers:
         # Lazy start-up work must not land in the first rate.
-        run_bench(server, model, warm_up_load(arguments), folder, BENCH_TIMEOUT_S)
+        run_bench(server, warm_up_load(arguments), folder)
     rows = []
     plan = [(i, rate) for i, rate in enumerate(arguments.rates)]
     for index, rate in track(plan, "serving"):
@@ -161,92 +157,11 @@ def measure(
         texts: list[str] = []
         for server in servers:
             with server.watch() as samples:
-                result = run_bench(server, model, load, folder, BENCH_TIMEOUT_S)
+                result = run_bench(server, load, folder)
             texts = texts or result["generated_texts"]
-            rows.append(summarise(server.name, rate, result, samples))
+            rows.append(summarise(server.engine, rate, result, samples))
             rows[-1]["identical"] = count_equal(texts, result["generated_texts"])
     return rows
-
-
-def warm_up_load(arguments: argparse.Namespace) -> list[str]:
-    """A few short requests."""
-    return [
-        *("--dataset-name", "random", "--seed", "12345", "--num-prompts", "4"),
-        *("--random-input-len", str(min(32, arguments.input_len))),
-        *("--random-output-len", str(min(8, arguments.output_len))),
-    ]
-
-
-def random_load(arguments: argparse.Namespace, index: int, rate: float) -> list[str]:
-    """Random lengths around the means; a seed per rate, so that no prompt is cached."""
-    return [
-        *("--dataset-name", "random", "--seed", str(index)),
-        *("--num-prompts", str(arguments.num_prompts), "--request-rate", str(rate)),
-        *("--random-input-len", str(arguments.input_len)),
-        *("--random-output-len", str(arguments.output_len)),
-        *("--random-range-ratio", "0.5"),
-    ]
-
-
-def trace_load(
-    arguments: argparse.Namespace, index: int, rate: float, folder: Path
-) -> list[str] | None:
-    """The first requests of the trace, on a clock that gives `rate` on average.
-
-    Prompts are random tokens that no two requests share; ids differ between rates.
-    """
-    if arguments.trace is None:
-        return None
-    requests = read_trace(arguments.trace)[: arguments.num_prompts]
-    span_s = requests[-1].arrival_s or 1.0
-    stretch = len(requests) / rate / span_s
-    path = folder / f"trace-{index}.jsonl"
-    next_id = index << 32
-    with path.open("w", encoding="utf-8") as file:
-        for request in requests:
-            scale = arguments.trace_scale
-            prompt = min(max(round(request.prompt * scale), 1), arguments.input_len)
-            output = min(max(round(request.output * scale), 1), arguments.output_len)
-            num_chunks = -(-prompt // CHUNK_TOKENS)
-            row = {
-                "timestamp": request.arrival_s * stretch,
-                "input_length": prompt,
-                "output_length": output,
-                "hash_ids": list(range(next_id, next_id + num_chunks)),
-            }
-            next_id += num_chunks
-            file.write(json.dumps(row) + "\n")
-    return [
-        *("--dataset-name", "timed_trace", "--dataset-path", str(path)),
-        *("--num-prompts", str(len(requests))),
-        *("--timed-trace-chunk-hash-size", str(CHUNK_TOKENS)),
-    ]
-
-
-def run_bench(
-    server: Server, model: str, load: list[str], folder: Path, timeout_s: float
-) -> dict[str, Any]:
-    """Run ``vllm bench serve`` and return what it saves."""
-    command = [
-        *(str(VLLM), "bench", "serve", "--base-url", server.url, "--model", model),
-        *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
-        *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
-        *("--save-result", "--save-detailed", "--result-dir", str(folder)),
-        *("--result-filename", f"{server.name}.json", *load),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        # timed_trace derives tokens from hashes of strings: both engines get the same.
-        env=os.environ | {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
-        raise SystemExit(f"vllm bench serve failed against {server.name}:\n{tail}")
-    return json.loads(Path(folder, f"{server.name}.json").read_text("utf-8"))
 
 
 def summarise(

@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from harness.environment import describe
+from harness.processes import ManagedProcess
 from harness.transport_node import (
     MAX_BYTES,
     STOP_TRACING,
@@ -112,7 +112,8 @@ class Worker:
     def __init__(self, way: Way, worker_cpu: int, node_cpu: int) -> None:
         self.way = way
         ours, theirs = _tcp_pair() if way.is_tcp else socket.socketpair()
-        self._node = subprocess.Popen(
+        self._node = ManagedProcess(
+            f"the node of {way.name}",
             [sys.executable, NODE, str(theirs.fileno()), str(node_cpu)],
             pass_fds=(theirs.fileno(),),
         )
@@ -210,7 +211,7 @@ class Worker:
     def close(self) -> None:
         """End the channel and with it the node."""
         self._channel.close()
-        self._node.wait(TIMEOUT_S)
+        self._node.finish(TIMEOUT_S)
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:

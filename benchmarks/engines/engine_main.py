@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 VOCABULARY = range(1000, 40000)
@@ -262,7 +263,9 @@ def _per_step(
 
 
 def main() -> None:
-    """``offline_engine.py FD OPTIONS``: serve requests until stdin ends."""
+    """``engine_main.py FD OPTIONS``: serve requests until stdin ends."""
+    # In place of this folder: parts are imported as commands do.
+    sys.path[0] = str(Path(__file__).parents[1])
     answers = os.fdopen(int(sys.argv[1]), "w")
     engine = Engine(json.loads(sys.argv[2]))
     print("ready", file=answers, flush=True)

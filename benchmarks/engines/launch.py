@@ -5,68 +5,58 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from harness.processes import READY_FD, ManagedProcess
 
 ENGINE_SCRIPT = Path(__file__).with_name("engine_main.py")
+LOG = Path("/tmp/attn-offload-benchmark.log")
+#: Prefilling the largest batch takes most of it.
+ANSWER_TIMEOUT_S = 7200.0
 MARGIN_TOKENS = 512
 
 
-class EngineProcess:
-    """An engine in a process of its own.
+class EngineProcess(ManagedProcess):
+    """An engine that answers requests, one JSON line each.
 
     Args:
         name: Shown in the table.
         options: Keyword arguments of ``vllm_attn_offload.LLM``.
         variables: Added to the environment.
-        log: Where the engine's output goes.
+        log: File that the engine's output is appended to.
     """
 
-    def __init__(
-        self, name: str, options: dict[str, Any], variables: dict[str, str], log: TextIO
-    ) -> None:
-        self.name = name
-        read, write = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, str(ENGINE_SCRIPT), str(write), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            text=True,
-            pass_fds=(write,),
-            env=os.environ
-            | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-            | variables,
-        )
-        os.close(write)
-        self._answers = os.fdopen(read)
-        self._log = log.name
+    start_timeout_s = 900.0
+    stop_timeout_s = 60.0
 
-    def wait_until_ready(self) -> None:
-        """Wait for the model to be loaded."""
-        self._read()
+    def __init__(
+        self, name: str, options: dict[str, Any], variables: dict[str, str], log: Path
+    ) -> None:
+        offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        super().__init__(
+            name,
+            [sys.executable, ENGINE_SCRIPT, READY_FD, json.dumps(options)],
+            log,
+            variables=offline | variables,
+        )
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send a request and wait for its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._read())
+        self.tell(json.dumps(request))
+        return json.loads(self.read_line(ANSWER_TIMEOUT_S))
 
-    def stop(self) -> None:
-        """End the engine."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _read(self) -> str:
-        line = self._answers.readline()
-        if not line:
-            raise SystemExit(f"The {self.name} engine ended. See its log: {self._log}")
-        return line
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
+        """Let the engine end with its stdin, so that it stops its nodes."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(self.stop_timeout_s)
+        return super().stop(signum)
 
 
 def as_option(micro_batches: str) -> int | str:
@@ -77,7 +67,7 @@ def as_option(micro_batches: str) -> int | str:
 def offload_engine(
     arguments: argparse.Namespace,
     model: str,
-    log: TextIO,
+    log: Path,
     name: str,
     **options: Any,
 ) -> EngineProcess:
@@ -105,7 +95,7 @@ def offload_engine(
 
 
 def stock_engine(
-    arguments: argparse.Namespace, model: str, log: TextIO, name: str, cpus: str
+    arguments: argparse.Namespace, model: str, log: Path, name: str, cpus: str
 ) -> EngineProcess:
     """Stock vLLM with a KV cache of the same size."""
     num_bytes = int(pool_gib(model, arguments) * (1 << 30))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TextIO
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from engines.launch import EngineProcess, offload_engine, pool_gib
 from engines.mode import EngineMode
@@ -37,7 +38,7 @@ class Link(NamedTuple):
 
 
 def remote_engine(
-    arguments: argparse.Namespace, model: str, log: TextIO, host: RemoteNodes
+    arguments: argparse.Namespace, model: str, log: Path, host: RemoteNodes
 ) -> EngineProcess:
     """An engine with a memory node on the other host."""
     node = host.start(pool_gib(model, arguments), arguments.node_cpus, is_relayed=True)

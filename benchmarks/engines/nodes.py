@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from engines.launch import offload_engine
 
 
 def sweep_nodes(
-    arguments: argparse.Namespace, model: str, log: TextIO
+    arguments: argparse.Namespace, model: str, log: Path
 ) -> list[dict[str, Any]]:
     """Capacity and traffic with one, two, ... local nodes of one size each."""
     rows = []

@@ -8,14 +8,13 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TextIO
 
 from engines import timeline
 from engines.launch import as_option, offload_engine, pool_gib
-from harness.processes import READY_FD, ReadyProcess
+from harness.memory_node import NodeProcess
 
 
-def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
+def trace(arguments: argparse.Namespace, model: str, log: Path) -> None:
     """Record one step in two micro-batches, or as ``--micro-batches`` says last."""
     option = as_option(arguments.micro_batches[-1])
     batch, context = max(arguments.batch), max(arguments.context)
@@ -46,12 +45,11 @@ def trace(arguments: argparse.Namespace, model: str, log: TextIO) -> None:
 
 def _start_node(
     folder: Path, kv_cache_gib: float, arguments: argparse.Namespace
-) -> ReadyProcess:
+) -> NodeProcess:
     """A memory node that writes its events when it ends."""
-    return ReadyProcess(
-        [
-            *(sys.executable, timeline.__file__, str(folder / "events.json")),
-            *("--listen", f"unix:{folder}/node.sock", "--cpus", arguments.node_cpus),
-            *("--kv-cache-gib", f"{kv_cache_gib}", "--ready-fd", READY_FD),
-        ]
+    return NodeProcess(
+        f"unix:{folder}/node.sock",
+        None,
+        *("--cpus", arguments.node_cpus, "--kv-cache-gib", f"{kv_cache_gib}"),
+        command=(sys.executable, timeline.__file__, str(folder / "events.json")),
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine of ``gpu_engines.py``, in a process of its own.
+"""One engine of ``gpu_suite.py``, in a process of its own.
 
-``gpu_engine.py MODEL CONFIG OUTPUT``: CONFIG is a JSON file, OUTPUT becomes one.
+``engine.py MODEL CONFIG OUTPUT``: CONFIG is a JSON file, OUTPUT becomes one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     config: dict[str, Any] = json.loads(Path(config_path).read_text("utf-8"))
     # Before vLLM is imported.
     os.environ.update(config["environment"])
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
     from engines.engine_main import Engine, Point
 
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 from harness import faults
-from serve import ServeProcess
+from harness.serve_process import ServeProcess
 
 _INTERVAL_S = 0.05
 _LOOKS_EVERY = 20

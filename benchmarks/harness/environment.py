@@ -8,37 +8,48 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 DISTRIBUTIONS = ("torch", "triton", "vllm", "vllm-attn-offload")
+#: Flags of the kernel for what the compiled attention distinguishes, best first.
+ISAS = {"avx512_bf16": "avx512-bf16", "avx512f": "avx512", "avx2": "avx2"}
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def describe() -> dict[str, object]:
     """Facts that stand beside every number of this run."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    cpu = next(
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    flags = Path("/proc/cpuinfo").read_text()
-    instructions = [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags
-    ]
+    about = Path("/proc/cpuinfo").read_text()
+    flags = set(_field(about, "flags").split())
     return {
-        "cpu": cpu,
+        "cpu": _field(about, "model name"),
         "cores": len(os.sched_getaffinity(0)),
-        "instructions": instructions,
+        "isa": next((isa for flag, isa in ISAS.items() if flag in flags), None),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in DISTRIBUTIONS},
-        "commit": git.stdout.strip() or None,
+        "versions": {name: _version(name) for name in DISTRIBUTIONS},
+        "commit": _commit(),
         "load_average": os.getloadavg(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
     }
+
+
+def _field(about: str, name: str) -> str:
+    for line in about.splitlines():
+        if line.startswith(name):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from harness.memory_node import NodeProcess
 from harness.network_namespace import RemoteHost, remote_host
-from harness.processes import READY_FD, ReadyProcess
+from harness.processes import READY_FD, ManagedProcess
 
-NODE = Path(sys.executable).with_name("vllm-memory-node")
 RELAY = Path(__file__).with_name("slow_link.py")
 
 
@@ -24,18 +24,18 @@ class RemoteNodes:
     Args:
         host: Where they run.
         token_file: Their token.
-        log: Takes their output.
+        log: Their output is appended to it.
         stack: Ends what is started here.
     """
 
     def __init__(
-        self, host: RemoteHost, token_file: Path, log: TextIO, stack: ExitStack
+        self, host: RemoteHost, token_file: Path, log: Path, stack: ExitStack
     ) -> None:
         self.host = host
         self._token_file = token_file
         self._log = log
         self._stack = stack
-        self._relays: list[ReadyProcess] = []
+        self._relays: list[ManagedProcess] = []
 
     def start(self, kv_cache_gib: float, cpus: str, is_relayed: bool) -> dict[str, Any]:
         """Start one more node.
@@ -48,29 +48,33 @@ class RemoteNodes:
         Returns:
             Its ``address`` for ``memory_nodes``, and the ``auth_token_file``.
         """
-        node = self._launch(
-            *(*self.host.command, str(NODE), "--listen", f"{self.host.address}:0"),
+        node = NodeProcess(
+            f"{self.host.address}:0",
+            self._log,
             *("--kv-cache-gib", str(kv_cache_gib), "--cpus", cpus),
-            *("--auth-token-file", str(self._token_file), "--ready-fd", READY_FD),
+            *("--auth-token-file", str(self._token_file)),
+            prefix=self.host.command,
         )
-        if is_relayed:
-            node = self._launch(sys.executable, str(RELAY), READY_FD, node.address)
-            self._relays.append(node)
-        return {"address": node.address, "auth_token_file": str(self._token_file)}
+        self._stack.callback(node.stop)
+        address = self._relay(node.address) if is_relayed else node.address
+        return {"address": address, "auth_token_file": str(self._token_file)}
 
     def delay(self, one_way_ms: float) -> None:
         """Set the latency that is added to every relayed link."""
         for relay in self._relays:
             relay.tell(str(one_way_ms))
 
-    def _launch(self, *command: str) -> ReadyProcess:
-        process = ReadyProcess(list(command), self._log)
-        self._stack.callback(process.stop)
-        return process
+    def _relay(self, address: str) -> str:
+        """Start a relay to a node; returns where it listens."""
+        command = [sys.executable, RELAY, READY_FD, address]
+        relay = ManagedProcess(f"the relay to {address}", command, self._log)
+        self._stack.callback(relay.stop)
+        self._relays.append(relay)
+        return relay.wait_until_ready()
 
 
 @contextmanager
-def remote_nodes(log: TextIO) -> Iterator[RemoteNodes]:
+def remote_nodes(log: Path) -> Iterator[RemoteNodes]:
     """A second host without nodes; they end with the context.
 
     Raises:

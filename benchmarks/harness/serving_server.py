@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from harness.serve_process import ServeProcess
 
-VLLM = Path(sys.executable).with_name("vllm")
-START_DEADLINE_S, STOP_DEADLINE_S = 600.0, 60.0
 SAMPLE_EVERY_S = 0.5
 GAUGES = {
     "running": "vllm:num_requests_running",
@@ -27,46 +22,31 @@ GAUGES = {
 }
 
 
-class Server:
-    """``vllm serve`` on a free port, ready when constructed.
+class MeasuredServer(ServeProcess):
+    """``vllm serve`` under load, ready when constructed.
 
     Args:
-        name: Shown in the table.
+        engine: Shown in the table.
         model: What to serve.
         options: More of the command line.
         variables: Added to the environment.
         log: Where its output goes.
     """
 
+    start_timeout_s = 600.0
+    stop_timeout_s = 60.0
+
     def __init__(
         self,
-        name: str,
+        engine: str,
         model: str,
         options: list[str],
         variables: dict[str, str],
         log: Path,
     ) -> None:
-        self.name = name
-        self._log = log
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        with log.open("wb") as sink:
-            self._process = subprocess.Popen(
-                [str(VLLM), "serve", model, "--port", str(port), *options],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=os.environ
-                | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-                | variables,
-                # A Ctrl-C reaches this script first; it stops both servers.
-                start_new_session=True,
-            )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
+        self.engine = engine
+        offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        super().__init__(model, log, *options, **offline | variables)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[dict[str, float]]]:
@@ -82,7 +62,7 @@ class Server:
                     text = httpx.get(f"{self.url}/metrics", timeout=10).text
                     samples.append({"at_s": time.monotonic() - began} | _gauges(text))
 
-        thread = threading.Thread(target=sample, name=f"watch-{self.name}")
+        thread = threading.Thread(target=sample, name=f"watch-{self.engine}")
         thread.start()
         try:
             yield samples
@@ -90,29 +70,12 @@ class Server:
             done.set()
             thread.join()
 
-    def stop(self) -> None:
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
         """End the server and what it started."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(STOP_DEADLINE_S)
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_DEADLINE_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        lines = self._log.read_text("utf-8", "replace").splitlines()
-        # vLLM names the root cause far above its last lines.
-        causes = [line for line in lines if "Error: " in line] or lines
-        tail = "\n".join(causes[-20:])
-        raise SystemExit(f"The {self.name} server did not become ready:\n{tail}")
+        self.footprint.look()
+        status = super().stop(signum)
+        self.kill_all()
+        return status
 
 
 def _gauges(text: str) -> dict[str, float]:
@@ -121,9 +84,3 @@ def _gauges(text: str) -> dict[str, float]:
         match = re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M)
         found[key] = float(match[1]) if match else 0.0
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

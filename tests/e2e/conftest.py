@@ -18,8 +18,8 @@ import pytest
 import workload
 from harness import tiny_llama
 from harness.network_namespace import RemoteHost, remote_host
+from harness.serve_process import ServeProcess
 from node_process import NodeProcess
-from serve import ServeProcess
 
 HERE = Path(__file__).parent
 Result = dict[str, Any]

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+# This script is started by path: only its own folder is found.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import adapters
 import sharing

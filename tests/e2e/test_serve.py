@@ -12,7 +12,7 @@ import psutil
 import pytest
 import workload
 from equality import assert_close_bf16, assert_identical
-from serve import ServeProcess
+from harness.serve_process import ServeProcess
 
 from vllm_attn_offload.engine.args import CPU_WORKER_CLS, EXECUTOR_CLS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import tiny_llama
-from serve import ServeProcess
+from harness.serve_process import ServeProcess
 
 NODE = Path(sys.executable).with_name("vllm-memory-node")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from harness import tiny_llama
+from harness.serve_process import ServeProcess
 from node_process import NodeProcess
-from serve import ServeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.protocol.messages import SessionStats

@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.prompts import LENGTHS, phrases_of, repeated
 
 NUM_TOKENS = 32
 MAX_MODEL_LEN = 3584
-#: Around block boundaries (128), long enough to be chunked (512), and very short.
-_LENGTHS = (
-    *(1, 2, 15, 33, 64, 100, 110, 127, 128, 129),
-    *(130, 140, 150, 160, 200, 240, 255, 256, 257, 3000),
-)
+#: The last one is long enough to be chunked (512).
+_LENGTHS = (*LENGTHS, 3000)
 #: CPUs without bf16 instructions multiply bf16 at a tenth of their fp32 speed.
 _SHORT_LENGTHS = (
     *(1, 2, 56, 60, 64, 65, 70, 72, 80, 88),
     *(96, 100, 104, 112, 120, 126, 127, 128, 129, 144),
 )
-#: A prompt repeats a phrase of its own, which the model then goes on with: its choices
-#: are sure, and a wrong output shows rather than a tie that rounding decides.
-PHRASE_TOKENS = 8
 #: This many of the longest prompts come again with a new end: prefix-cache hits.
 NUM_SHARED = 4
 NUM_PROMPTS = len(_LENGTHS)
@@ -121,13 +116,7 @@ def lengths(dtype: str) -> tuple[int, ...]:
 
 def phrases(model: str) -> list[list[int]]:
     """Token ids of the phrase that each prompt repeats."""
-    from transformers import AutoTokenizer
-
-    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text("utf-8")
-    tokens = AutoTokenizer.from_pretrained(model).encode(" ".join(text.split()))
-    return [
-        tokens[37 * index : 37 * index + PHRASE_TOKENS] for index in range(NUM_PROMPTS)
-    ]
+    return phrases_of(model, NUM_PROMPTS)
 
 
 def prompts(model: str, dtype: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -137,11 +126,6 @@ def prompts(model: str, dtype: str) -> tuple[list[list[int]], list[list[int]]]:
     again = sorted(range(NUM_PROMPTS), key=sizes.__getitem__)[-NUM_SHARED:]
     second = [repeated(texts[index], sizes[index] + 7) for index in again]
     return first, second
-
-
-def repeated(phrase: list[int], size: int) -> list[int]:
-    """A prompt of ``size`` tokens."""
-    return (phrase * size)[:size]
 
 
 def pool_gib(dtype: str, block_tokens: int = BLOCK_TOKENS) -> float:

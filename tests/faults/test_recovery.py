@@ -19,9 +19,9 @@ import psutil
 import pytest
 import workload
 from harness import faults, tiny_llama
+from harness.serve_process import ServeProcess
 from harness.slow_link import SlowLink
 from node_process import NodeProcess, eventually
-from serve import ServeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
 

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ``vllm serve`` process for tests, and what it must not leave behind."""
+"""A ``vllm serve`` process, and what it must not leave behind."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,51 +13,50 @@ from typing import Any
 
 import httpx
 import psutil
-from footprint import Footprint
+from harness.footprint import Footprint
+from harness.processes import ManagedProcess, free_port
 
-START_DEADLINE_S = 300.0
-STOP_DEADLINE_S = 30.0
+VLLM = Path(sys.executable).with_name("vllm")
 
 
-class ServeProcess:
-    """``vllm serve`` on a free port; its log stands in ``log``."""
+class ServeProcess(ManagedProcess):
+    """``vllm serve`` on a free port, ready when constructed.
+
+    Args:
+        model: What to serve.
+        log: File that its output is appended to.
+        *options: More of the command line.
+        **variables: Added to its environment.
+
+    Raises:
+        ProcessError: It did not become ready.
+    """
+
+    start_timeout_s = 300.0
+    stop_timeout_s = 30.0
 
     def __init__(self, model: str, log: Path, *options: str, **variables: str) -> None:
         self.model = model
         self.log = log
         # Short, because sockets lie in it: their paths may have 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="serve-"))
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        vllm = Path(sys.executable).with_name("vllm")
-        with log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                [vllm, "serve", model, "--port", str(port), *options],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"TMPDIR": str(self.directory)} | variables,
-                start_new_session=True,
-            )
+        super().__init__(
+            "vllm serve",
+            [VLLM, "serve", model, "--port", str(port), *options],
+            log,
+            health_url=f"{self.url}/health",
+            variables={"TMPDIR": str(self.directory)} | variables,
+            own_session=True,
+        )
         self.footprint = Footprint(self.process.pid)
         try:
-            self._wait_until_ready()
+            self.wait_until_ready(self.footprint.look)
         except BaseException:
             self.kill_all()
             raise
         self.children = psutil.Process(self.process.pid).children(recursive=True)
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_DEADLINE_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log_tail()
-            self.footprint.look()
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        raise AssertionError(f"not ready in time:\n{self.log_tail()}")
 
     def complete(self, prompts: list[list[int]], num_tokens: int) -> list[Any]:
         """Greedy completions of token-id prompts, in their order."""
@@ -97,8 +93,8 @@ class ServeProcess:
         """Send a signal to the API server; returns what is left after a while."""
         self.footprint.look()
         self.process.send_signal(signum)
-        self.process.wait(STOP_DEADLINE_S)
-        deadline = time.monotonic() + STOP_DEADLINE_S
+        self.process.wait(self.stop_timeout_s)
+        deadline = time.monotonic() + self.stop_timeout_s
         while (left := self.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.2)
         self.kill_all()
@@ -115,15 +111,5 @@ class ServeProcess:
         """End everything that may still run, and remove what it then leaves."""
         self.footprint.look()
         self.footprint.remove()
-        self.process.wait(STOP_DEADLINE_S)
+        self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    def log_tail(self) -> str:
-        """The end of the log, for messages."""
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-60:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
