@@ -66,11 +66,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(self, *args, **kwargs)
         # Late: plain vLLM must not pay for what it does not use.
-        from vllm_attn_offload.compatibility import (
-            check_arguments,
-            check_recovery,
-            check_supported,
-        )
+        from vllm_attn_offload.compatibility import check_arguments, check_supported
         from vllm_attn_offload.engine.args import (
             apply_to_engine_args,
             choose_scheduler,
@@ -82,8 +78,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
         if config.on_node_loss == "recover":
-            check_recovery(config.recovery_timeout_s)
-            choose_scheduler(vllm_config)
+            choose_scheduler(vllm_config, config.recovery_timeout_s)
         export_node_metrics(vllm_config, config)
         return vllm_config
 

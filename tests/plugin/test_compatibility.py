@@ -19,7 +19,7 @@ from vllm_attn_offload.patches import apply_patches
 
 from vllm_attn_offload import LLM
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.compatibility import REFUSALS, check_layers, check_supported
+from vllm_attn_offload.compatibility import UNSUPPORTED, check_layers, check_supported
 from vllm_attn_offload.engine.args import (
     CPU_WORKER_CLS,
     EXECUTOR_CLS,
@@ -318,4 +318,4 @@ def test_check_layers() -> None:
 
 def test_readme_lists_every_refusal(root: Path) -> None:
     table = (root / "README.md").read_text().partition("## What is supported")[2]
-    assert not [r.feature for r in REFUSALS if r.feature not in table]
+    assert not [r.feature for r in UNSUPPORTED if r.feature not in table]

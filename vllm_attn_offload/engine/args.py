@@ -60,14 +60,16 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
 
 
-def choose_scheduler(vllm_config: VllmConfig) -> None:
+def choose_scheduler(vllm_config: VllmConfig, recovery_timeout_s: float) -> None:
     """Set the scheduler that takes part in recovery, on a finished configuration.
 
     Late, because vLLM decides last whether scheduling is asynchronous.
 
     Raises:
-        ValueError: The user chose another scheduler.
+        ValueError: The user chose another scheduler, or vLLM gives a step up before a
+            recovery may end.
     """
+    _check_deadline(recovery_timeout_s)
     scheduler = vllm_config.scheduler_config
     ours = ASYNC_SCHEDULER_CLS if scheduler.async_scheduling else SCHEDULER_CLS
     if scheduler.scheduler_cls not in (None, ours):
@@ -98,6 +100,18 @@ def data_parallel_size(vllm_config: VllmConfig) -> int:
     if inherited:
         return int(inherited)
     return vllm_config.parallel_config.data_parallel_size
+
+
+def _check_deadline(recovery_timeout_s: float) -> None:
+    from vllm import envs
+
+    allowed = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+    if recovery_timeout_s >= allowed:
+        raise ValueError(
+            f"recovery_timeout_s={recovery_timeout_s:g} was given. Allowed: less than "
+            f"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS={allowed}. Lower the one or raise the "
+            "other."
+        )
 
 
 def _new_run_dir() -> Path:

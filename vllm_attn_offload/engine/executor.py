@@ -12,7 +12,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.compatibility import check_recovery, check_supported
+from vllm_attn_offload.compatibility import check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import choose_scheduler, data_parallel_size
 from vllm_attn_offload.engine.frontend import end_with_frontend
@@ -145,9 +145,8 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _new_recovery(self, config: AttentionOffloadConfig) -> Recovery | None:
         if config.on_node_loss != "recover":
             return None
-        check_recovery(config.recovery_timeout_s)
         # Before the scheduler is made, from the same configuration.
-        choose_scheduler(self.vllm_config)
+        choose_scheduler(self.vllm_config, config.recovery_timeout_s)
         recovery = Recovery(
             self._pool, self._attach, config.recovery_timeout_s, self._give_up
         )
