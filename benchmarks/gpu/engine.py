@@ -18,7 +18,8 @@ def main() -> None:
     """Generate tokens, then time what the configuration asks for."""
     model, config_path, output = sys.argv[1:]
     config: dict[str, Any] = json.loads(Path(config_path).read_text("utf-8"))
-    # Before vLLM is imported.
+    # Before vLLM is imported. Only the node interprets kernels.
+    os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update(config["environment"])
     sys.path[0] = str(Path(__file__).parents[1])
     from engines.engine_main import Engine, Point

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import psutil
 import torch
 from gpu import model as gpu_model
 from gpu.system import memory_node
+from harness.processes import ManagedProcess, ProcessError
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -116,7 +115,7 @@ class Engines:
         """What the engine wrote.
 
         Raises:
-            RuntimeError: It failed; the message ends with its output.
+            ProcessError: It failed; the message ends with its output.
         """
         # Late: steps before this one need no installed package.
         from vllm_attn_offload.transport.negotiate import ROWS_ARE_SHARED
@@ -125,19 +124,12 @@ class Engines:
         output = Path(self._work, f"{variant.name}.json")
         config.write_text(json.dumps(self._config(variant)), "utf-8")
         log = Path(self._work, f"{variant.name}.log")
-        # Only the node interprets kernels.
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        with log.open("wb") as sink:
-            engine = subprocess.run(
-                [sys.executable, HERE / "engine.py", self._model, config, output],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                timeout=_DRY_TIMEOUT_S if self._is_dry else _ENGINE_TIMEOUT_S,
-                env=environment,
-                check=False,
-            )
-        if engine.returncode:
-            raise RuntimeError(f"{variant.name}: {log.read_text('utf-8')[-1500:]}")
+        engine = ManagedProcess(
+            variant.name,
+            [sys.executable, HERE / "engine.py", self._model, config, output],
+            log,
+        )
+        engine.finish(_DRY_TIMEOUT_S if self._is_dry else _ENGINE_TIMEOUT_S)
         result: dict[str, Any] = json.loads(output.read_text("utf-8"))
         written = log.read_text("utf-8")
         result["shares_gpu_memory"] = ROWS_ARE_SHARED in written
@@ -150,7 +142,7 @@ class Engines:
         def attempt(variant: Variant) -> dict[str, Any]:
             try:
                 return self.run(variant)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except ProcessError as error:
                 return {"error": str(error)[-1500:]}
 
         with ThreadPoolExecutor(parallel) as threads:
@@ -265,12 +257,7 @@ def measure_decode(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
     host_share = psutil.virtual_memory().available / 2
     with Engines(device, is_dry=is_dry) as started:
         results = started.try_all(variants, 1)
-    for name, result in results.items():
-        for point in result.get("points", ()):
-            rate, batch = point["tokens_per_s"], point["batch"]
-            print(f"{name:<28}{batch:5} x {point['context']:5}{rate:12.1f} tokens/s")
-        if "error" in result:
-            print(f"{name}: {result['error'][-300:]}")
+    _print_rates(results)
     failed = [name for name, result in results.items() if "error" in result]
     if failed:
         raise RuntimeError(f"engines failed: { ({n: results[n] for n in failed}) }")
@@ -279,16 +266,22 @@ def measure_decode(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
     expected = budget / gpu_model.kv_bytes_per_token(shape, 4 if is_dry else 2)
     found = results[variants[-1].name]["capacity_tokens"]
     print(f"{found:,} tokens; the host's budget holds {expected:,.0f}")
-    return {
-        "planned": planned,
-        "engines": results,
-        "capacity": {
-            "tokens": found,
-            "expected_tokens": expected,
-            "error": found / expected - 1,
-            "largest_batch": {
-                name: result["capacity_tokens"] // LONG_POINT["context"]
-                for name, result in results.items()
-            },
+    capacity = {
+        "tokens": found,
+        "expected_tokens": expected,
+        "error": found / expected - 1,
+        "largest_batch": {
+            name: result["capacity_tokens"] // LONG_POINT["context"]
+            for name, result in results.items()
         },
     }
+    return {"planned": planned, "engines": results, "capacity": capacity}
+
+
+def _print_rates(results: dict[str, Any]) -> None:
+    for name, result in results.items():
+        for point in result.get("points", ()):
+            rate, batch = point["tokens_per_s"], point["batch"]
+            print(f"{name:<28}{batch:5} x {point['context']:5}{rate:12.1f} tokens/s")
+        if "error" in result:
+            print(f"{name}: {result['error'][-300:]}")

@@ -7,8 +7,6 @@ import importlib.util
 import os
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from harness.memory_node import NodeProcess
 
 if TYPE_CHECKING:
     from vllm_attn_offload.transport.socket_transport import SocketTransport
 
-HERE = Path(__file__).parent
 #: Rows of one layer: one token of a small model up to a batch of 256 of a 70B one.
 MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24)
 NODE_PACKAGES = ("msgspec", "psutil", "prometheus_client")
-_ENGINE_TIMEOUT_S = 150.0
-_NODE_TIMEOUT_S = 30.0
 
 
 def missing(names: tuple[str, ...]) -> str:
@@ -151,26 +147,13 @@ def memory_node(
     work: str, device: torch.device, *, kv_cache_gib: float, name: str
 ) -> Iterator[str]:
     """A node on ``device``; yields its address."""
-    is_gpu = device.type == "cuda"
-    path = Path(work, f"{name}.sock")
-    log = Path(work, f"{name}.log")
-    with log.open("wb") as sink:
-        node = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vllm_attn_offload.memory_node.main"),
-                *("--listen", f"unix:{path}", "--kv-cache-gib", str(kv_cache_gib)),
-                *("--device", f"cuda:{device.index or 0}" if is_gpu else "cpu"),
-            ],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-        )
+    where = f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
+    node = NodeProcess(
+        f"unix:{work}/{name}.sock",
+        Path(work, f"{name}.log"),
+        *("--kv-cache-gib", str(kv_cache_gib), "--device", where),
+    )
     try:
-        deadline = time.monotonic() + _NODE_TIMEOUT_S
-        while not path.is_socket():
-            if node.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no memory node: {log.read_text('utf-8')[-1500:]}")
-            time.sleep(0.1)
-        yield f"unix:{path}"
+        yield node.address
     finally:
         node.kill()
-        node.wait()
