@@ -108,11 +108,8 @@ def step_environment(bench: Bench) -> dict[str, Any]:
 
 
 def step_kernel_correctness(bench: Bench) -> dict[str, Any]:
-    from decode_kernels.decode_cases import (
-        CASES,
-        build_problem,
-        find_errors,
-    )
+    from decode_kernels.decode_cases import CASES
+    from decode_kernels.decode_problem import build_problem, find_errors
 
     cases = CASES[:2] + CASES[-1:] if bench.is_dry else CASES
     errors = {}

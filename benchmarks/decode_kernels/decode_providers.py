@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -157,16 +158,12 @@ def provide_vllm_unified(inputs: Inputs) -> Call:
     from vllm.v1.kv_cache_interface import KVQuantMode
 
     is_fp8 = key.dtype == torch.float8_e4m3fn
-    num_seqs, num_heads, head_size = inputs.query.shape
-    device = inputs.query.device
-    num_rows, segments = max(1, 128 // key.shape[2]), 16
-    parts = torch.empty(num_rows, num_heads, segments, head_size, device=device)
-    peaks = torch.empty(num_rows, num_heads, segments, device=device)
-    sums = torch.empty_like(peaks)
+    num_seqs, device = len(inputs.workload.seq_lens), inputs.query.device
     starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
     lens = inputs.seq_lens.to(device)
     out = torch.empty_like(inputs.query)
     one = torch.ones(num_seqs, key.shape[2], device=device)
+    buffers = _segment_buffers(inputs)
 
     def call() -> torch.Tensor:
         unified_attention(
@@ -186,16 +183,26 @@ def provide_vllm_unified(inputs: Inputs) -> Call:
             q_descale=None,
             k_descale=one,
             v_descale=one,
-            seq_threshold_3D=num_rows,
-            num_par_softmax_segments=segments,
-            softmax_segm_output=parts,
-            softmax_segm_max=peaks,
-            softmax_segm_expsum=sums,
             kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if is_fp8 else KVQuantMode.NONE,
+            **buffers,
         )
         return out
 
     return call
+
+
+def _segment_buffers(inputs: Inputs) -> dict[str, Any]:
+    """Buffers of vLLM's kernel for contexts that several programs share."""
+    _, num_heads, head_size = inputs.query.shape
+    num_rows, segments = max(1, 128 // inputs.key_cache.shape[1]), 16
+    peaks = inputs.query.new_empty(num_rows, num_heads, segments, dtype=torch.float32)
+    return {
+        "seq_threshold_3D": num_rows,
+        "num_par_softmax_segments": segments,
+        "softmax_segm_output": peaks.new_empty(*peaks.shape, head_size),
+        "softmax_segm_max": peaks,
+        "softmax_segm_expsum": torch.empty_like(peaks),
+    }
 
 
 def provide_vllm_decode(inputs: Inputs) -> Call:

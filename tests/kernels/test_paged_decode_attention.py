@@ -8,12 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_kernels.decode_cases import (
-    CASES,
-    DecodeCase,
-    build_problem,
-    find_errors,
-)
+from decode_kernels.decode_cases import CASES, DecodeCase
+from decode_kernels.decode_problem import build_problem, find_errors
 from vllm_attn_offload.triton_kernels import (
     DecodeAttentionPlan,
     merge_attn_states,
