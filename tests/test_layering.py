@@ -1,10 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a memory node or the planner imports never imports vLLM."""
+"""Imports run one way, and nothing of a memory node or the planner imports vLLM."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "vllm_attn_offload"
+#: Each folder may import those behind it.
+LAYERS = ("engine", "worker", "attention", "client", "transport", "protocol", "native")
+#: Importable from everywhere; the names are those of ``from vllm_attn_offload import``.
+COMMON = {"__version__", "errors", "logger", "versions"}
+#: What else each folder or root module may import.
+BESIDE: dict[str, set[str]] = {
+    "engine": {"compatibility", "config", "memory_node.launcher", "metrics"},
+    "worker": {"compatibility", "config", "plugin"},
+    "attention": {"config"},
+    "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
+    "planner": {"LLM", "worker", "client", "transport", "protocol", "memory_node"},
+    "config": {"transport"},
+    "metrics": {"protocol"},
+    "patches": {"compatibility", "config", "engine"},
+    "plugin": {"patches"},
+    "llm": {"patches"},
+    "cli": {"memory_node", "planner"},
+    "__init__": {"config", "llm"},
+}
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
@@ -29,6 +56,49 @@ def modules_after_import(*names: str) -> set[str]:
     return set(process.stdout.split())
 
 
+def imports_of(path: Path) -> Iterator[str]:
+    """Names of all imports, also in functions and under TYPE_CHECKING.
+
+    Relative ones stay in their folder: ruff forbids those that start at a parent.
+    """
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert node.module is not None
+            if node.module == PACKAGE:
+                yield from (f"{PACKAGE}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def unit_files() -> dict[str, list[Path]]:
+    """Modules of each folder, and each root module on its own."""
+    package = ROOT / PACKAGE
+    folders = [path for path in sorted(package.iterdir()) if path.is_dir()]
+    folders += [ROOT / "patches", ROOT / "triton_kernels"]
+    units = {folder.name: sorted(folder.rglob("*.py")) for folder in folders}
+    return units | {path.stem: [path] for path in sorted(package.glob("*.py"))}
+
+
+UNITS = unit_files()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_imports_run_one_way(unit: str) -> None:
+    """In particular, only the engine imports the memory node, and only its launcher."""
+    below = LAYERS[LAYERS.index(unit) + 1 :] if unit in LAYERS else ()
+    allowed = {unit}
+    if unit not in COMMON:
+        allowed |= {*below, *COMMON, *BESIDE.get(unit, ())}
+    for path in UNITS[unit]:
+        for name in imports_of(path):
+            package, _, module = name.partition(".")
+            if package == PACKAGE:
+                is_allowed = allowed & {module, module.split(".")[0]}
+                assert is_allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
 def test_memory_node_side_imports_no_vllm() -> None:
     modules = modules_after_import(
         "memory_node",
@@ -43,3 +113,13 @@ def test_memory_node_side_imports_no_vllm() -> None:
     assert "vllm_attn_offload.memory_node.main" in modules
     assert "vllm_attn_offload.client.remote_attention" in modules
     assert not {name for name in modules if name.split(".")[0] == "vllm"}
+
+
+def test_compiled_kernel_needs_no_torch() -> None:
+    """Importing it would take most of the start of a node."""
+    modules = modules_after_import(
+        "memory_node.main", "memory_node.decode_attention.cpp_attention"
+    )
+    assert "vllm_attn_offload.memory_node.server" in modules
+    assert "vllm_attn_offload.native.attention" in modules
+    assert not {"torch", "vllm"} & modules
