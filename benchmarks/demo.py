@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shlex
 import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ from types import FrameType
 
 import httpx
 import psutil
+from harness.processes import ManagedProcess, ProcessError, free_port, log_tail
 from harness.smollm2 import prepare
 from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,12 +33,8 @@ from rich.markup import escape
 SERVED_NAME = "smollm2"
 QUESTION = "What is the capital of France, and what is it known for?"
 MAX_TOKENS = 96
-START_DEADLINE_S = 900
-STOP_DEADLINE_S = 15
 ORPHAN_GRACE_S = 5
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-LOG_TAIL_LINES = 60
-EXIT_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 METRICS = (
     "attn_offload:memory_node_kv_blocks",
@@ -51,7 +45,12 @@ METRICS = (
 
 
 class ServerError(RuntimeError):
-    """The server did not start, answer or stop as it should."""
+    """The server did not answer or stop as it should."""
+
+
+class _Server(ManagedProcess):
+    start_timeout_s = 900.0
+    stop_timeout_s = 15.0
 
 
 def main() -> int:
@@ -74,13 +73,13 @@ def main() -> int:
 
 def _run(log: Path, console: Console) -> None:
     model = prepare()
-    port = _free_port()
+    port = free_port()
     command = _serve_command(model, port)
     base_url = f"http://127.0.0.1:{port}"
     console.print(f"[1/3] Starting the server (log: {log})", markup=False)
     console.print(f"      {shlex.join(command)}", markup=False)
-    with _running_server(command, log) as server:
-        _wait_until_ready(server, base_url, log, console)
+    with _running_server(command, log, base_url) as server:
+        _wait_until_ready(server, log, console)
         console.print(f"[2/3] Asking: {QUESTION}", markup=False)
         gaps_ms = _stream_answer(base_url)
         metrics = _read_metrics(base_url)
@@ -95,12 +94,6 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _serve_command(model: Path, port: int) -> list[str]:
     vllm = Path(sys.executable).with_name("vllm")
     return [
@@ -111,19 +104,17 @@ def _serve_command(model: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def _running_server(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _running_server(command: list[str], log: Path, url: str) -> Iterator[_Server]:
     # Orphans below this process become its children, so that none escapes _stop.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    # Its own session: Ctrl-C reaches only this process, which then stops the server.
-    with log.open("wb") as sink:
-        server = subprocess.Popen(
-            command,
-            env=os.environ | ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    server = _Server(
+        "The server",
+        command,
+        log,
+        health_url=f"{url}/health",
+        variables=ENVIRONMENT,
+        own_session=True,
+    )
     try:
         yield server
     except BaseException:
@@ -133,19 +124,15 @@ def _running_server(command: list[str], log: Path) -> Iterator[subprocess.Popen[
         raise ServerError(problem)
 
 
-def _stop(server: subprocess.Popen[bytes]) -> str:
+def _stop(server: _Server) -> str:
     """End the server and all below it; say what did not end by itself, if anything."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C must not leak processes
-    server.terminate()
     problem = ""
-    try:
-        server.wait(STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
+    if server.stop() == -signal.SIGKILL:
         # vLLM heeds no SIGTERM while its engine starts.
-        problem = f"The server did not stop within {STOP_DEADLINE_S} s and was killed."
-        server.kill()
-        server.wait()
+        allowed_s = server.stop_timeout_s
+        problem = f"The server did not stop within {allowed_s:g} s and was killed."
     else:
         deadline = time.monotonic() + ORPHAN_GRACE_S
         while (left := _live_children()) and time.monotonic() < deadline:
@@ -176,42 +163,23 @@ def _live_children() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def _wait_until_ready(
-    server: subprocess.Popen[bytes], base_url: str, log: Path, console: Console
-) -> None:
+def _wait_until_ready(server: _Server, log: Path, console: Console) -> None:
     started = time.monotonic()
     next_report_s = 0
     with console.status("starting") as status:
-        while not _is_ready(base_url):
+
+        def report() -> None:
+            nonlocal next_report_s
             waited_s = int(time.monotonic() - started)
-            if server.poll() is not None:
-                raise ServerError(
-                    f"The server ended with status {server.returncode} before it was "
-                    "ready. It should keep running. The reason stands in its log."
-                )
-            if waited_s > START_DEADLINE_S:
-                raise ServerError(
-                    f"The server was not ready after {waited_s} s. At most "
-                    f"{START_DEADLINE_S} s are allowed. Its log shows where it waits."
-                )
-            line = f"{waited_s:4d} s  {''.join(_lines(log)[-1:]):.100}"
+            last = "".join(log.read_text("utf-8", errors="replace").splitlines()[-1:])
+            line = f"{waited_s:4d} s  {last:.100}"
             status.update(escape(line))
             if not console.is_terminal and waited_s >= next_report_s:
                 console.print(f"      {line}", markup=False)
                 next_report_s += 10
-            time.sleep(0.5)
+
+        server.wait_until_ready(report)
     console.print(f"      ready after {time.monotonic() - started:.0f} s")
-
-
-def _is_ready(base_url: str) -> bool:
-    try:
-        return httpx.get(f"{base_url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text("utf-8", errors="replace").splitlines()
 
 
 def _stream_answer(base_url: str) -> list[float]:
@@ -269,19 +237,8 @@ def _print_summary(
 
 def _print_failure(console: Console, error: Exception, log: Path) -> None:
     console.print(f"\nThe demo failed: {error}", markup=False)
-    if log.exists():
-        console.print(f"From {log}:", markup=False)
-        for line in _telling_lines(log):
-            console.print(f"  {line}", markup=False)
-
-
-def _telling_lines(log: Path) -> list[str]:
-    """Return the end of the log and the errors before it, where vLLM states causes."""
-    # Triton's bindings list leaks when any process ends; never the cause.
-    lines = [line for line in _lines(log) if not EXIT_NOISE.match(line)]
-    end = len(lines) - LOG_TAIL_LINES // 3
-    errors = [line for line in lines[:end] if " ERROR " in line] if end > 0 else []
-    return [*errors, *lines[max(end, 0) :]][-LOG_TAIL_LINES:]
+    if log.exists() and not isinstance(error, ProcessError):
+        console.print(f"{log} ends:\n{log_tail(log)}", markup=False)
 
 
 if __name__ == "__main__":

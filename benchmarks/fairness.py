@@ -13,19 +13,18 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness.environment import describe
+from harness.memory_node import NodeProcess
 from rich.console import Console
 from rich.table import Table
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
@@ -191,22 +190,6 @@ def sample(peer: Peer, count: int) -> dict[str, float]:
     return summary(waits, computes)
 
 
-@contextmanager
-def running_node(kv_cache_gib: float, cpus: str) -> Iterator[str]:
-    """A memory node on a Unix socket; its address."""
-    with tempfile.TemporaryDirectory() as directory:
-        node = MemoryNodeProcess(
-            Path(directory, "node"),
-            kv_cache_gib=kv_cache_gib,
-            cpus=cpus,
-            startup_timeout_s=60,
-        )
-        try:
-            yield node.address
-        finally:
-            node.stop()
-
-
 def measure(address: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Both sessions alone, then side by side."""
     results: dict[str, dict[str, float]] = {}
@@ -263,8 +246,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    with running_node(args.kv_cache_gib, args.cpus) as address:
-        results = measure(address, args)
+    options = ("--kv-cache-gib", str(args.kv_cache_gib), "--cpus", args.cpus)
+    with tempfile.TemporaryDirectory() as directory:
+        node = NodeProcess(f"unix:{directory}/node.sock", None, *options)
+        try:
+            results = measure(node.address, args)
+        finally:
+            node.stop()
     show(results)
     if args.output:
         report = {"environment": describe(), "arguments": vars(args), **results}

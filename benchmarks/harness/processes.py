@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
@@ -18,7 +19,9 @@ import httpx
 #: Stands in a command for the file descriptor of a pipe.
 READY_FD = "{ready-fd}"
 _POLL_S = 0.5
-_TAIL_LINES = 60
+_TAIL_LINES, _ERROR_LINES = 60, 20
+_ERROR = re.compile(" ERROR |Error: ")
+_EXIT_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 
 
 class ProcessError(RuntimeError):
@@ -30,6 +33,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def log_tail(log: Path) -> str:
+    """The end of a log and the errors before it, where vLLM states causes."""
+    text = log.read_text("utf-8", "replace")
+    # Triton's bindings list leaks when any process ends; never the cause.
+    lines = [line for line in text.splitlines() if not _EXIT_NOISE.match(line)]
+    errors = [line for line in lines[:-_TAIL_LINES] if _ERROR.search(line)]
+    return "\n".join([*errors[-_ERROR_LINES:], *lines[-_TAIL_LINES:]])
 
 
 class ManagedProcess:
@@ -171,12 +183,7 @@ class ManagedProcess:
 
     def log_tail(self) -> str:
         """The end of its output, for messages."""
-        if self._log_path is None:
-            return "See the messages above."
-        lines = self._log_path.read_text("utf-8", "replace").splitlines()
-        # vLLM names the cause far above its last lines.
-        causes = [line for line in lines[:-_TAIL_LINES] if "Error: " in line]
-        return "\n".join([*causes[-10:], *lines[-_TAIL_LINES:]])
+        return log_tail(self._log_path) if self._log_path else ""
 
     def _is_healthy(self) -> bool:
         try:
@@ -185,7 +192,8 @@ class ManagedProcess:
             return False
 
     def _error(self, what: str) -> ProcessError:
-        return ProcessError(f"{self.name} {what}. Its log ends:\n{self.log_tail()}")
+        where = self._log_path or "the messages above"
+        return ProcessError(f"{self.name} {what}. See {where}:\n{self.log_tail()}")
 
     def _close_pipes(self) -> None:
         if self._pipe >= 0:
