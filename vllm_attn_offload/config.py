@@ -27,46 +27,47 @@ class AttentionOffloadConfig:
     """Attention offloading: memory nodes own the KV cache and run attention."""
 
     memory_nodes: tuple[str, ...] = ()
-    """Addresses of running memory nodes (HOST:PORT, [IPV6]:PORT or unix:PATH). Empty:
+    """Addresses of running memory nodes: HOST:PORT, [IPV6]:PORT or unix:PATH. Empty:
     start local ones."""
     num_local_nodes: int = Field(default=1, ge=1, le=64)
-    """How many memory nodes to start on this host when memory_nodes is empty."""
+    """Number of memory nodes to start on this host when memory_nodes is empty."""
     local_node_cpus: str = ""
-    """CPUs of the local memory nodes, such as "8-15". Empty: half of the host's cores,
-    or those that the workers are not bound to."""
+    """CPUs of the local memory nodes, such as 8-15. Unset: half of the host's cores, or
+    those that the workers are not bound to."""
     partition: Literal["heads", "blocks", "auto"] = "auto"
-    """What is divided between several memory nodes. heads: each holds some KV heads of
-    every block; their number must divide evenly. blocks: each holds some blocks, in
-    proportion to its capacity. auto: heads where they divide evenly."""
+    """What is divided between several memory nodes. heads: each node holds some KV
+    heads of every block; the number of KV heads must be a multiple of the number of
+    nodes. blocks: each node holds some blocks, in proportion to its capacity. auto:
+    heads where they divide evenly, otherwise blocks."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """KV cache of this engine on each node, in GiB; a data-parallel rank is an engine.
-    Unset: all that is free there, divided by the data-parallel size; local nodes then
-    hold half of the memory that is available at start."""
+    """KV cache of this engine on each node, in GiB; each data-parallel rank is an
+    engine. Unset: all free memory of the node, divided by the data-parallel size; local
+    nodes together hold half of the memory that is available at start."""
     num_microbatches: Literal[1, 2, "auto"] = 1
-    """Parts that decode steps are cut into, so that one computes while the other waits
-    for its attention. auto: 2 where the times of earlier steps say that it is faster;
-    with several tensor-parallel ranks 1."""
+    """Number of parts of a decode step; one computes while the other waits for its
+    attention. auto: 2 where measured step times show that it is faster; 1 on GPUs and
+    with several tensor-parallel ranks."""
     on_node_loss: Literal["recover", "fail"] = "recover"
     """What happens when a memory node is lost. recover: it is restarted, reconnected or
     replaced, and running requests are computed again. fail: the engine stops."""
     standby_nodes: tuple[str, ...] = ()
-    """Addresses of running memory nodes that take over from a lost one that stays away.
-    Each needs as much free memory as the node it replaces."""
+    """Addresses of running memory nodes, each of which can replace a lost node that
+    stays away. A standby needs as much free memory as the node that it replaces."""
     startup_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline for a memory node to start or to answer for the first time."""
     request_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline for every answer of a memory node while serving. A node that is silent
-    for longer counts as lost; attention gets more time the more it reads."""
+    for longer counts as lost; attention gets more time the more KV cache it reads."""
     recovery_timeout_s: float = Field(default=120.0, gt=0)
-    """Deadline for a lost memory node to be back or replaced; the engine stops after
-    it. Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
+    """Deadline for a lost memory node to be back or replaced; then the engine stops.
+    Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
     auth_token_file: str = ""
     """File with the token of the memory nodes' --auth-token-file. Only its path is part
-    of the configuration; every process of the engine reads it."""
+    of the configuration; every process of the engine reads the file."""
     tls_cert: str = ""
-    """Certificate (PEM) of this host, for memory nodes with --tls-cert."""
+    """Certificate of this host (PEM), for memory nodes with --tls-cert."""
     tls_key: str = ""
-    """Private key (PEM) of tls_cert."""
+    """Private key of tls_cert (PEM)."""
     tls_ca: str = ""
     """Authority (PEM) that signed the certificates of this host and of the nodes."""
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_attn_offload import AttentionOffloadConfig
 from vllm_attn_offload.config import CONFIG_KEY
+from vllm_attn_offload.memory_node.args import parse_options
 
 OPTIONS = [field.name for field in dataclasses.fields(AttentionOffloadConfig)]
 
@@ -98,3 +101,40 @@ def test_additional_config_with_options() -> None:
         {CONFIG_KEY: {"kv_cache_gib": 4}, "other": 1}
     )
     assert found == AttentionOffloadConfig(kv_cache_gib=4)
+
+
+def engine_options() -> str:
+    """The table of the engine's options, from the fields and their docstrings."""
+    rows = ["| Option | Default | Meaning |", "|---|---|---|"]
+    for name, field in vars(AttentionOffloadConfig)["__pydantic_fields__"].items():
+        default = f"`{field.default}`".replace("()", "[]")
+        default = "unset" if field.default in ("", None) else default
+        rows.append(f"| `{name}` | {default} | {' '.join(field.description.split())} |")
+    return "\n".join(rows)
+
+
+def node_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The table of a memory node's options, from ``vllm-memory-node --help``."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    found = re.findall(
+        r"^  (--\S+(?: \S+)?)\s+(.+)$", capsys.readouterr().out, re.MULTILINE
+    )
+    rows = ["| Option of `vllm-memory-node` | Meaning |", "|---|---|"]
+    rows += [
+        f"| `{name.replace('|', chr(92) + '|')}` | {text} |" for name, text in found
+    ]
+    return "\n".join(rows)
+
+
+def test_readme_lists_every_option(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All options stand in one place, in the words of the code."""
+    text = (root / "vllm_attn_offload" / "README.md").read_text()
+    section = text.partition("## Options\n")[2].partition("\n## ")[0]
+    for table in (engine_options(), node_options(monkeypatch, capsys)):
+        assert f"\n{table}\n" in section, f"paste below '## Options':\n{table}"
