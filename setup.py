@@ -6,6 +6,7 @@ vLLM imports a top-level package called ``triton_kernels`` (OpenAI's MoE kernels
 ours under that name would break MXFP4 models.
 """
 
+import re
 from glob import glob
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = "vllm_attn_offload"
 NESTED = ("triton_kernels", "patches")
 NATIVE_SOURCES = f"{PACKAGE}/native/csrc"
+# Read, not imported: the package's requirements are not installed yet.
+INIT = Path(__file__).with_name(PACKAGE) / "__init__.py"
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.M)
 
 
 class BuildLibrary(build_ext):
@@ -38,7 +42,7 @@ native = Extension(
 
 setup(
     name="vllm-attn-offload",
-    version="0.1.0",
+    version=VERSION,
     description="Attention offloading for vLLM: memory nodes own the paged KV cache "
     "and run decode attention",
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
