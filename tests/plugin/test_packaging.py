@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_attn_offload import __version__
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_attn_offload"
 SOURCES = (PACKAGE, "triton_kernels", "patches", "setup.py", "pyproject.toml")
@@ -93,6 +95,7 @@ def answer_without_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_wheel_contents(wheel: Path) -> None:
+    assert wheel.name.startswith(f"{PACKAGE}-{__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {PACKAGE}

@@ -15,6 +15,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_attn_offload.patches import (
     PATCHES,
     Patch,
@@ -22,6 +23,9 @@ from vllm_attn_offload.patches import (
     apply_patches,
     revert_patches,
 )
+from vllm_attn_offload.patches.patch import PATCH_FREE
+
+from vllm_attn_offload.engine import args
 
 ATTRIBUTES = [patch.attribute for patch in PATCHES]
 COMMAND_LINES = [
@@ -142,3 +146,14 @@ def test_readme_lists_the_patches(root: Path) -> None:
     assert listed == [
         (patch.name, patch.target, patch.reason, patch.remove_when) for patch in PATCHES
     ]
+
+
+def test_class_paths(root: Path) -> None:
+    """What names a class by its path, in options and in prose, names one that is."""
+    paths = {path for name, path in vars(args).items() if name.endswith("_CLS")}
+    assert len(paths) == 5
+    for path in paths:
+        assert isinstance(resolve_obj_by_qualname(path), type)
+    for text in (PATCH_FREE, (root / "README.md").read_text()):
+        named = re.findall(r"vllm_attn_offload\.[a-z_.]+\.[A-Z]\w+", text)
+        assert {args.EXECUTOR_CLS, args.CPU_WORKER_CLS} <= set(named) <= paths
