@@ -4,34 +4,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import tiny_llama
 from harness.serve_process import ServeProcess
-
-NODE = Path(sys.executable).with_name("vllm-memory-node")
+from node_process import running_node
 
 
 @pytest.fixture(scope="module")
 def triton_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a node that runs the kernels in Triton's interpreter."""
-    directory = tmp_path_factory.mktemp("triton-node")
-    address = f"unix:{directory / 'node.sock'}"
     options = ("--device", "cpu", "--attention-kernel", "triton")
-    with (directory / "node.log").open("wb") as log:
-        process = subprocess.Popen(
-            [NODE, "--listen", address, *options, "--kv-cache-gib", "0.1"],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    yield address
-    process.kill()
-    process.wait()
-    assert "Traceback" not in (directory / "node.log").read_text("utf-8")
+    directory = tmp_path_factory.mktemp("triton-node")
+    with running_node(directory, *options, "--kv-cache-gib", "0.1") as node:
+        yield node.address
+    assert "Traceback" not in node.log()
 
 
 def test_serve_from_triton_node_is_identical(
