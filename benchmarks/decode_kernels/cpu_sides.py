@@ -119,7 +119,7 @@ class Ours:
                 table.data_ptr(),
             )
             call.table_stride, call.num_query_heads = width, query.shape[1]
-            self.library.partition_step(pool, plan, call)
+            self.library.plan_step(pool, plan, call)
             self.plans.append(plan)
         return lambda layer: self.library.attend(pool, self.plans[layer], attend)
 

@@ -66,7 +66,7 @@ class RemoteNodes:
 
     def _relay(self, address: str) -> str:
         """Start a relay to a node; returns where it listens."""
-        command = [sys.executable, RELAY, READY_FD, address]
+        command = (sys.executable, RELAY, READY_FD, address)
         relay = ManagedProcess(f"the relay to {address}", command, self._log)
         self._stack.callback(relay.stop)
         self._relays.append(relay)
