@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a small session waits for beside a greedy one on the same memory node.
+"""Queueing time of a small session beside a greedy one on the same memory node.
 
 The greedy neighbour attends over long contexts and always has its next layer in line;
 the small session sends one layer after another. Both are protocol clients without vLLM.
@@ -57,7 +57,7 @@ class Peer:
 
     Args:
         address: The memory node.
-        name: Of the engine, as the node shows it.
+        name: Name of the engine that the node shows.
         num_reqs: Decode requests of every step.
         context: Tokens that each of them attends over.
     """

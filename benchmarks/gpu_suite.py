@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything worth knowing from one GPU box in under 8 minutes, as one JSON file.
+"""Correctness and speed on one GPU machine in under 8 minutes, as one JSON file.
 
 Needs torch, triton, numpy and this repository, and for its last three steps vLLM with
 this package installed; ``--dry-run`` walks every step without a GPU, on tiny problems
@@ -52,7 +52,7 @@ DRY_WORKLOADS = [
 
 
 class Bench:
-    """Where the steps run and what they know of each other."""
+    """Device of the steps, and what a later step needs of an earlier one."""
 
     def __init__(self, is_dry: bool) -> None:
         self.is_dry = is_dry

@@ -167,7 +167,7 @@ def measure(
 def summarise(
     name: str, rate: float, result: dict[str, Any], samples: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """What the table and the plots need; times in ms."""
+    """One row of the table and the plots; times in ms."""
     keys = (
         *("completed", "failed", "duration", "request_throughput"),
         *("output_throughput", "p50_itl_ms", "p99_itl_ms", "p50_tpot_ms"),
@@ -184,7 +184,7 @@ def summarise(
 
 
 def count_equal(texts: list[str], others: list[str]) -> int:
-    """How many answers are the same, letter by letter."""
+    """Count answers that are the same, letter by letter."""
     return sum(a == b for a, b in zip(texts, others, strict=True))
 
 

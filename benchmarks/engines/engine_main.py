@@ -113,7 +113,7 @@ class Engine:
         return time.perf_counter() - started, output.outputs[0].token_ids[0]
 
     def choose_micro_batches(self, option: int | str) -> None:
-        """Cut steps by another value of ``num_microbatches`` from now on."""
+        """Split steps by another value of ``num_microbatches`` from now on."""
         from engines import mode as engine_mode
 
         self._llm.collective_rpc(engine_mode.choose, args=(option,))

@@ -33,7 +33,7 @@ class EngineMode:
 
 
 def choose(worker: Any, option: NumMicroBatches) -> None:
-    """Runs in the worker: steps are cut by this option from now on.
+    """Runs in the worker: steps are split by this option from now on.
 
     Every option keeps its own choice, because ``auto`` learns.
     """

@@ -40,7 +40,7 @@ def print_rates(console: Console, rows: list[Row]) -> None:
 
 
 def print_sums(console: Console, rows: list[Row]) -> None:
-    """Where an offloading engine's time goes: per layer, and in sums of a step."""
+    """Print an offloading engine's time by part: per layer, and summed over a step."""
     for title, kind, digits in (
         ("Offload: µs per layer, median", "layer_us", 0),
         ("Offload: ms per step, mean", "sums", 2),
@@ -55,7 +55,7 @@ def print_sums(console: Console, rows: list[Row]) -> None:
 
 
 def print_ablation(console: Console, rows: list[Row]) -> None:
-    """What two micro-batches gain, and what bounds it.
+    """Print the gain of two micro-batches and its bound.
 
     C: compute of a step, everything but waiting for attention. p: compute of both
     micro-batches over C. A: the memory node's time. latency: what an exchange takes on

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who works when in a decode step: recorded on both sides, as Chrome trace and picture.
+"""Timeline of a decode step, recorded on both sides, as Chrome trace and picture.
 
 ``python benchmarks/engines/timeline.py EVENTS NODE_OPTIONS...`` runs a memory node that
 writes its events when it ends. Both sides use the host's monotonic clock.

@@ -34,7 +34,7 @@ _CROWDED, _ALONE = 0.1, 0.7
 
 @dataclass(frozen=True)
 class Variant:
-    """An engine: how it runs, and where its KV cache is."""
+    """An engine: model runner, mode, and place of its KV cache."""
 
     runner: str
     mode: str
@@ -58,9 +58,10 @@ EQUALITY = [
 
 
 def timed_variants() -> list[Variant]:
-    """Where tokens per second are compared; what is cut runs without CUDA graphs.
+    """Engines whose tokens per second are compared.
 
-    The last one is what no option gives: a node on the CPU with the host's memory.
+    Steps in two micro-batches run without CUDA graphs. The last engine starts its own
+    node on the CPU, with the host's memory.
     """
     points = tuple({"batch": b, "context": 512, "steps": 24} for b in BATCHES)
     few = points[2:5:2]
@@ -79,7 +80,7 @@ class Engines:
     """Starts engines on one model and two nodes, which they all use.
 
     Args:
-        device: Of the engines and of the node that is not on the CPU.
+        device: Device of the engines, and of the node that is not on the CPU.
         is_dry: Tiny, on the CPU, and two engines in place of all.
     """
 
@@ -112,7 +113,7 @@ class Engines:
         self._stack.close()
 
     def run(self, variant: Variant) -> dict[str, Any]:
-        """What the engine wrote.
+        """Run an engine and return its results.
 
         Raises:
             ProcessError: It failed; the message ends with its output.

@@ -83,7 +83,7 @@ def _measure(layer: OneLayer, *, is_dry: bool) -> dict[str, Any]:
 def _copies(
     rows: torch.Tensor, output: torch.Tensor, repeats: int, *, is_shared: bool
 ) -> dict[str, float]:
-    """Of the same bytes, alone: what the link takes, or the device's own memory."""
+    """Time copies of the same bytes alone, over the link or within the device."""
     on_gpu = rows.is_cuda
     found = {}
     for name, tensor in (("copy_out_us", rows), ("copy_back_us", output)):

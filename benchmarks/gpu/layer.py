@@ -19,9 +19,9 @@ class OneLayer:
 
     Args:
         address: The memory node.
-        device: Of q, k, v and the output.
-        point: Requests, and tokens of each.
-        shares: Rows are to stay in memory that both processes map.
+        device: Device of q, k, v and the output.
+        point: Number of requests, and tokens of each.
+        shares: Rows must stay in memory that both processes map.
         is_dry: A tiny model in fp32.
     """
 

@@ -89,7 +89,7 @@ def prompts() -> list[list[int]]:
 
 
 def engine_options(*, is_dry: bool) -> dict[str, Any]:
-    """What stock and offloading engines have in common."""
+    """Options that stock and offloading engines share."""
     common: dict[str, Any] = {"skip_tokenizer_init": True, "seed": 0}
     if is_dry:
         return common | {

@@ -17,8 +17,8 @@ class Clients:
     """Keeps so many streams busy and compares every answer with the undisturbed one.
 
     Args:
-        server: What is asked.
-        prompts: What is asked for, in turn.
+        server: Server that is asked.
+        prompts: Token ids, sent in turn.
         num_tokens: Tokens of every answer.
         report: Filled.
     """

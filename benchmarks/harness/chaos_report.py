@@ -17,7 +17,7 @@ from rich.table import Table
 
 @dataclass
 class Report:
-    """What happened, counted by all threads."""
+    """Counts and times of a run, filled by all threads."""
 
     faults: dict[str, int] = field(default_factory=dict)
     requests: int = 0
@@ -35,7 +35,10 @@ class Report:
 
 
 def _longest_gap_end(times_s: list[float], killed_s: float) -> float:
-    """When tokens came again: those that were under way still came at once."""
+    """End of the longest gap between tokens around a kill.
+
+    Tokens that were under way still arrive at once, so the gap may start later.
+    """
     ordered = sorted(times_s)
     gaps = [
         (later - earlier, later)
@@ -48,7 +51,7 @@ def _longest_gap_end(times_s: list[float], killed_s: float) -> float:
 def time_recovery(
     killed_s: float, restored_s: list[float], token_s: list[float], report: Report
 ) -> None:
-    """From a kill to the pool's return, and to the tokens after the pause."""
+    """Note the time from a kill to the restored pool, and to the next token."""
     restored = next((time_s for time_s in sorted(restored_s) if time_s > killed_s), 0.0)
     if restored:
         report.kill_to_pool_s.append(restored - killed_s)

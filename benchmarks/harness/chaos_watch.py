@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a server hold while it is mistreated, and when it recovered."""
+"""Watches a server's processes for leaks, and its log for recoveries."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _WARM_UP_S = 10.0
 class NodeLife:
     """One node process; a restarted node is another one.
 
-    Memory is what is anonymous and resident, without shared files and libraries. The
-    pool counts as a whole: the benchmark has its pages touched when it is opened.
+    Its memory is the anonymous resident part, without shared files and libraries. The
+    whole pool counts: the benchmark touches its pages when it is opened.
     """
 
     seen_s: float
@@ -35,7 +35,7 @@ class NodeLife:
 
     @property
     def growth_mib(self) -> float:
-        """Since it was warm."""
+        """Growth since it was warm."""
         return 0.0 if self.warm_mib is None else self.last_mib - self.warm_mib
 
 
@@ -44,11 +44,11 @@ class Watch:
     """Looks at a server's processes and log in a thread.
 
     Args:
-        server: Whose.
+        server: The server to watch.
 
     Attributes:
-        nodes: By process id.
-        restored_s: When the log said that the nodes are back.
+        nodes: Node processes by process id.
+        restored_s: Times at which the log said that the nodes are back.
     """
 
     server: ServeProcess
@@ -66,7 +66,7 @@ class Watch:
         self._thread.join(10)
 
     def holdings(self) -> dict[str, tuple[int, int]]:
-        """File descriptors and threads of every process, under names that last."""
+        """File descriptors and threads of every process, under stable names."""
         found: dict[str, tuple[int, int]] = {}
         server = psutil.Process(self.server.process.pid)
         nodes = faults.memory_nodes(server.pid)

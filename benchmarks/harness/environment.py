@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result was measured on: hardware, versions, commit, load."""
+"""The environment of a result: hardware, versions, commit, load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def describe() -> dict[str, object]:
-    """Facts that stand beside every number of this run."""
+    """Return what every result file records about its run."""
     about = Path("/proc/cpuinfo").read_text()
     flags = set(_field(about, "flags").split())
     return {

@@ -48,18 +48,18 @@ def memory_nodes(server_pid: int) -> list[psutil.Process]:
 
 
 def address(node: psutil.Process) -> str:
-    """Where a node listens."""
+    """Address that a node listens on."""
     command = node.cmdline()
     return command[command.index("--listen") + 1]
 
 
 def kill(node: psutil.Process) -> None:
-    """As the kernel's out-of-memory killer does."""
+    """Kill it, as the kernel's out-of-memory killer does."""
     node.kill()
 
 
 def stop(node: psutil.Process) -> None:
-    """It hangs: no connection ends, nothing is answered."""
+    """Make it hang: no connection ends, nothing is answered."""
     node.send_signal(signal.SIGSTOP)
 
 
@@ -80,7 +80,7 @@ def visit(node: psutil.Process, choose: random.Random) -> bool:
     """Come as a second engine, hold a session for a while, and leave in some way.
 
     Returns:
-        Whether there was room: a local node that was started again has its engine's.
+        False if there was no room: a restarted local node only has its engine's.
     """
     layer = LayerGeometry("layer", 0, 0, 4, 2, 64, 64, 0.125)
     geometry = SessionGeometry("float32", [KVGroup(16)], [layer])
@@ -101,11 +101,11 @@ def drop_connections(process: psutil.Process, peer: str = "") -> int:
     """Shut the connected sockets of a process down, as a broken link does.
 
     Args:
-        process: Whose sockets.
-        peer: Only those connected to this path or HOST:PORT; empty: all.
+        process: Owner of the sockets.
+        peer: Drop only connections to this path or HOST:PORT; empty: all.
 
     Returns:
-        How many were shut down.
+        The number of sockets that were shut down.
     """
     pidfd = os.pidfd_open(process.pid)
     num_dropped = 0
@@ -177,7 +177,7 @@ class Streams:
             thread.start()
 
     def wait_for(self, num_tokens: int, timeout_s: float) -> bool:
-        """Whether so many tokens of all streams together came in time."""
+        """Wait for a number of tokens of all streams; False if the time is over."""
         with self._came:
             return self._came.wait_for(
                 lambda: sum(map(len, self.tokens)) >= num_tokens, timeout_s

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes and shared memory are one server's, whatever else runs here."""
+"""Finds the processes and shared memory of one server among all others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import psutil
 
 
 class Footprint:
-    """What a server's processes are and map, collected while they live.
+    """Processes of a server and the shared memory that they map.
 
     A file in /dev/shm does not tell which process made it, and other engines come and
-    go. Those that a process of this server maps at any ``look`` are this server's.
+    go. Files that a process of this server maps at any ``look`` belong to it.
 
     Args:
-        pid: The server; its descendants count, also those whose parent has died.
+        pid: The server. Its descendants count, even if their parent has died.
     """
 
     def __init__(self, pid: int) -> None:

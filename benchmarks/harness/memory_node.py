@@ -57,6 +57,6 @@ class NodeProcess(ManagedProcess):
         self.start_s = time.monotonic() - started
 
     def log(self) -> str:
-        """What the node wrote so far."""
+        """The output of the node so far."""
         assert self._log_path is not None
         return self._log_path.read_text()

@@ -14,11 +14,11 @@ _PREFIX = "10.213.77"
 
 @dataclass(frozen=True)
 class RemoteHost:
-    """Where nodes of another host run.
+    """Another host for memory nodes.
 
     Args:
         address: Its address on the link.
-        command: Put in front of a command, runs it there.
+        command: Prefix that runs a command there.
         devices: Both ends of the link, ours first.
     """
 

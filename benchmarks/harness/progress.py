@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a long measurement is."""
+"""Progress of a long measurement."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class ServeProcess(ManagedProcess):
     """``vllm serve`` on a free port, ready when constructed.
 
     Args:
-        model: What to serve.
+        model: Model to serve.
         log: File that its output is appended to.
         *options: More of the command line.
         **variables: Added to its environment.

@@ -27,10 +27,10 @@ class MeasuredServer(ServeProcess):
 
     Args:
         engine: Shown in the table.
-        model: What to serve.
+        model: Model to serve.
         options: More of the command line.
         variables: Added to the environment.
-        log: Where its output goes.
+        log: File that its output is appended to.
     """
 
     start_timeout_s = 600.0

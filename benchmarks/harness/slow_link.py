@@ -33,7 +33,7 @@ class SlowLink:
 
     @property
     def address(self) -> str:
-        """Where to connect instead of the target."""
+        """Address to connect to instead of the target."""
         host, port = self._listener.getsockname()
         return f"{host}:{port}"
 

@@ -44,7 +44,7 @@ def save(directory: Path, vocab_size: int = 1024) -> None:
 
 
 def engine_options() -> dict[str, Any]:
-    """What stock and offloading engines have in common."""
+    """Options that stock and offloading engines share."""
     return {
         "dtype": "float32",
         "enforce_eager": True,
