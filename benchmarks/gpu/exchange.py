@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu.layer import SHARED, OneLayer
 from gpu.system import memory_node, missing
+
+if TYPE_CHECKING:
+    from gpu.layer import OneLayer
 
 #: Requests and tokens of each: a decode step of one, and of larger batches.
 POINTS = ((1, 512), (8, 512), (32, 2048), (128, 2048), (256, 512))
@@ -32,6 +34,9 @@ def measure_exchange(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
     if reason:
         print(f"skipped: {reason}")
         return {"skipped": reason}
+    # Late: it needs the packages above.
+    from gpu.layer import OneLayer
+
     rows = []
     print(f"{'node':<8}{'batch':>6}{'context':>9}{'layer us':>12}{'overhead us':>14}")
     with tempfile.TemporaryDirectory(prefix="attn-offload-exchange-") as work:
@@ -65,8 +70,7 @@ def _measure(layer: OneLayer, *, is_dry: bool) -> dict[str, Any]:
         f"node_{part}_us": 1e6 * (after[part] - before[part]) / repeats
         for part in before
     }
-    is_shared = layer.session.transport == SHARED
-    parts |= _copies(layer.rows, layer.output, repeats, is_shared=is_shared)
+    parts |= _copies(layer.rows, layer.output, repeats, is_shared=layer.is_shared)
     known = parts["node_attend_us"] + parts["copy_out_us"] + parts["copy_back_us"]
     return {
         "batch": layer.batch,

@@ -9,9 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
+from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.partition import Partition
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.step_partition import BatchStep
+from vllm_attn_offload.protocol.messages import (
+    AttachSession,
+    KVGroup,
+    LayerGeometry,
+    OpenSession,
+    ReserveCapacity,
+    SessionGeometry,
+    Shard,
+)
+from vllm_attn_offload.transport.cuda_memory import CudaDevice
+
 BLOCK_SIZE = 16
-#: The name of the transport whose rows stay in GPU memory.
-SHARED = "device memory"
 
 
 class OneLayer:
@@ -34,9 +52,7 @@ class OneLayer:
         shares: bool,
         is_dry: bool,
     ) -> None:
-        from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-
-        self.batch, self.context = point
+        (self.batch, self.context), self.is_shared = point, shares
         self._device = device
         heads, kv_heads, size = shape = (4, 2, 32) if is_dry else (32, 8, 128)
         num_blocks = self.batch * -(-self.context // BLOCK_SIZE)
@@ -48,7 +64,8 @@ class OneLayer:
         self.rows = torch.randn(self.batch, width, device=device).to(dtype)
         widths = [heads * size, kv_heads * size, kv_heads * size]
         parts = self.rows.split(widths, dim=1)
-        self._qkv = tuple(part.unflatten(1, (-1, size)) for part in parts)
+        query, key, value = (part.unflatten(1, (-1, size)) for part in parts)
+        self._qkv = query, key, value
         self.output = self.rows.new_empty(self.batch, heads, size)
         self._metadata = AttentionOffloadMetadata(self.session.step(*point))
         self._scale = size**-0.5
@@ -77,15 +94,11 @@ class Session:
         *,
         is_dry: bool,
     ) -> None:
-        from vllm_attn_offload.client.control_client import ControlClient
-        from vllm_attn_offload.client.partition import Partition
-        from vllm_attn_offload.client.remote_attention import RemoteAttention
-
         geometry, block_bytes = _geometry(shape, is_dry=is_dry)
         self._control = ControlClient(address, 30)
         client = self._attach(address, geometry, num_blocks, block_bytes, device)
         self.transport = client.transport_name
-        if device is not None and self.transport != SHARED:
+        if device is not None and self.transport != "device memory":
             raise RuntimeError(f"rows were to be shared, and pass {self.transport}")
         self.nodes = RemoteAttention(
             [client], Partition("heads", (num_blocks,)), geometry
@@ -94,20 +107,12 @@ class Session:
     def _attach(
         self,
         address: str,
-        geometry: Any,
+        geometry: SessionGeometry,
         num_blocks: int,
         block_bytes: int,
         device: torch.device | None,
-    ) -> Any:
+    ) -> NodeClient:
         """Reserve blocks twice, because kernels may pad them, and open a channel."""
-        from vllm_attn_offload.client.node_client import NodeClient
-        from vllm_attn_offload.protocol.messages import (
-            AttachSession,
-            OpenSession,
-            ReserveCapacity,
-            Shard,
-        )
-
         reserved = self._control.reserve(
             ReserveCapacity("suite", Shard(), geometry, 2 * num_blocks * block_bytes)
         )
@@ -117,16 +122,11 @@ class Session:
         request = AttachSession(
             opened.session, opened.attach_token, 0, geometry.digest(), 0
         )
-        if device is None:
-            return NodeClient(address, request, 30)
-        from vllm_attn_offload.transport.cuda_memory import CudaDevice
+        shared = None if device is None else CudaDevice(device)
+        return NodeClient(address, request, 30, device=shared)
 
-        return NodeClient(address, request, 30, device=CudaDevice(device))
-
-    def step(self, batch: int, context: int) -> Any:
+    def step(self, batch: int, context: int) -> BatchStep:
         """A decode step: every request has its own blocks, in random order."""
-        from vllm_attn_offload.client.step_partition import BatchStep
-
         width = -(-context // BLOCK_SIZE)
         order = np.random.default_rng(0).permutation(batch * width)
         table = order.reshape(batch, width).astype(np.int32)
@@ -188,11 +188,9 @@ class _NoPrefill:
         raise NotImplementedError
 
 
-def _open_exchange(session: Session, device: torch.device, head_size: int) -> Any:
-    from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
-    from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
-    from vllm_attn_offload.attention.cuda.streams import CudaStreams
-
+def _open_exchange(
+    session: Session, device: torch.device, head_size: int
+) -> DeviceExchange:
     if device.type == "cuda":
         return DeviceExchange(
             session.nodes, lambda: CudaStreams(device), FlashPrefill(head_size)
@@ -200,14 +198,10 @@ def _open_exchange(session: Session, device: torch.device, head_size: int) -> An
     return DeviceExchange(session.nodes, HostStreams, _NoPrefill())
 
 
-def _geometry(shape: tuple[int, int, int], *, is_dry: bool) -> tuple[Any, int]:
+def _geometry(
+    shape: tuple[int, int, int], *, is_dry: bool
+) -> tuple[SessionGeometry, int]:
     """Geometry of a session with one layer, and the bytes of one block."""
-    from vllm_attn_offload.protocol.messages import (
-        KVGroup,
-        LayerGeometry,
-        SessionGeometry,
-    )
-
     heads, kv_heads, size = shape
     layer = LayerGeometry("0", 0, 0, heads, kv_heads, size, size, size**-0.5)
     dtype, element = ("float32", 4) if is_dry else ("bfloat16", 2)
