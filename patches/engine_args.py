@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``--attention-offload`` flags: parse them, fold them in, configure the engine."""
+"""Parses the ``--attention-offload`` flags and configures the engine with them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 def with_options(
     additional_config: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Merge options over those that ``additional_config`` has; checks them.
+    """Check options and merge them over those of ``additional_config``.
 
     Raises:
         ValueError: An unknown option or a bad value.

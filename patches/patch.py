@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patch: a wrapper around one upstream function, checked before it is applied."""
+"""A wrapper around one upstream function that is checked before it is applied."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Patch:
         parameters: Names of its parameters when the patch was written.
         wrap: Takes the original function and returns the replacement.
         reason: Why no official hook serves.
-        remove_when: What makes the patch unnecessary.
+        remove_when: Change in vLLM that makes the patch unnecessary.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Patch:
         return f"{self.module}.{self.owner}.{self.attribute}"
 
     def is_applied(self) -> bool:
-        """Whether the target is ours now."""
+        """Return True if the target is our wrapper now."""
         return hasattr(_function(self._descriptor()), _MARK)
 
     def check(self) -> None:
@@ -78,7 +78,7 @@ class Patch:
             )
 
     def apply(self) -> None:
-        """Install the wrapper; does nothing where it is installed already."""
+        """Install the wrapper, unless it is installed already."""
         if self.is_applied():
             return
         self.check()

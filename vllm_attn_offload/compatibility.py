@@ -26,8 +26,8 @@ class Unsupported:
     Args:
         feature: Name in the README.
         given: Describes what the settings ask for, or returns "" where they do not.
-        allowed: What works instead.
-        advice: What to do.
+        allowed: Settings that work instead.
+        advice: Instruction to the user.
     """
 
     feature: str

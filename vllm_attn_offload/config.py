@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of attention offloading, as users set them."""
+"""Options of attention offloading."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class AttentionOffloadConfig:
         return self
 
     def load_credentials(self) -> Credentials:
-        """Read what this process shows memory nodes; secrets stay out of the options.
+        """Read this process's token and certificates; they stay out of the options.
 
         Raises:
             ValueError: A file is missing, open to others, or cannot be used.
@@ -101,12 +101,12 @@ class AttentionOffloadConfig:
 
     @property
     def num_nodes(self) -> int:
-        """Memory nodes that serve the engine at a time."""
+        """Number of memory nodes that serve the engine at a time."""
         return len(self.memory_nodes) or self.num_local_nodes
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> AttentionOffloadConfig:
-        """Read options as they come from the command line or ``additional_config``.
+        """Check options from the command line or ``additional_config``.
 
         Raises:
             ValueError: An unknown key or a bad value; the message says what is
@@ -142,7 +142,7 @@ class AttentionOffloadConfig:
     def from_additional_config(
         cls, additional_config: object
     ) -> AttentionOffloadConfig | None:
-        """Options of an engine, or None where attention is not offloaded."""
+        """Return an engine's options, or None if attention is not offloaded."""
         if not isinstance(additional_config, dict):
             return None
         options = additional_config.get(CONFIG_KEY)
@@ -150,8 +150,8 @@ class AttentionOffloadConfig:
 
     @classmethod
     def of_engine(cls, vllm_config: VllmConfig) -> AttentionOffloadConfig:
-        """Options of an engine that offloads.
+        """Return the options of an engine that offloads attention.
 
-        The patch-free command line may name executor and worker and no options.
+        The patch-free command line may name executor and worker without options.
         """
         return cls.from_additional_config(vllm_config.additional_config) or cls()

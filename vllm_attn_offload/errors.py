@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions that cross module boundaries."""
+"""Exceptions that cross module boundaries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ class MemoryNodeError(RuntimeError):
     """A memory node could not be used: unreachable, lost, or it refused a request.
 
     Args:
-        node: Address of the node, as the user wrote it.
-        cause: One or two sentences: what happened and what to do.
+        node: Address of the node in the user's spelling.
+        cause: One or two sentences that say what happened and what to do.
     """
 
     def __init__(self, node: str, cause: str) -> None:

@@ -15,11 +15,11 @@ class LLM(vllm.LLM):
     """``vllm.LLM`` that can keep its KV cache on memory nodes.
 
     Args:
-        model: As for ``vllm.LLM``.
+        model: Passed on to ``vllm.LLM``.
         attention_offload: Offload attention; False changes nothing.
-        attention_offload_config: Options, as for ``--attention-offload-config``;
-            implies ``attention_offload``.
-        **kwargs: As for ``vllm.LLM``.
+        attention_offload_config: Options of ``--attention-offload-config``; they imply
+            ``attention_offload``.
+        **kwargs: Passed on to ``vllm.LLM``.
 
     Raises:
         ValueError: An unknown option, or a feature that offloading does not support.

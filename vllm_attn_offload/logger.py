@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def get_logger(name: str) -> _VllmLogger:
-    """Logger for a module of the compute node.
+    """Return the logger of a module on the compute node.
 
-    vLLM attaches its handler to the logger called ``vllm`` only, so ours are its
-    children; a bare ``vllm_attn_offload.*`` logger prints nothing.
+    vLLM attaches its handler only to the logger ``vllm``, so ours are its children; a
+    bare ``vllm_attn_offload.*`` logger prints nothing.
     """
     from vllm.logger import init_logger
 

@@ -9,8 +9,8 @@ BACKEND_PATH = "vllm_attn_offload.attention.backend.AttentionOffloadBackend"
 def register() -> None:
     """Add the command-line flags and the attention backend.
 
-    Never raises: an installed but unused plugin must not stop vLLM. Where it cannot
-    work it warns once, and using attention offloading raises.
+    Never raises, because an installed but unused plugin must not stop vLLM. If it
+    cannot work it warns once, and using attention offloading raises.
     """
     from vllm_attn_offload.logger import get_logger
     from vllm_attn_offload.versions import is_tested, untested_message, vllm_version

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM versions that this release was tested with."""
+"""vLLM versions that this release was tested with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ TESTED_VLLM = "0.32"
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM.
+    """Return the version of the installed vLLM.
 
-    ``vllm.__version__`` and not the distribution's: the CPU build is distributed under
-    another name.
+    It is ``vllm.__version__`` and not the distribution's, because the CPU build is
+    distributed under another name.
     """
     import vllm
 
@@ -18,12 +18,12 @@ def vllm_version() -> str:
 
 
 def is_tested(version: str) -> bool:
-    """Whether a vLLM version is one of ``TESTED_VLLM``."""
+    """Return True for a vLLM release of ``TESTED_VLLM``."""
     return version.split("+")[0].split(".")[:2] == TESTED_VLLM.split(".")
 
 
 def untested_message(version: str) -> str:
-    """What a user of an untested vLLM reads."""
+    """Return the message for users of an untested vLLM."""
     return (
         f"vllm-attn-offload supports vLLM {TESTED_VLLM}.x; found {version}. Install "
         f"vLLM {TESTED_VLLM}, or run without attention offloading."

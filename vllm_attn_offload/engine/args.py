@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine arguments that switch vLLM over to attention offloading."""
+"""Engine arguments that switch vLLM to attention offloading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"
 
 
 def apply_to_engine_args(engine_args: EngineArgs) -> None:
-    """Set executor and worker, and tell engines what their configuration does not.
+    """Set executor, worker and backend, and what only the environment can carry.
 
     Raises:
         ValueError: The user chose another executor, worker or device.
@@ -38,7 +38,7 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if current_platform.is_cuda():
-        # vLLM's own selector then says what the backend does not support.
+        # vLLM's selector then reports what the backend does not support.
         _set(engine_args, "attention_backend", AttentionBackendEnum.CUSTOM, (None,))
         worker_cls = GPU_WORKER_CLS
     elif current_platform.is_cpu():
@@ -52,10 +52,10 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
     _set(engine_args, "distributed_executor_backend", EXECUTOR_CLS, (None, "mp", "uni"))
     _set(engine_args, "worker_cls", worker_cls, ("auto",))
     if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
-        return  # One of several API servers: the process that started them did it.
+        return  # One of several API servers; their parent process has done the rest.
     directory = _new_run_dir()
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
-    # vLLM's frontend kills the engine and its nodes where they need a moment to end.
+    # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
 
@@ -63,11 +63,11 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
 def choose_scheduler(vllm_config: VllmConfig, recovery_timeout_s: float) -> None:
     """Set the scheduler that takes part in recovery, on a finished configuration.
 
-    Late, because vLLM decides last whether scheduling is asynchronous.
+    Called late, because vLLM decides last if scheduling is asynchronous.
 
     Raises:
-        ValueError: The user chose another scheduler, or vLLM gives a step up before a
-            recovery may end.
+        ValueError: The user chose another scheduler, or vLLM's deadline for a step is
+            shorter than the one for a recovery.
     """
     _check_deadline(recovery_timeout_s)
     scheduler = vllm_config.scheduler_config
@@ -82,7 +82,7 @@ def choose_scheduler(vllm_config: VllmConfig, recovery_timeout_s: float) -> None
 
 
 def run_dir(data_parallel_index: int, node_index: int = 0) -> Path:
-    """Where the socket of one of an engine's local memory nodes lives.
+    """Return the directory of a local memory node's socket.
 
     The frontend names it and the engine's process inherits the name, so that both find
     the nodes without an address in the (hashed) configuration.
@@ -92,9 +92,9 @@ def run_dir(data_parallel_index: int, node_index: int = 0) -> Path:
 
 
 def data_parallel_size(vllm_config: VllmConfig) -> int:
-    """Engines that share the memory nodes.
+    """Return the number of engines that share the memory nodes.
 
-    vLLM tells a rank of a dense model that it is alone, so its environment says more.
+    vLLM tells a rank of a dense model that it is alone, so the environment goes first.
     """
     inherited = os.environ.get(_DATA_PARALLEL_SIZE_VARIABLE)
     if inherited:

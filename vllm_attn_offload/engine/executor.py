@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The executor: starts or joins memory nodes, sizes the KV pool, recovers from loss."""
+"""The executor starts or joins memory nodes, sizes the KV pool, recovers from loss."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from vllm_attn_offload.client.attachment import Attachment, Problem
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.compatibility import check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import choose_scheduler, data_parallel_size
@@ -113,10 +113,10 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
-        """Sample, unless the step is lost: generators must not move for nothing.
+        """Sample, unless the step is lost: random generators must not advance then.
 
-        Under asynchronous scheduling a step's loss is not known yet; its tokens are
-        sampled, and dropped by the scheduler.
+        With asynchronous scheduling the loss of a step is not known yet: its tokens are
+        sampled, and the scheduler drops them.
         """
         if self._recovery is None or non_block or not self._recovery.is_pending:
             return super().sample_tokens(grammar_output, non_block)
@@ -124,20 +124,20 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         return EMPTY_MODEL_RUNNER_OUTPUT
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
-        """Tell the engine also when a memory node is lost for good."""
+        """Also call it when a memory node is lost for good."""
         self._on_failure = callback
         super().register_failure_callback(callback)
 
     def check_health(self) -> None:
-        """Raise where a worker or a memory node does not answer."""
+        """Raise if a worker or a memory node does not answer."""
         super().check_health()
         self._pool.check_health()
 
     def shutdown(self) -> None:
-        """Let go of the memory nodes and stop the workers; no step is in flight."""
+        """Leave the memory nodes and stop the workers; no step is in flight."""
         if self._recovery is not None:
             self._recovery.close()
-        # They end while the workers do: the engine has few seconds for both.
+        # Nodes and workers stop together: the engine has few seconds for both.
         self._pool.request_stop()
         super().shutdown()
         self._leave_memory_nodes()
@@ -153,11 +153,11 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         recovery.register(self.vllm_config)
         return recovery
 
-    def _attach(self, attachments: list[list[Attachment]]) -> list[Problem | None]:
-        """Give every worker its sessions; returns what went wrong, per worker.
+    def _attach(self, attachments: list[list[Attachment]]) -> list[NodeFailure | None]:
+        """Give every worker its sessions; returns each worker's failure, if any.
 
-        Addresses are known at run time only: they never enter the configuration, which
-        is hashed into the compile cache's key.
+        Addresses exist only at run time: they never enter the configuration, whose hash
+        is part of the compile cache's key.
         """
         return self.collective_rpc(
             "attach_memory_nodes", args=(attachments, self._pool.partition)
@@ -189,5 +189,5 @@ class AttentionOffloadExecutor(AttentionOffloadExecutorMixin, MultiprocExecutor)
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
-        """Steps of one worker are ordered by its data channel."""
+        """Allow it: a worker's data channel keeps its steps in order."""
         return True

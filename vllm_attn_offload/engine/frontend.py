@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine and its frontend: node counters on ``/metrics``, ending with it."""
+"""Ties to vLLM's frontend: nodes on its ``/metrics``, and an end together with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NodeStatsReader:
 
     Args:
         addresses: Memory nodes of the engine.
-        credentials: What to show them.
+        credentials: Token and certificates of this process.
     """
 
     def __init__(self, addresses: list[str], credentials: Credentials) -> None:
@@ -51,7 +51,7 @@ class NodeStatsReader:
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, Stats]:
-        """Statistics by address; nodes that do not answer are left out."""
+        """Return counters by address, without nodes that do not answer."""
         with self._lock:
             answers = {address: self._read_node(address) for address in self._addresses}
         return {address: stats for address, stats in answers.items() if stats}
@@ -73,7 +73,7 @@ class NodeStatsReader:
 def export_node_metrics(
     vllm_config: VllmConfig, config: AttentionOffloadConfig
 ) -> None:
-    """Register the nodes of an engine with Prometheus, in place of an older engine's.
+    """Register an engine's nodes with Prometheus and drop those of an older engine.
 
     A stat-logger plugin would do the same but, by being installed, turns vLLM's
     statistics on even where ``--disable-log-stats`` was given and nothing is offloaded
@@ -88,7 +88,7 @@ def export_node_metrics(
 
 
 def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[str]:
-    """Nodes of all engines behind this frontend."""
+    """List the nodes of all engines behind this frontend."""
     if config.memory_nodes:
         return [*config.memory_nodes, *config.standby_nodes]
     parallel = vllm_config.parallel_config
@@ -104,10 +104,10 @@ def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[
 
 
 def end_with_frontend() -> None:
-    """Watch the process that started this engine; does nothing in its own process.
+    """End this engine when the process that started it is gone, even by kill -9.
 
     vLLM's engine waits for messages from its frontend and would wait for ever: workers,
-    memory node and KV cache would stay.
+    memory node and KV cache would stay. In the frontend's process this does nothing.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import Attachment
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import (
@@ -21,9 +21,9 @@ from vllm_attn_offload.protocol.messages import (
     ReserveCapacity,
 )
 
-#: Starts a local node that holds so many GiB (None: what it was given at first).
+#: Starts a local node with a budget in GiB; None for the one that was chosen for it.
 Launch = Callable[[float | None], MemoryNodeProcess]
-#: Opens a control channel to an address within so many seconds.
+#: Opens a control channel to an address, with a timeout in seconds.
 Connect = Callable[[str, float], ControlClient]
 
 _HEARTBEATS_PER_TIMEOUT = 4
@@ -60,15 +60,15 @@ class _RankShare:
 
 
 class NodeHandle:
-    """A node that the engine starts, or one that runs already.
+    """A memory node that the engine starts, or one that runs already.
 
-    Methods that talk to it raise MemoryNodeError where it does not start, is lost or
-    refuses.
+    Methods that talk to the node raise MemoryNodeError if it does not start, is lost or
+    refuses the request.
 
     Args:
-        source: The address of a running node, or what starts a local one.
+        source: The address of a running node, or a function that starts a local one.
         connect: Opens control channels.
-        request_timeout_s: A node that is silent for so long is lost.
+        request_timeout_s: A node that is silent for longer is lost.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class NodeHandle:
 
     @property
     def info(self) -> NodeInfo:
-        """What the node is, and what was free when it was last asked."""
+        """Device and kernel of the node, and its free memory when last asked."""
         return self._channel().info
 
     @property
     def pid(self) -> int | None:
-        """Process id of a local node."""
+        """Process id, if the node is local and runs."""
         return self._process.pid if self._process else None
 
     @property
@@ -119,7 +119,7 @@ class NodeHandle:
     def start(self) -> None:
         """Start the process of a local node, if there is none yet.
 
-        One that is started again gets the memory that it had.
+        A node that is started again gets the same budget.
         """
         with self._lock:
             if not isinstance(self.source, str) and self._process is None:
@@ -127,21 +127,22 @@ class NodeHandle:
                 self.address = self._process.address
 
     def refresh_info(self) -> NodeInfo:
-        """Ask what is free now."""
+        """Ask for the free memory."""
         return self._channel().refresh_info()
 
     def reserve(self, requests: Iterable[ReserveCapacity]) -> None:
-        """Hold memory for each rank until ``close``, or until the node is lost."""
+        """Reserve memory for each rank until ``close``, or until the node is lost."""
         self._shares = [_RankShare(request) for request in requests]
         self._reserve()
 
     def limit_blocks(self, num_blocks: Iterable[int]) -> None:
-        """Give back what no block of the pool needs.
+        """Give back memory that no block of the pool needs.
 
-        The least node limits a partition by heads, and the user may limit the pool.
+        A partition by heads is limited by the smallest node, and a user may limit the
+        pool.
 
         Args:
-            num_blocks: Per rank, the blocks that its session will have.
+            num_blocks: Blocks of each rank's session.
         """
         held_bytes = self.kv_bytes
         for share, count in zip(self._shares, num_blocks, strict=True):
@@ -150,16 +151,16 @@ class NodeHandle:
             self.renew()
 
     def renew(self) -> None:
-        """Give back everything and reserve the same again; its data channels end."""
+        """Give back everything and reserve the same again; data channels end."""
         while self._reservations:
             self._channel().close_session(self._reservations.pop())
         self._reserve()
 
     def rejoin(self, timeout_s: float) -> None:
-        """Start or connect to a lost node again and reserve what it had.
+        """Start or connect to a lost node again and reserve the same memory.
 
         Raises:
-            MemoryNodeError: It is not back, or holds less than before. It stays lost.
+            MemoryNodeError: It is not back, or holds less than before; it stays lost.
         """
         try:
             self.join(timeout_s)
@@ -170,22 +171,22 @@ class NodeHandle:
             raise
 
     def take_over(self, lost: NodeHandle) -> None:
-        """Hold what another node held, from the next ``rejoin`` on."""
+        """Take the place of a lost node with the next ``rejoin``."""
         self._shares = [dataclasses.replace(share) for share in lost._shares]
 
     def open_sessions(self, generation: int, limits: SessionLimits) -> list[Attachment]:
         """Turn all reservations into KV pools.
 
         Returns:
-            Per rank, what its worker needs to attach.
+            One attachment per rank.
         """
         return [self._open(share, generation, limits) for share in self._shares]
 
     def watch(self, on_loss: Callable[[MemoryNodeError], None]) -> None:
-        """Report when this connection is lost, once, from a thread.
+        """Report the loss of this connection, once, from a thread.
 
         Args:
-            on_loss: Gets the reason; the node is marked as lost before.
+            on_loss: Called with the reason, after the node was marked as lost.
         """
         threading.Thread(
             target=self._watch,
@@ -195,7 +196,7 @@ class NodeHandle:
         ).start()
 
     def check(self) -> None:
-        """Mark the node as lost where it does not answer."""
+        """Mark the node as lost if it does not answer."""
         control = self._control
         if control is not None:
             try:
@@ -204,13 +205,13 @@ class NodeHandle:
                 self.lose(control)
 
     def lose(self, control: ControlClient | None = None) -> bool:
-        """Cut all ties: what the node holds is worthless, and it may wake up again.
+        """Close the connection and kill a local node, which may only be hanging.
 
         Args:
-            control: Do so only where this is still the connection in use.
+            control: Do nothing unless this connection is still in use.
 
         Returns:
-            Whether it was done.
+            False if nothing was done.
         """
         with self._lock:
             if control is not None and control is not self._control:
@@ -226,13 +227,13 @@ class NodeHandle:
             return True
 
     def request_stop(self) -> None:
-        """Ask a local node to end, without waiting for it; losing it is no news."""
+        """Ask a local node to end, without waiting; its loss is not reported."""
         self._is_leaving = True
         if self._process is not None:
             self._process.request_stop()
 
     def close(self) -> None:
-        """Leave the node, or end it where it is local. Safe to call twice."""
+        """Leave the node and end it if it is local. Safe to call twice."""
         control, self._control = self._control, None
         if control is not None:
             control.close()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All memory nodes of an engine: joined, reserved, opened and watched together."""
+"""All memory nodes of an engine: join, reserve, open, watch and restore them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.node_client import Attachment
 from vllm_attn_offload.client.partition import (
     PartitionKind,
     choose_partition,
@@ -31,7 +31,7 @@ from vllm_attn_offload.protocol.messages import (
 
 logger = get_logger(__name__)
 
-#: A node that was there before answers at once, or is not back yet.
+#: A node that is back answers at once.
 _REJOIN_TIMEOUT_S = 5.0
 
 
@@ -40,8 +40,8 @@ class NodePool:
 
     Args:
         config: The engine's options.
-        engine: Name of the engine, shown by the nodes.
-        local: Start one local node each; used where the options name no nodes.
+        engine: Name of the engine in the nodes' logs and metrics.
+        local: Start one local node each; used if the options name no nodes.
         connect: Opens control channels.
     """
 
@@ -83,18 +83,18 @@ class NodePool:
                 )
 
     def reserve(self, geometries: list[SessionGeometry], num_engines: int) -> list[int]:
-        """Hold memory on every node for every worker.
+        """Reserve memory on every node for every worker.
 
         Args:
-            geometries: Per rank, its layers.
-            num_engines: Engines that share what is free.
+            geometries: The layers of each rank.
+            num_engines: Engines that share the free memory.
 
         Returns:
             Per rank, the size of its pool in blocks.
 
         Raises:
-            ValueError: The asked-for partition does not fit the layers.
-            MemoryNodeError: A node refuses or is gone.
+            ValueError: The partition of the options does not fit the layers.
+            MemoryNodeError: A node refuses or is lost.
         """
         num_nodes, num_ranks = len(self._nodes), len(geometries)
         self.partition, reason = choose_partition(
@@ -123,14 +123,14 @@ class NodePool:
         """Turn all reservations into pools.
 
         Args:
-            num_blocks: Per rank, the size of the pool that the scheduler uses.
-            limits: The largest step.
+            num_blocks: Blocks that the scheduler uses, per rank.
+            limits: Size of the largest step.
 
         Returns:
             Per rank, one attachment per node.
 
         Raises:
-            MemoryNodeError: A node refuses or is gone.
+            MemoryNodeError: A node refuses or is lost.
         """
         self._limits = limits
         by_rank = [
@@ -150,13 +150,13 @@ class NodePool:
     def reopen(self, *, use_standby: bool) -> list[list[Attachment]]:
         """Bring lost nodes back and open a new generation of sessions on all of them.
 
-        What the nodes held is gone for all of them: requests are computed again.
+        All nodes lose their KV cache by that: requests are computed again.
 
         Args:
-            use_standby: Replace nodes that stay away.
+            use_standby: Replace lost nodes that are not back.
 
         Returns:
-            As ``open_sessions``.
+            Per rank, one attachment per node.
 
         Raises:
             MemoryNodeError: A node is not back, or holds less than before.
@@ -173,10 +173,10 @@ class NodePool:
         return self._open()
 
     def check_health(self) -> None:
-        """Ask every node.
+        """Ask every node for its free memory.
 
         Raises:
-            MemoryNodeError: One does not answer.
+            MemoryNodeError: A node does not answer.
         """
         for node in self._nodes:
             node.refresh_info()
@@ -195,10 +195,10 @@ class NodePool:
         return NodeHandle(source, self._connect, self._config.request_timeout_s)
 
     def _kv_bytes(self, node: NodeHandle, num_engines: int) -> int:
-        """What all workers together may hold on a node."""
+        """Return what all workers together may reserve on a node."""
         if self._config.kv_cache_gib is not None:
             return int(self._config.kv_cache_gib * GIB)
-        # Before any engine of this deployment took its share.
+        # The info of joining: no engine of this deployment had taken its share.
         share = node.info.kv_bytes_free // num_engines
         free = node.refresh_info().kv_bytes_free
         return free if num_engines == 1 else min(free, share)
@@ -217,7 +217,7 @@ class NodePool:
     def _restart_local(self) -> None:
         """Start the processes of all lost local nodes at once.
 
-        One that does not start raises when its turn comes to be brought back.
+        If one does not start, ``_bring_back`` tries again and raises.
         """
         with ThreadPoolExecutor(len(self._nodes)) as threads:
             for node in self._nodes:
@@ -284,7 +284,7 @@ class NodePool:
 def _divide(
     num_blocks: int, held: tuple[int, ...], partition: PartitionKind
 ) -> tuple[int, ...]:
-    """Blocks of each node, of a pool that may be smaller than what is held."""
+    """Divide the blocks of a pool, which may be smaller than what the nodes hold."""
     if partition == "heads":
         return (num_blocks,) * len(held)
     total = sum(held)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divides this host's devices, CPUs and memory between workers and memory nodes."""
+"""Divides a host's devices, CPUs and memory between workers and memory nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def local_nodes(
     """Decide the device, CPUs and memory of each local memory node of an engine.
 
     Returns:
-        Starts one node each; empty where the options name running nodes.
+        One launcher per node; none if the options name running nodes.
     """
     if config.memory_nodes:
         return []
@@ -94,7 +94,7 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
     unless the user has bound threads or reserved CPUs already.
 
     Returns:
-        CPUs of the nodes; none where nothing is bound.
+        CPUs of the nodes; none if workers are not bound.
     """
     if not current_platform.is_cpu():
         return []
@@ -102,11 +102,11 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
     if binding == "nobind":
         return []
     if binding != "auto":
-        # Of all data-parallel ranks, while each knows its own workers only.
+        # CPUs of all data-parallel ranks; each rank knows only its own workers.
         bound = {cpu for part in binding.split("|") for cpu in parse_id_list(part)}
         return sorted(os.sched_getaffinity(0) - bound)
     if envs.VLLM_CPU_NUM_OF_RESERVED_CPU is None:
-        # Read by vLLM when it binds the workers, after this.
+        # vLLM reads it later, when it binds the workers.
         num_cores = len(os.sched_getaffinity(0))
         os.environ[_RESERVED_VARIABLE] = str(
             max(vllm_config.parallel_config.local_world_size, num_cores // 2)
@@ -115,10 +115,10 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
 
 
 def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[str]:
-    """CPUs of each local memory node, as ``--cpus`` takes them.
+    """Choose the CPUs of each local memory node, in the syntax of ``--cpus``.
 
-    Nodes have CPUs of their own where there are enough, and share all of them
-    otherwise. Empty: the node's default.
+    Nodes have CPUs of their own if there are enough and share all of them otherwise.
+    An empty string leaves the node's default.
     """
     num_nodes = config.num_local_nodes
     if not config.local_node_cpus:
@@ -138,7 +138,7 @@ def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[
 def local_kv_cache_gib(
     config: AttentionOffloadConfig, num_engines: int
 ) -> float | None:
-    """Budget of each local memory node; None leaves the node's own default.
+    """Choose the budget of each local memory node; None leaves the node's default.
 
     Args:
         config: The engine's options.
@@ -162,7 +162,7 @@ def local_devices(
         num_engines: Engines that share this host.
 
     Returns:
-        ``cuda:N`` for each node where there are enough idle GPUs, else ``cpu``.
+        ``cuda:N`` for each node if there are enough idle GPUs, else ``cpu``.
     """
     if not current_platform.is_cuda():
         return ["cpu"] * num_nodes

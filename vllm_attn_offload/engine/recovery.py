@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings an engine's KV pool back after a memory node was lost."""
+"""Restores an engine's KV pool after a memory node was lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_attn_offload.client.attachment import Attachment, Problem
+from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
@@ -20,23 +20,23 @@ logger = get_logger(__name__)
 
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 5.0
-#: Losses in a row without a token in between: the work itself may kill the nodes.
+#: Losses in a row without a token in between; the requests may be what kills nodes.
 _MAX_FRUITLESS = 5
 
 
 class Recovery:
-    """What the executor and the scheduler of an engine know about lost KV blocks.
+    """State of lost KV blocks, shared by an engine's executor and scheduler.
 
     Blocks belong to a *generation* of sessions. A loss of the generation in use makes
     recovery pending: a thread brings the nodes back and opens the next generation; the
-    engine's own thread drops what it had computed, then calls ``finish``, which gives
-    the new sessions to the workers. Between the two nothing that was computed is used.
+    engine's own thread drops all computed tokens, then calls ``finish``, which gives
+    the new sessions to the workers. In between, no computed result is used.
 
     Args:
         pool: The engine's memory nodes.
-        attach: Gives sessions to all workers; returns what went wrong, per worker.
+        attach: Gives sessions to all workers; returns each worker's failure, if any.
         timeout_s: Deadline from a loss to ``finish``.
-        give_up: Called once when it cannot be met.
+        give_up: Called once if the deadline cannot be met.
     """
 
     _of_engine: ClassVar[dict[str, Recovery]] = {}
@@ -44,7 +44,7 @@ class Recovery:
     def __init__(
         self,
         pool: NodePool,
-        attach: Callable[[list[list[Attachment]]], list[Problem | None]],
+        attach: Callable[[list[list[Attachment]]], list[NodeFailure | None]],
         timeout_s: float,
         give_up: Callable[[MemoryNodeError], None],
     ) -> None:
@@ -65,30 +65,30 @@ class Recovery:
 
     @classmethod
     def of_engine(cls, vllm_config: VllmConfig) -> Recovery:
-        """The recovery that the executor of this engine registered.
+        """Return the recovery that this engine's executor registered.
 
-        vLLM builds executor and scheduler from one configuration in one process, and
+        vLLM builds executor and scheduler from one configuration in one process, but
         gives neither of them the other.
         """
         return cls._of_engine[vllm_config.instance_id]
 
     def register(self, vllm_config: VllmConfig) -> None:
-        """Let ``of_engine`` find this."""
+        """Make this the result of ``of_engine``."""
         self._of_engine[vllm_config.instance_id] = self
 
     @property
     def is_pending(self) -> bool:
-        """Whether KV blocks were lost that workers and scheduler still refer to."""
+        """True while workers and scheduler still refer to lost KV blocks."""
         return self._lost >= self._attached
 
     def report_loss(
         self, error: MemoryNodeError, generation: int | None = None
     ) -> None:
-        """Note a loss, from any thread.
+        """Record a loss; callable from any thread.
 
         Args:
-            error: The node and why.
-            generation: Sessions that were in use; None for the newest ones.
+            error: The node and the cause.
+            generation: Generation of the lost session; None for the newest one.
         """
         with self._changed:
             if generation is None:
@@ -105,15 +105,14 @@ class Recovery:
                 ).start()
 
     def note_progress(self) -> None:
-        """A token came out: what was computed since the last loss was of use."""
+        """Record that a token was produced since the last loss."""
         self._num_fruitless = 0
 
     def finish(self) -> None:
         """Wait for new sessions and give them to the workers; in the engine's thread.
 
         Raises:
-            MemoryNodeError: The nodes are not back in time, or are lost again and
-                again.
+            MemoryNodeError: The nodes are not back in time, or are lost repeatedly.
         """
         dropped_s = time.monotonic()
         while self.is_pending:
@@ -135,7 +134,7 @@ class Recovery:
         )
 
     def close(self) -> None:
-        """Stop; losses are no news from now on."""
+        """Stop; later losses are ignored."""
         for engine in [e for e, mine in self._of_engine.items() if mine is self]:
             del self._of_engine[engine]
         with self._changed:
@@ -161,7 +160,7 @@ class Recovery:
         return self._started_s + self._timeout_s - time.monotonic()
 
     def _reopen(self) -> None:
-        """Try until a generation is open that nobody reported as lost meanwhile."""
+        """Retry until a new generation is open that was not reported as lost."""
         attempt, delay_s = 0, 0.0
         while self._may_try_after(delay_s):
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers, which compute again what a lost memory node held."""
+"""vLLM's schedulers, extended to recompute requests after a memory node was lost."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = get_logger(__name__)
 
 
 class AttentionOffloadSchedulerMixin(_SchedulerBase):
-    """Drops the step in which a node was lost, and all that was computed before.
+    """Drops the step in which a node was lost, and everything computed before.
 
-    Running requests are preempted and computed again from their tokens, so that no
-    client gets a wrong or a repeated token, only later ones.
+    Running requests are preempted and computed again from their tokens, so that
+    clients get no wrong and no repeated token, only a pause.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
         self._recovery = Recovery.of_engine(vllm_config)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Plan the next step, on a pool that exists.
+        """Plan the next step, after a pending recovery has finished.
 
         Raises:
             MemoryNodeError: A lost node is not back in time.
@@ -51,9 +51,9 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
-        """Take a step's tokens, unless KV blocks were lost before or while it ran."""
+        """Take a step's tokens, unless KV blocks were lost before its end."""
         if self._recovery.is_pending:
-            # Before the base looks at the output: what is in flight becomes stale.
+            # Before the base class sees the output: steps in flight become stale.
             self._drop_computed()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if any(each.outputs for each in outputs.values()):
@@ -72,8 +72,8 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
 
 
 class AttentionOffloadScheduler(AttentionOffloadSchedulerMixin, Scheduler):
-    """For synchronous scheduling, as on CPU compute nodes."""
+    """Scheduler for synchronous scheduling, as on CPU compute nodes."""
 
 
 class AsyncAttentionOffloadScheduler(AttentionOffloadSchedulerMixin, AsyncScheduler):
-    """For scheduling ahead of the output."""
+    """Scheduler for asynchronous scheduling, ahead of the output."""
