@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
     KVGroup,
@@ -27,6 +27,7 @@ from vllm_attn_offload.protocol.messages import (
     SessionGeometry,
     Shard,
 )
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 
 BLOCK_SIZE = 16
@@ -67,7 +68,7 @@ class OneLayer:
         query, key, value = (part.unflatten(1, (-1, size)) for part in parts)
         self._qkv = query, key, value
         self.output = self.rows.new_empty(self.batch, heads, size)
-        self._metadata = AttentionOffloadMetadata(self.session.step(*point))
+        self._metadata = AttentionOffloadMetadata(HostStep(self.session.step(*point)))
         self._scale = size**-0.5
 
     def attend(self) -> None:
@@ -125,13 +126,13 @@ class Session:
         shared = None if device is None else CudaDevice(device)
         return NodeClient(address, request, 30, device=shared)
 
-    def step(self, batch: int, context: int) -> BatchStep:
+    def step(self, batch: int, context: int) -> StepMetadata:
         """A decode step: every request has its own blocks, in random order."""
         width = -(-context // BLOCK_SIZE)
         order = np.random.default_rng(0).permutation(batch * width)
         table = order.reshape(batch, width).astype(np.int32)
         last = (context - 1) % BLOCK_SIZE
-        return BatchStep(
+        return StepMetadata(
             query_start_loc=np.arange(batch + 1, dtype=np.int32),
             seq_lens=np.full(batch, context, np.int32),
             slot_mapping=table[:, -1].astype(np.int64) * BLOCK_SIZE + last,
@@ -190,12 +191,12 @@ class _NoPrefill:
 
 def _open_exchange(
     session: Session, device: torch.device, head_size: int
-) -> DeviceExchange:
+) -> CudaExchange:
     if device.type == "cuda":
-        return DeviceExchange(
+        return CudaExchange(
             session.nodes, lambda: CudaStreams(device), FlashPrefill(head_size)
         )
-    return DeviceExchange(session.nodes, HostStreams, _NoPrefill())
+    return CudaExchange(session.nodes, HostStreams, _NoPrefill())
 
 
 def _geometry(

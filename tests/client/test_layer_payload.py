@@ -77,7 +77,7 @@ def test_almost_fused(spoil: Callable[..., Parts]) -> None:
     q, k, v = spoil(*split(fused_rows(4)))
     payload = LayerPayload()
     assert payload.fused(q, k, v) is None
-    planar = payload.planar(q, k, v, None, None, Buffers())
+    planar = payload.planar((q, k, v), (None, None, None), Buffers())
     assert torch.equal(as_tensor(planar), flat(q, k, v))
 
 
@@ -86,19 +86,19 @@ def test_planar_picks_rows_and_heads() -> None:
     payload = LayerPayload(slice(3, 6), slice(1, 2))
     assert payload.fused(q, k, v) is None
     rows, stored = torch.tensor([1, 4]), torch.tensor([0, 2, 3])
-    planar = payload.planar(q, k, v, rows, stored, Buffers())
+    planar = payload.planar((q, k, v), (rows, stored, stored), Buffers())
     expected = flat(q[rows, 3:6], k[stored, 1:2], v[stored, 1:2])
     assert torch.equal(as_tensor(planar), expected)
     nothing = torch.tensor([], dtype=torch.int64)
-    no_keys = payload.planar(q, k, v, rows, nothing, Buffers())
+    no_keys = payload.planar((q, k, v), (rows, nothing, nothing), Buffers())
     assert torch.equal(as_tensor(no_keys), q[rows, 3:6].flatten())
-    assert not payload.planar(q, k, v, nothing, nothing, Buffers()).nbytes
+    assert not payload.planar((q, k, v), (nothing,) * 3, Buffers()).nbytes
 
 
 def test_planar_writes_to_the_buffer_it_got() -> None:
     buffers, payload = Buffers(), LayerPayload()
     for num_tokens in (4, 4, 4, 2, 4, 2):
         parts = [part.clone() for part in split(fused_rows(num_tokens))]
-        planar = payload.planar(*parts, None, None, buffers)
+        planar = payload.planar(tuple(parts), (None,) * 3, buffers)
         assert planar is buffers._views[buffers.turn, planar.nbytes]
         assert torch.equal(as_tensor(planar), flat(*parts))

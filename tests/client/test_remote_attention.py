@@ -17,7 +17,9 @@ from node_process import NodeProcess, running_node
 from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
-from vllm_attn_offload.attention.cpu_prefill import attend_locally
+from vllm_attn_offload.attention.cpu_exchange import CpuExchange
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import MAX_UNACKNOWLEDGED_BYTES, NodeClient
 from vllm_attn_offload.client.partition import (
@@ -72,15 +74,12 @@ class Worker:
     def step(self, num_new: list[int], *, layer: int = 0) -> float:
         """Run a step on both layers; the largest error of the outputs."""
         batch, (query, key, value) = self.batch.grow(num_new)
-        step = self.nodes.begin_step(batch)
+        metadata = AttentionOffloadMetadata(HostStep(batch))
         scale = self._geometry.layers[0].softmax_scale
         output = torch.full(query.shape, torch.nan, dtype=query.dtype)
+        exchange = CpuExchange(self.nodes)
         for index in (layer, 1):
-            self.nodes.post_layer(step, index, query, key, value)
-            lse = None
-            if prefills := step.plan.prefills:
-                lse = attend_locally(query, key, value, output, prefills, scale)
-            self.nodes.collect(step, index, output, lse)
+            exchange.attend(metadata, index, (query, key, value), output, scale)
         return float((output - self.batch.expected()).abs().max())
 
     def close(self) -> None:
@@ -152,7 +151,7 @@ def test_stored_chunks_are_acknowledged(
     layer_bytes = key.nbytes + value.nbytes
     for call in range(MAX_UNACKNOWLEDGED_BYTES // layer_bytes + 3):
         worker.nodes.post_layer(step, call % 2, query, key, value)
-        worker.nodes.collect(step, call % 2, output)
+        worker.nodes.collect(step, call % 2, output[:0])
     assert worker.step([1]) < 1e-5
     worker.close()
 
@@ -161,7 +160,7 @@ def test_first_chunk_asks_nodes_for_nothing() -> None:
     """Nothing is cached: every row is stored, none is queried."""
     batch, _ = WorkerBatch(GEOMETRY, NUM_BLOCKS, 2).grow([40, 20])
     plan = partition_step(batch, Partition("heads", (NUM_BLOCKS,)), 16)
-    (part,) = plan.nodes
+    (part,) = plan.shares
     assert (part.step.num_query_rows, part.step.num_tokens) == (0, 60)
     assert not plan.needs_merge
 
@@ -173,11 +172,11 @@ def test_blocks_are_read_once() -> None:
     batch, _ = requests.grow([1] * 16)
     partition = Partition("blocks", (1000, 1000, 2000))
     plan = partition_step(batch, partition, 16)
-    tokens = [int(part.step.seq_lens.sum()) for part in plan.nodes]
+    tokens = [int(part.step.seq_lens.sum()) for part in plan.shares]
     assert sum(tokens) == int(batch.seq_lens.sum())
     load = np.array(tokens) / np.array(partition.blocks_per_node)
     assert load.max() / load.mean() < 1.25
-    assert sum(part.step.num_tokens for part in plan.nodes) == 16
+    assert sum(part.step.num_tokens for part in plan.shares) == 16
 
 
 def test_refusal_of_the_node(addresses: list[str]) -> None:

@@ -22,8 +22,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import get_attn_backend
 
 import vllm_attn_offload
-from vllm_attn_offload.attention.cuda.local_attention import RemotePart
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
+from vllm_attn_offload.attention.cuda.prefill import RemotePart
 from vllm_attn_offload.attention.micro_batch.runner import wrap_model
 from vllm_attn_offload.engine.placement import local_devices
 from vllm_attn_offload.plugin import register

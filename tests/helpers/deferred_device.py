@@ -16,9 +16,8 @@ from typing import Literal
 import torch
 
 from vllm_attn_offload.attention.cpu_prefill import attend_locally
-from vllm_attn_offload.attention.cuda.local_attention import RemotePart
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
-from vllm_attn_offload.attention.cuda.prefill import merge_remote
+from vllm_attn_offload.attention.cuda.prefill import RemotePart, merge_remote
 from vllm_attn_offload.client.step_partition import Prefill
 
 Order = Literal["fork", "join", "wait"]

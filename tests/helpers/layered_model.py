@@ -16,6 +16,7 @@ from vllm.forward_context import (
 )
 from worker_batch import WorkerBatch
 
+from vllm_attn_offload.attention.cpu_exchange import CpuExchange
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.micro_batch.choice import (
@@ -23,6 +24,7 @@ from vllm_attn_offload.attention.micro_batch.choice import (
     NumMicroBatches,
 )
 from vllm_attn_offload.attention.micro_batch.runner import MicroBatchRunner
+from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import Partition
@@ -114,8 +116,9 @@ class Engine:
             tolerate_loss=tolerate_loss,
         )
         self.model = LayeredModel()
+        exchange = CpuExchange(self.nodes)
         for index, impl in enumerate(self.model.impls):
-            impl.connect(self.nodes, index)
+            impl.connect(exchange, index)
         self.runner = MicroBatchRunner(self.model, BLOCK_SIZE, MicroBatchChoice(option))
         self.runner.connect(self.nodes)
         self._requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, num_reqs)
@@ -131,7 +134,7 @@ class Engine:
             num_padding: Rows that fill the batch to the size of a captured graph.
         """
         batch, _ = self._requests.grow(num_new)
-        metadata = AttentionOffloadMetadata(batch)
+        metadata = AttentionOffloadMetadata(HostStep(batch))
         slots = torch.nn.functional.pad(
             torch.as_tensor(batch.slot_mapping), (0, num_padding)
         )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from paged_batch import Qkv, random_tokens
 
-from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.step import StepMetadata
 
 
 @dataclass
@@ -41,7 +41,7 @@ class WorkerBatch:
         self._requests = [_Request(*self._tokens(0)) for _ in range(num_reqs)]
         self._new: list[tuple[_Request, int]] = []
 
-    def grow(self, num_new: list[int]) -> tuple[BatchStep, Qkv]:
+    def grow(self, num_new: list[int]) -> tuple[StepMetadata, Qkv]:
         """Add tokens to every request; those with 0 sit the step out.
 
         Returns:
@@ -60,7 +60,7 @@ class WorkerBatch:
         for row, (request, _) in zip(table, self._new, strict=True):
             row[: len(request.blocks)] = request.blocks
         counts = [count for _, count in self._new]
-        step = BatchStep(
+        step = StepMetadata(
             query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
             seq_lens=np.array([r.q.shape[0] for r, _ in self._new], np.int32),
             slot_mapping=np.array(slots, np.int64),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's attention: post q, k, v, attend prefills locally, collect the rest."""
+"""vLLM's attention layer, whose KV blocks live on memory nodes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_attn_offload.attention.cpu_prefill import attend_locally
-from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.layer_exchange import LayerExchange
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import RemoteAttention
 
 
 class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
@@ -40,8 +38,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._nodes: RemoteAttention | None = None
-        self._exchange: DeviceExchange | None = None
+        self._exchange: LayerExchange | None = None
         self._layer_index = -1
         refused = {
             "ALiBi": alibi_slopes,
@@ -58,22 +55,15 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
                 "without --attention-offload."
             )
 
-    def connect(
-        self,
-        nodes: RemoteAttention | None,
-        layer_index: int,
-        exchange: DeviceExchange | None = None,
-    ) -> None:
-        """Say where the layer's blocks are.
+    def connect(self, exchange: LayerExchange | None, layer_index: int) -> None:
+        """Hand the layer its way to the memory nodes.
 
         Args:
-            nodes: Data channels, shared by all layers of the worker; None while a
-                worker only warms up: attention then returns zeros.
+            exchange: Shared by all layers of the worker; None while a worker only warms
+                up: attention then returns zeros.
             layer_index: Index of the layer in the session's geometry.
-            exchange: Moves rows where they are not in host memory.
         """
-        self._nodes, self._layer_index = nodes, layer_index
-        self._exchange = exchange
+        self._exchange, self._layer_index = exchange, layer_index
 
     def forward(
         self,
@@ -108,27 +98,18 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             MemoryNodeError: A memory node is gone, too slow, or refused the layer.
             ValueError: Output quantisation was fused into attention.
         """
-        nodes = self._nodes
-        if attn_metadata is None or nodes is None:
+        exchange = self._exchange
+        if attn_metadata is None or exchange is None:
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise ValueError(
                 "Attention offloading does not support fused output quantisation. "
                 "Allowed: unquantised attention output. Disable fuse_attn_quant."
             )
-        q, k, v, out = query, key, value, output
-        if query.shape[0] != attn_metadata.num_tokens:
-            rows = slice(attn_metadata.num_tokens)
-            q, k, v, out = query[rows], key[rows], value[rows], output[rows]
-        index = self._layer_index
-        if self._exchange is not None:
-            self._exchange.attend(attn_metadata, index, (q, k, v), out, self.scale)
-            return output
-        step = attn_metadata.ensure_sent(nodes)
-        nodes.post_layer(step, index, q, k, v)
-        lse = None
-        if step.plan.prefills:
-            lse = attend_locally(q, k, v, out, step.plan.prefills, self.scale)
-        attn_metadata.let_others_compute()
-        nodes.collect(step, index, out, lse)
+        qkv, out = (query, key, value), output
+        num_tokens = attn_metadata.num_tokens
+        if query.shape[0] != num_tokens:
+            qkv = (query[:num_tokens], key[:num_tokens], value[:num_tokens])
+            out = output[:num_tokens]
+        exchange.attend(attn_metadata, self._layer_index, qkv, out, self.scale)
         return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
@@ -16,31 +15,29 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attn_offload.attention.cuda.metadata import CudaReadback, CudaStep
-from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.attention.micro_batch.baton import Baton
+from vllm_attn_offload.attention.readback import HostReadback, Readback, StepSource
 from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
-from vllm_attn_offload.client.step_partition import BatchStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 
 @dataclass(slots=True)
 class AttentionOffloadMetadata(AttentionMetadata):
-    """One step of one KV group, or one micro-batch of it.
+    """One step of one KV cache group, or one micro-batch of it.
 
     ``source`` counts real rows only, without those that pad the batch to a captured
     graph's size. With a ``baton`` another micro-batch computes in turns with this one.
     """
 
-    source: BatchStep | CudaStep
+    source: StepSource
     micro_batch: int = 0
     step: SentStep | None = None
     baton: Baton | None = None
 
     @property
-    def batch(self) -> BatchStep:
+    def batch(self) -> StepMetadata:
         """The step; on a GPU it may have to be waited for."""
-        source = self.source
-        return source if isinstance(source, BatchStep) else source.batch
+        return self.source.batch
 
     @property
     def num_tokens(self) -> int:
@@ -78,10 +75,7 @@ class AttentionOffloadMetadataBuilder(
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._block_size = kv_cache_spec.block_size
-        self._readback: CudaReadback | None = None
-        if device.type == "cuda":
-            self._readback = CudaReadback(CudaStreams(device), self._block_size)
+        self._readback = _readback(device, kv_cache_spec.block_size)
 
     def build(
         self,
@@ -94,32 +88,19 @@ class AttentionOffloadMetadataBuilder(
         Raises:
             ValueError: The batch is not causal.
         """
-        common = common_attn_metadata
-        if common.causal is not True:
+        if common_attn_metadata.causal is not True:
             raise ValueError(
                 "Attention offloading does not support non-causal attention. Allowed: "
                 "causal attention. Run this model without --attention-offload."
             )
-        if self._readback is not None:
-            return AttentionOffloadMetadata(self._readback.begin(common))
-        num_reqs = common.num_reqs
-        starts = common.query_start_loc_cpu[: num_reqs + 1].numpy()
-        # num_actual_tokens may be padded to a captured graph's size.
-        num_tokens = int(starts[-1])
-        seq_lens = common.seq_lens[:num_reqs].cpu().numpy()
-        width = max(1, -(-int(seq_lens.max()) // self._block_size))
-        # Copies: vLLM prepares the next step in the same tensors.
-        batch = BatchStep(
-            query_start_loc=starts.copy(),
-            seq_lens=seq_lens.copy(),
-            slot_mapping=_as_int64(common.slot_mapping[:num_tokens]),
-            block_table=common.block_table_tensor[:num_reqs, :width]
-            .cpu()
-            .numpy()
-            .copy(),
-        )
-        return AttentionOffloadMetadata(batch)
+        return AttentionOffloadMetadata(self._readback.begin(common_attn_metadata))
 
 
-def _as_int64(slots: torch.Tensor) -> np.ndarray:
-    return slots.to("cpu", torch.int64).numpy().copy()
+def _readback(device: torch.device, block_size: int) -> Readback:
+    if device.type != "cuda":
+        return HostReadback(block_size)
+    # Late: a CPU compute node needs nothing of them.
+    from vllm_attn_offload.attention.cuda.metadata import CudaReadback
+    from vllm_attn_offload.attention.cuda.streams import CudaStreams
+
+    return CudaReadback(CudaStreams(device), block_size)

@@ -11,6 +11,7 @@ import torch
 
 _Key = tuple[torch.dtype, tuple[tuple[int, ...], ...]]
 _Layout = tuple[tuple[int, ...], ...]
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _MAX_BUFFERS = 64
 
 
@@ -84,52 +85,51 @@ class LayerPayload:
 
     def planar(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        query_rows: torch.Tensor | None,
-        stored_rows: torch.Tensor | None,
+        parts: _Parts,
+        rows: tuple[torch.Tensor | None, ...],
         payload_buffer: Callable[[int], memoryview],
     ) -> memoryview:
         """Copy the node's rows: q, then k, then v.
 
         Args:
-            query: ``[num_tokens, num_heads, head_size]``, CPU.
-            key: ``[num_tokens, num_kv_heads, head_size]``.
-            value: ``[num_tokens, num_kv_heads, v_head_size]``.
-            query_rows: int64 rows of q; None: all.
-            stored_rows: int64 rows of k and v; None: all.
+            parts: q ``[num_tokens, num_heads, head_size]``, k ``[num_tokens,
+                num_kv_heads, head_size]`` and v ``[num_tokens, num_kv_heads,
+                v_head_size]``, CPU.
+            rows: int64 rows of q, k and v that the node gets; None: all.
             payload_buffer: Returns that many writable bytes, the same object for the
                 same memory and size.
 
         Returns:
             The buffer; empty, and not asked for, where there are no rows.
         """
-        parts = (query, key, value)
         if not self._has_all_heads:
-            parts = (
-                query[:, self._query_heads],
-                key[:, self._kv_heads],
-                value[:, self._kv_heads],
+            heads = (self._query_heads, self._kv_heads, self._kv_heads)
+            query, key, value = (
+                part[:, mine] for part, mine in zip(parts, heads, strict=True)
             )
-        rows = (query_rows, stored_rows, stored_rows)
+            parts = (query, key, value)
         shapes = tuple(
             (part.shape[0] if index is None else index.shape[0], *part.shape[1:])
             for part, index in zip(parts, rows, strict=True)
         )
-        num_bytes = query.element_size() * sum(map(math.prod, shapes))
+        num_bytes = parts[0].element_size() * sum(map(math.prod, shapes))
         if not num_bytes:
             return memoryview(b"")
         buffer = payload_buffer(num_bytes)
+        views = self._views(buffer, (parts[0].dtype, shapes))
+        for target, part, index in zip(views, parts, rows, strict=True):
+            target.copy_(part if index is None else part[index])
+        return buffer
+
+    def _views(self, buffer: memoryview, key: _Key) -> list[torch.Tensor]:
+        """q, k and v as they lie in a buffer, which a transport hands out again."""
         targets = self._targets.get(id(buffer))
-        if targets is None or targets.key != (query.dtype, shapes):
-            targets = _Targets((query.dtype, shapes), buffer)
+        if targets is None or targets.key != key:
+            targets = _Targets(key, buffer)
             if len(self._targets) >= _MAX_BUFFERS:
                 self._targets.clear()
             self._targets[id(buffer)] = targets
-        for target, part, index in zip(targets.views, parts, rows, strict=True):
-            target.copy_(part if index is None else part[index])
-        return buffer
+        return targets.views
 
 
 class _Targets:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -22,6 +24,28 @@ _MAX_ERROR_BYTES = 1 << 16
 _ROWS_ON_DEVICE = FrameFlag.ON_DEVICE.value | FrameFlag.FUSED.value
 #: Keys and values that a node may be behind with before its answer is waited for.
 MAX_UNACKNOWLEDGED_BYTES = 64 << 20
+
+
+class NodeFailure(NamedTuple):
+    """A node that a worker cannot use, and why."""
+
+    node: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Names a session and holds the token that opens its data channel once.
+
+    ``num_blocks`` is how many blocks the session holds. ``generation`` counts how often
+    the engine opened its sessions; channels of an older one are never used again.
+    """
+
+    address: str
+    session: str
+    attach_token: str
+    generation: int
+    num_blocks: int
 
 
 class NodeClient:

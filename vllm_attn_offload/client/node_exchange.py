@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One micro-batch's exchange with one memory node: buffers, rows, pending reply."""
+"""One micro-batch's exchange with one memory node: pack, post, receive."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_attn_offload.client.layer_payload import LayerPayload
+from vllm_attn_offload.client.exchange_times import ExchangeTimes
+from vllm_attn_offload.client.layer_payload import LayerPayload, bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.step_partition import NodeStep
+from vllm_attn_offload.client.step_partition import NodeShare
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.step import step_num_bytes, write_step
 
@@ -20,47 +24,53 @@ _NOTHING = memoryview(bytearray(0))
 
 
 class NodeExchange:
-    """What a micro-batch needs of a node; its buffers are kept between steps.
+    """Exchanges the layers of one micro-batch with one node.
+
+    Its buffers are kept between steps. Every method but the constructor and `place`
+    raises MemoryNodeError where the node is gone, too slow, or refused the layer.
 
     Args:
         client: Data channel to the node.
         query_heads: Heads of q that the node attends with.
         kv_heads: Heads of k and v that it stores; None: all, and all of q.
+        times: Sums that this exchange adds to.
     """
 
     def __init__(
-        self, client: NodeClient, query_heads: slice, kv_heads: slice | None
+        self,
+        client: NodeClient,
+        query_heads: slice,
+        kv_heads: slice | None,
+        times: ExchangeTimes,
     ) -> None:
-        self.client = client
-        self.heads = query_heads
-        self.positions: torch.Tensor | None = None
-        self.has_reply = False
-        self.num_rows = 0
-        self.out = torch.empty(0)
-        self.lse = torch.empty(0)
-        self._payload = LayerPayload(query_heads if kv_heads else None, kv_heads)
+        self._client = client
+        self._heads = query_heads
+        self._times = times
+        self._step = self._micro_batch = 0
+        self._num_rows = 0
+        self._has_reply = False
+        self._positions: torch.Tensor | None = None
         self._query_rows: torch.Tensor | None = None
         self._stored_rows: torch.Tensor | None = None
+        self._payload = LayerPayload(query_heads if kv_heads else None, kv_heads)
         self._allowance_s = 0.0
         self._step_buffer = memoryview(bytearray(0))
+        self._out = self._lse = torch.empty(0)
         self._reply = torch.empty(0, dtype=torch.uint8)
         self._reply_shape: tuple[int, int, torch.dtype] | None = None
         self._reply_bytes = memoryview(b"")
 
     def begin_step(
-        self, number: int, micro_batch: int, part: NodeStep, slowest_token_s: float
+        self, number: int, micro_batch: int, share: NodeShare, slowest_token_s: float
     ) -> None:
-        """Send the node's part of a step.
-
-        Raises:
-            MemoryNodeError: The node is gone.
-        """
-        self._query_rows, self._stored_rows, self.positions = (
+        """Send the node's share of a step; later layers belong to it."""
+        self._step, self._micro_batch = number, micro_batch
+        self._query_rows, self._stored_rows, self._positions = (
             None if rows is None else torch.from_numpy(rows)
-            for rows in (part.query_rows, part.stored_rows, part.positions)
+            for rows in (share.query_rows, share.stored_rows, share.positions)
         )
-        step = part.step
-        self.num_rows = step.num_query_rows
+        step = share.step
+        self._num_rows = step.num_query_rows
         self._allowance_s = slowest_token_s * int(step.seq_lens.sum())
         num_bytes = step_num_bytes(
             step.num_reqs, step.num_tokens, step.block_table.shape[1]
@@ -68,110 +78,143 @@ class NodeExchange:
         if self._step_buffer.nbytes < num_bytes:
             self._step_buffer = memoryview(bytearray(2 * num_bytes))
         write_step(step, self._step_buffer)
-        self.client.post_step(number, micro_batch, 0, self._step_buffer[:num_bytes])
-
-    def pack(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[memoryview, int]:
-        """The node's rows of a layer, and the flags that say how they lie."""
-        if self._query_rows is None and self._stored_rows is None:
-            fused = self._payload.fused(query, key, value)
-            if fused is not None:
-                return fused, _FUSED
-        planar = self._payload.planar(
-            query,
-            key,
-            value,
-            self._query_rows,
-            self._stored_rows,
-            self.client.payload_buffer,
-        )
-        return planar, 0
+        self._client.post_step(number, micro_batch, 0, self._step_buffer[:num_bytes])
 
     def post(
-        self, step: int, micro_batch: int, layer: int, flags: int, payload: memoryview
+        self,
+        layer: int,
+        flags: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> None:
-        """Send a layer's rows, if there are any.
+        """Pack the node's rows of a layer and send them, if there are any.
 
-        Raises:
-            MemoryNodeError: The node is gone.
+        Args:
+            layer: Index of the layer in the session's geometry.
+            flags: ``FrameFlag`` that the whole step needs.
+            query: ``[num_tokens, num_heads, head_size]``, CPU.
+            key: ``[num_tokens, num_kv_heads, head_size]``.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``.
         """
-        self.has_reply = False
-        if payload.nbytes:
-            self.has_reply = self.client.post_layer(
-                step,
-                micro_batch,
-                layer,
-                flags,
-                payload,
-                has_queries=self.num_rows > 0,
+        times, started = self._times, time.perf_counter()
+        payload = None
+        if self._query_rows is None and self._stored_rows is None:
+            payload = self._payload.fused(query, key, value)
+        if payload is not None:
+            flags |= _FUSED
+        else:
+            payload = self._payload.planar(
+                (query, key, value),
+                (self._query_rows, self._stored_rows, self._stored_rows),
+                self._client.payload_buffer,
             )
+        packed = time.perf_counter()
+        times.pack_s += packed - started
+        self._has_reply = payload.nbytes > 0 and self._client.post_layer(
+            self._step,
+            self._micro_batch,
+            layer,
+            flags,
+            payload,
+            has_queries=self._num_rows > 0,
+        )
+        times.send_s += time.perf_counter() - packed
 
-    def rows_buffer(self, num_bytes: int) -> torch.Tensor | None:
-        """Device memory for all rows of a layer; None where they pass the host.
+    def receive_into(self, layer: int, output: torch.Tensor) -> None:
+        """Receive the node's output, which is all of ``output``, where it belongs.
 
-        Raises:
-            MemoryNodeError: The node is gone.
+        Args:
+            layer: Index of the posted layer.
+            output: ``[num_rows, num_heads, v_head_size]``, CPU, contiguous.
         """
-        if self._query_rows is not None or self._stored_rows is not None:
-            return None
-        return self.client.rows_buffer(num_bytes)
-
-    def receive_rows(self, layer: int, num_bytes: int) -> torch.Tensor:
-        """The node's output where the node left it, in device memory.
-
-        Raises:
-            MemoryNodeError: The node is gone, too slow, or refused the layer.
-        """
-        return self.client.receive_rows(layer, num_bytes, self._allowance_s)
-
-    def receive_into(self, layer: int, out: memoryview) -> None:
-        """Receive the node's output where it belongs; ``out`` has its size.
-
-        Raises:
-            MemoryNodeError: The node is gone, too slow, or refused the layer.
-        """
-        if self.has_reply:
-            self.client.receive_out(layer, out, self._allowance_s)
+        if self._has_reply:
+            target = bytes_at(output.data_ptr(), output.nbytes)
+            self._client.receive_out(layer, target, self._allowance_s)
 
     def receive(
         self, layer: int, v_head_size: int, dtype: torch.dtype, *, with_lse: bool
     ) -> bool:
-        """Receive the node's output into ``out`` and ``lse``.
+        """Receive the node's output, to be placed by `place`; False if there is none.
 
-        ``out`` is ``[num_rows, heads, v_head_size]``, ``lse`` ``[num_rows, heads]``
-        fp32.
-
-        Returns:
-            Whether there is any.
-
-        Raises:
-            MemoryNodeError: The node is gone, too slow, or refused the layer.
+        Args:
+            layer: Index of the posted layer.
+            v_head_size: Size of one value head.
+            dtype: dtype of the output.
+            with_lse: Whether the log-sum-exp was asked for.
         """
-        if not self.has_reply:
+        if not self._has_reply:
             return False
-        if not self.num_rows:
-            self.client.receive_out(layer, _NOTHING, self._allowance_s)
+        if not self._num_rows:
+            self._client.receive_out(layer, _NOTHING, self._allowance_s)
             return False
         self._lay_out_reply(v_head_size, dtype)
-        num_bytes = self.out.nbytes + (self.lse.nbytes if with_lse else 0)
+        num_bytes = self._out.nbytes + (self._lse.nbytes if with_lse else 0)
         target = self._reply_bytes[:num_bytes]
-        self.client.receive_out(layer, target, self._allowance_s)
+        self._client.receive_out(layer, target, self._allowance_s)
         return True
 
+    def place(self, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Copy what was received to its rows and heads.
+
+        Args:
+            output: ``[num_remote_rows, num_heads, v_head_size]``.
+            lse: ``[num_remote_rows, num_heads]`` fp32; None: not wanted.
+        """
+        pairs = [(output, self._out)]
+        if lse is not None:
+            pairs.append((lse, self._lse))
+        for target, source in pairs:
+            if self._positions is None:
+                target[:, self._heads] = source
+            else:
+                target.index_copy_(0, self._positions, source)
+
+    def rows_buffer(self, num_bytes: int) -> torch.Tensor | None:
+        """Device memory, uint8 ``[num_bytes]``, for all rows of a layer.
+
+        None where rows must pass through host memory.
+        """
+        if self._query_rows is not None or self._stored_rows is not None:
+            return None
+        return self._client.rows_buffer(num_bytes)
+
+    def post_rows(self, layer: int, num_bytes: int) -> None:
+        """Send the layer whose rows are in the `rows_buffer`."""
+        started = time.perf_counter()
+        self._client.post_rows(self._step, self._micro_batch, layer, num_bytes)
+        self._times.send_s += time.perf_counter() - started
+
+    def receive_rows(
+        self,
+        layer: int,
+        num_bytes: int,
+        use: Callable[[torch.Tensor], Callable[[], None]],
+    ) -> None:
+        """Receive output in device memory.
+
+        Args:
+            layer: Index of the posted layer.
+            num_bytes: Bytes of the output.
+            use: Enqueues the kernels that read the output, uint8 ``[num_bytes]``;
+                returns the function that waits for them.
+        """
+        rows = self._client.receive_rows(layer, num_bytes, self._allowance_s)
+        self._client.keep_rows(use(rows))
+
     def _lay_out_reply(self, v_head_size: int, dtype: torch.dtype) -> None:
-        shape = (self.num_rows, v_head_size, dtype)
+        shape = (self._num_rows, v_head_size, dtype)
         if shape == self._reply_shape:
             return
         self._reply_shape = shape
-        num_heads = self.heads.stop - self.heads.start
-        out_bytes = self.num_rows * num_heads * v_head_size * dtype.itemsize
-        num_bytes = out_bytes + self.num_rows * num_heads * 4
+        num_heads = self._heads.stop - self._heads.start
+        out_bytes = self._num_rows * num_heads * v_head_size * dtype.itemsize
+        num_bytes = out_bytes + self._num_rows * num_heads * 4
         if self._reply.numel() < num_bytes:
             self._reply = torch.empty(num_bytes, dtype=torch.uint8)
         out = self._reply[:out_bytes].view(dtype)
-        self.out = out.view(self.num_rows, num_heads, v_head_size)
+        self._out = out.view(self._num_rows, num_heads, v_head_size)
         lse = self._reply[out_bytes:num_bytes].view(torch.float32)
-        self.lse = lse.view(self.num_rows, num_heads)
+        self._lse = lse.view(self._num_rows, num_heads)
         array: npt.NDArray[np.uint8] = self._reply.numpy()
         self._reply_bytes = array.data[:num_bytes]

@@ -7,17 +7,18 @@ import torch
 
 
 class PartialOutputs:
-    """Where the nodes' replies of one step are received.
+    """Replies of the nodes that each hold some of a request's blocks, for one step.
 
-    A part is what one node attended; in a partition by heads the nodes fill different
-    heads of the same part. Rows that a node does not attend for stay at weight zero.
+    Rows that a node does not attend for stay at weight zero. ``out`` is
+    ``[num_parts, num_rows, num_heads, v_head_size]``, ``lse`` fp32
+    ``[num_parts, num_rows, num_heads]``.
 
     Args:
-        num_parts: Parts of a row's keys on the nodes.
+        num_parts: Number of nodes.
         num_rows: Rows that nodes attend for.
         num_heads: Query heads of the worker.
-        v_head_size: Of a head's output.
-        dtype: Of the outputs.
+        v_head_size: Size of one value head.
+        dtype: dtype of the outputs.
     """
 
     def __init__(
@@ -32,30 +33,41 @@ class PartialOutputs:
         self.out = torch.zeros(*shape, v_head_size, dtype=dtype)
         self.lse = torch.full(shape, -torch.inf)
 
-    def merge_into(
-        self,
-        output: torch.Tensor,
-        rows: torch.Tensor | None,
-        local_lse: torch.Tensor | None,
-    ) -> None:
+    def merge_into(self, output: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Combine all parts by their log-sum-exp, in fp32.
 
         Args:
-            output: ``[num_tokens, num_heads, v_head_size]``: with ``local_lse`` it
-                holds the local part; filled with the result.
-            rows: Rows of ``output`` that the parts are of; None: all.
-            local_lse: ``[num_tokens, num_heads]`` fp32 of what ``output`` holds; None:
-                nothing. Rows at -inf must hold finite numbers.
+            output: ``[num_rows, num_heads, v_head_size]``, filled.
+            lse: ``[num_rows, num_heads]`` fp32, filled; None: not wanted.
         """
-        out, lse = self.out.float(), self.lse
-        if local_lse is not None:
-            local = output if rows is None else output[rows]
-            out = torch.cat((out, local.float()[None]))
-            seen = local_lse if rows is None else local_lse[rows]
-            lse = torch.cat((lse, seen[None]))
-        weights = torch.softmax(lse, dim=0).unsqueeze(-1)
-        merged = (out * weights).sum(0).to(output.dtype)
-        if rows is None:
-            output.copy_(merged)
-        else:
-            output.index_copy_(0, rows, merged)
+        weights = torch.softmax(self.lse, dim=0).unsqueeze(-1)
+        output.copy_((self.out.float() * weights).sum(0))
+        if lse is not None:
+            torch.logsumexp(self.lse, dim=0, out=lse)
+
+
+def merge_remote(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    remote: torch.Tensor,
+    remote_lse: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> None:
+    """Complete local attention by the part of the nodes, in fp32.
+
+    Args:
+        output: ``[num_tokens, num_heads, v_head_size]``: the local part, finite
+            everywhere; filled with the result.
+        lse: ``[num_tokens, num_heads]`` fp32 of the local part; -inf: none.
+        remote: ``[num_rows, num_heads, v_head_size]``, the nodes' part.
+        remote_lse: ``[num_rows, num_heads]`` fp32.
+        rows: int64 ``[num_rows]``, rows of ``output``; None: all.
+    """
+    local, seen = (output, lse) if rows is None else (output[rows], lse[rows])
+    out = torch.stack((local.float(), remote.float()))
+    weights = torch.softmax(torch.stack((seen, remote_lse)), dim=0).unsqueeze(-1)
+    merged = (out * weights).sum(0).to(output.dtype)
+    if rows is None:
+        output.copy_(merged)
+    else:
+        output.index_copy_(0, rows, merged)

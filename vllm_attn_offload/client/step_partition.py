@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each memory node gets of a scheduler step, and what stays on the compute node.
+"""Divides a scheduler step between the memory nodes and the compute node.
 
 Prefill is compute-bound and stays: only rows whose keys lie on the nodes are sent there
 (Lamina, arXiv 2405.01814, section 4).
@@ -19,32 +19,12 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class BatchStep:
-    """A step as vLLM describes it.
-
-    ``query_start_loc`` is int32 ``[num_reqs + 1]``, ``seq_lens`` int32 ``[num_reqs]``
-    (tokens of a request, this step's included), ``slot_mapping`` int64
-    ``[num_tokens]``, ``block_table`` int32 ``[num_reqs, width]``.
-    """
-
-    query_start_loc: Int32Array
-    seq_lens: Int32Array
-    slot_mapping: Int64Array
-    block_table: Int32Array
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of q, k and v."""
-        return int(self.slot_mapping.shape[0])
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStep:
-    """One node's part of a step.
+class NodeShare:
+    """One node's share of a step.
 
     Args:
         step: Sent as the STEP frame.
-        positions: Which of the plan's remote rows it attends for; None: all.
+        positions: int64 ``[num_query_rows]`` among the remote rows; None: all.
         query_rows: The same as rows of the batch; None: all of the batch.
         stored_rows: Rows of the batch whose k, v it stores; None: all.
     """
@@ -73,19 +53,19 @@ class StepPartition:
         num_tokens: Rows of the batch.
         remote_rows: Rows of the batch that nodes attend for; None: all.
         prefills: Requests with local attention.
-        nodes: One part per memory node.
+        shares: One per memory node.
         needs_merge: Whether a row's output has more than one part.
     """
 
     num_tokens: int
     remote_rows: Int64Array | None
     prefills: tuple[Prefill, ...]
-    nodes: tuple[NodeStep, ...]
+    shares: tuple[NodeShare, ...]
     needs_merge: bool
 
 
 def partition_step(
-    batch: BatchStep, partition: Partition, block_size: int
+    batch: StepMetadata, partition: Partition, block_size: int
 ) -> StepPartition:
     """Divide a step between the compute node and the memory nodes.
 
@@ -111,13 +91,13 @@ def partition_step(
         table = batch.block_table[is_remote, :width]
     whole = StepMetadata(_offsets(lens), visible, batch.slot_mapping, table)
     if partition.kind == "heads" or partition.num_nodes == 1:
-        nodes = (NodeStep(whole, None, rows, None),) * partition.num_nodes
+        shares = (NodeShare(whole, None, rows, None),) * partition.num_nodes
     else:
-        nodes = _divided_blocks(whole, rows, partition, block_size)
+        shares = _divided_blocks(whole, rows, partition, block_size)
     needs_merge = any(prefill.has_context for prefill in prefills) or (
         partition.kind == "blocks" and partition.num_nodes > 1
     )
-    return StepPartition(batch.num_tokens, rows, prefills, nodes, needs_merge)
+    return StepPartition(batch.num_tokens, rows, prefills, shares, needs_merge)
 
 
 def _divided_blocks(
@@ -125,7 +105,7 @@ def _divided_blocks(
     rows: Int64Array | None,
     partition: Partition,
     block_size: int,
-) -> tuple[NodeStep, ...]:
+) -> tuple[NodeShare, ...]:
     """The requests, tokens and blocks that lie on each node.
 
     A request's last block may be partial; as the last of its node, too, it needs no
@@ -138,7 +118,7 @@ def _divided_blocks(
     local_ids = partition.local_block[used]
     starts, query_lens = whole.query_start_loc[:-1], np.diff(whole.query_start_loc)
     slot_homes, local_slots = _divided_slots(whole.slot_mapping, partition, block_size)
-    nodes = []
+    shares = []
     for node in range(partition.num_nodes):
         is_here = homes == node
         lens = np.where(is_here, tokens, 0).sum(1).astype(np.int32)
@@ -152,8 +132,8 @@ def _divided_blocks(
             _compacted(local_ids, is_here)[has_any],
         )
         query_rows = positions if rows is None else rows[positions]
-        nodes.append(NodeStep(step, positions, query_rows, stored_rows))
-    return tuple(nodes)
+        shares.append(NodeShare(step, positions, query_rows, stored_rows))
+    return tuple(shares)
 
 
 def _divided_slots(

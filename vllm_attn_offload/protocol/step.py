@@ -37,13 +37,14 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata:
-    """Metadata of one step of one KV group on one node; its layers reuse it.
+    """One step of one KV cache group: as vLLM describes it, or one node's share.
 
-    ``query_start_loc`` is int32 ``[num_reqs + 1]`` over the query rows, ``seq_lens``
-    int32 ``[num_reqs]``: how many of the request's tokens on this node each of its
-    query rows sees, those stored in this step included. ``slot_mapping`` is int64
-    ``[num_tokens]`` over the rows to store (-1: do not), ``block_table`` int32
-    ``[num_reqs, width]``. The arrays may be views of a receive buffer.
+    ``query_start_loc`` is int32 ``[num_reqs + 1]`` over the query rows. ``seq_lens`` is
+    int32 ``[num_reqs]``: tokens that each query row of a request sees, those stored in
+    this step included; in a node's share only tokens on that node count.
+    ``slot_mapping`` is int64 ``[num_tokens]`` over the rows to store (-1: do not),
+    ``block_table`` int32 ``[num_reqs, width]``. Arrays that were read may be views of a
+    receive buffer.
     """
 
     query_start_loc: Int32Array

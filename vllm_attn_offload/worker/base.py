@@ -12,22 +12,19 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
-from vllm_attn_offload.attention.micro_batch.runner import wrap_model
-from vllm_attn_offload.client.attachment import Attachment, Problem
-from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.partition import (
-    Partition,
-    PartitionKind,
-    shard_geometry,
+from vllm_attn_offload.attention.layer_exchange import LayerExchange
+from vllm_attn_offload.attention.micro_batch.runner import (
+    MicroBatchRunner,
+    wrap_model,
 )
+from vllm_attn_offload.client.node_client import Attachment, NodeFailure
+from vllm_attn_offload.client.partition import PartitionKind
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.compatibility import check_layers
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.messages import (
-    AttachSession,
     Dtype,
     KVGroup,
     LayerGeometry,
@@ -52,7 +49,11 @@ class AttentionOffloadWorker(_WorkerBase):
     """
 
     vllm_config: VllmConfig
-    _nodes: RemoteAttention
+    # Until nodes are attached; a mixin has no constructor of its own.
+    _nodes: RemoteAttention | None = None
+    _exchange: LayerExchange | None = None
+    _micro_batches: MicroBatchRunner | None = None
+    _generation = 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with offloaded attention layers.
@@ -89,7 +90,7 @@ class AttentionOffloadWorker(_WorkerBase):
 
     def attach_memory_nodes(
         self, attachments: list[list[Attachment]], kind: PartitionKind
-    ) -> Problem | None:
+    ) -> NodeFailure | None:
         """Open the data channels of this rank and hand them to its layers.
 
         Channels of an older generation are closed and never used again.
@@ -102,17 +103,26 @@ class AttentionOffloadWorker(_WorkerBase):
             The node that is gone or refuses the session, and why. An exception would
             leave replies of other ranks unread.
         """
-        if hasattr(self, "_nodes"):
+        if self._nodes is not None:
             self._nodes.close()
+        config = AttentionOffloadConfig.of_engine(self.vllm_config)
         try:
-            self._nodes = self._connect(attachments[self.rank], kind)
+            self._nodes = RemoteAttention.connect(
+                attachments[self.rank],
+                kind,
+                self.session_geometry(),
+                timeout_s=config.request_timeout_s,
+                credentials=config.load_credentials(),
+                tolerate_loss=config.on_node_loss == "recover",
+                worker_kv_bytes=self.kv_stub_bytes(),
+                device=self._shared_device(),
+            )
         except MemoryNodeError as error:
-            return error.node, error.cause
+            return NodeFailure(error.node, error.cause)
         self._generation = attachments[self.rank][0].generation
-        self._connect_layers(self._nodes)
-        if not hasattr(self, "_micro_batches"):
+        if self._micro_batches is None:
             self._micro_batches = wrap_model(self.model_runner.model, self.vllm_config)
-        self._micro_batches.connect(self._nodes)
+        self._connect_layers(self._nodes)
         return None
 
     def kv_stub_bytes(self) -> int:
@@ -126,6 +136,8 @@ class AttentionOffloadWorker(_WorkerBase):
 
     def exchange_times(self) -> dict[str, float]:
         """Sums of the worker's time in pack, send and wait since it was attached."""
+        assert self._nodes is not None
+        assert self._micro_batches is not None
         return self._nodes.times() | self._micro_batches.times()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -155,65 +167,32 @@ class AttentionOffloadWorker(_WorkerBase):
 
     def shutdown(self) -> None:
         """Close the data channels, then shut the worker down."""
-        if hasattr(self, "_nodes"):
+        if self._nodes is not None:
             self._nodes.close()
         super().shutdown()
-
-    def _connect(
-        self, attachments: list[Attachment], kind: PartitionKind
-    ) -> RemoteAttention:
-        config = AttentionOffloadConfig.of_engine(self.vllm_config)
-        credentials = config.load_credentials()
-        geometry = self.session_geometry()
-        digest = shard_geometry(geometry, kind, len(attachments)).digest()
-        clients: list[NodeClient] = []
-        # Parts of several nodes are cut, and merged, on the host.
-        device = self._shared_device() if len(attachments) == 1 else None
-        try:
-            for attachment in attachments:
-                request = AttachSession(
-                    attachment.session,
-                    attachment.attach_token,
-                    attachment.generation,
-                    digest,
-                    self.kv_stub_bytes(),
-                )
-                clients.append(
-                    NodeClient(
-                        attachment.address,
-                        request,
-                        config.request_timeout_s,
-                        credentials,
-                        device,
-                    )
-                )
-        except MemoryNodeError:
-            for client in clients:
-                client.close()
-            raise
-        return RemoteAttention(
-            clients,
-            Partition(kind, tuple(each.num_blocks for each in attachments)),
-            geometry,
-            tolerate_loss=config.on_node_loss == "recover",
-        )
+        if self._exchange is not None:
+            self._exchange.close()
 
     def _shared_device(self) -> SharedDevice | None:
-        """What layers compute on, where nodes can share memory with it."""
+        """Return the layers' device, where nodes can share memory with it."""
         return None
 
     def _connect_layers(self, nodes: RemoteAttention | None) -> None:
-        """Hand the channels to the layers; None takes them away."""
-        self._connect_impls(nodes, None)
-
-    def _connect_impls(
-        self, nodes: RemoteAttention | None, exchange: DeviceExchange | None
-    ) -> None:
+        """Hand the nodes to layers and micro-batches; None takes them away."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None if nodes is None else self._make_exchange(nodes)
         for index, layer in enumerate(self._attention_layers().values()):
-            cast(AttentionOffloadImpl, layer.impl).connect(nodes, index, exchange)
+            cast(AttentionOffloadImpl, layer.impl).connect(self._exchange, index)
+        if self._micro_batches is not None:
+            self._micro_batches.connect(nodes)
+
+    def _make_exchange(self, nodes: RemoteAttention) -> LayerExchange:
+        """Return what moves layers between this worker's device and the nodes."""
+        raise NotImplementedError
 
     def _with_loss(self, output: Any) -> Any:
-        loss = self._nodes.loss
+        loss = None if self._nodes is None else self._nodes.loss
         if loss is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):

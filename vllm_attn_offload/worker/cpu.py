@@ -8,6 +8,8 @@ from typing import Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_attn_offload.attention.cpu_exchange import CpuExchange
+from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.worker.base import AttentionOffloadWorker
 
@@ -26,6 +28,9 @@ class CpuAttentionOffloadWorker(AttentionOffloadWorker, CPUWorker):
         if self._should_warm_up_model():
             self.model_runner.warming_up_model()
         return 0
+
+    def _make_exchange(self, nodes: RemoteAttention) -> CpuExchange:
+        return CpuExchange(nodes)
 
     def _register_backend(self) -> None:
         # The CPU platform ignores every other backend, but honours an override of its

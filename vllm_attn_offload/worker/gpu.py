@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.client.remote_attention import RemoteAttention
@@ -30,7 +30,6 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         # never used.
         vllm_config.cache_config.kv_cache_memory_bytes = 1
         super().__init__(vllm_config, *args, **kwargs)
-        self._exchange: DeviceExchange | None = None
 
     def determine_available_memory(self) -> int:
         """Warm the model up; the pool's size comes from the memory nodes."""
@@ -42,40 +41,21 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         # Dummy steps of the second model runner look real but are not, and graphs are
         # captured of whole steps.
         self._connect_layers(None)
-        self._micro_batches.connect(None)
         try:
             return super().compile_or_warm_up_model()
         finally:
             self._connect_layers(self._nodes)
-            self._micro_batches.connect(self._nodes)
-
-    def shutdown(self) -> None:
-        """Close the data channels, then shut the worker down."""
-        super().shutdown()
-        self._close_exchange()
 
     def _shared_device(self) -> SharedDevice:
         device = self.device
         assert device is not None
         return CudaDevice(device)
 
-    def _connect_layers(self, nodes: RemoteAttention | None) -> None:
-        self._close_exchange()
-        layers = self._attention_layers()
-        if nodes is not None and layers:
-            device = self.device
-            assert device is not None
-            self._exchange = DeviceExchange(
-                nodes,
-                lambda: CudaStreams(device),
-                FlashPrefill(next(iter(layers.values())).head_size),
-            )
-        self._connect_impls(nodes, self._exchange)
-
-    def _close_exchange(self) -> None:
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.close()
+    def _make_exchange(self, nodes: RemoteAttention) -> CudaExchange:
+        device, layers = self.device, self._attention_layers().values()
+        assert device is not None
+        prefill = FlashPrefill(next(iter(layers)).head_size)
+        return CudaExchange(nodes, lambda: CudaStreams(device), prefill)
 
     def _register_backend(self) -> None:
         # Also where VLLM_PLUGINS leaves the plugin out.

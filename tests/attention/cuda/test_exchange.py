@@ -29,12 +29,13 @@ from shared_rows_node import LaggingAttention, sharing_node
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from worker_batch import WorkerBatch
 
-from vllm_attn_offload.attention.cuda.exchange import DeviceExchange
+from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.metadata import CudaReadback
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.micro_batch.baton import Baton
 from vllm_attn_offload.attention.micro_batch.split import cut_batch
+from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import (
@@ -43,9 +44,9 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS, NUM_LAYERS = 60, 3
 GEOMETRY = make_geometry(num_layers=NUM_LAYERS)
@@ -113,7 +114,7 @@ class DeviceWorker:
             GEOMETRY,
             tolerate_loss=tolerate_loss,
         )
-        self.exchange = DeviceExchange(
+        self.exchange = CudaExchange(
             self.nodes, lambda: DeferredStreams(device), DeferredAttention(device)
         )
         trusted = DeferredDevice("early")
@@ -130,7 +131,7 @@ class DeviceWorker:
             for _ in range(NUM_LAYERS)
         ]
         for index, impl in enumerate(self.impls):
-            impl.connect(self.nodes, index, self.exchange)
+            impl.connect(self.exchange, index)
 
     def run(self, steps: list[list[int]]) -> float:
         """The largest error of any layer's output; NaN where something is missing."""
@@ -192,7 +193,7 @@ class DeviceWorker:
             control.close()
 
 
-def _common(batch: BatchStep) -> CommonAttentionMetadata:
+def _common(batch: StepMetadata) -> CommonAttentionMetadata:
     starts = torch.from_numpy(batch.query_start_loc)
     return CommonAttentionMetadata(
         query_start_loc=starts.clone(),
@@ -300,10 +301,10 @@ def _run_part(
     outputs: list[torch.Tensor],
     baton: Baton,
     index: int,
-    batch: BatchStep,
+    batch: StepMetadata,
     qkv: tuple[torch.Tensor, ...],
 ) -> None:
-    metadata = AttentionOffloadMetadata(batch, index)
+    metadata = AttentionOffloadMetadata(HostStep(batch), index)
     metadata.baton = baton
     baton.take(index)
     try:

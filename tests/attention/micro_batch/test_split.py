@@ -13,12 +13,12 @@ from vllm_attn_offload.attention.micro_batch.split import (
     cut_batch,
     shares_written,
 )
-from vllm_attn_offload.client.step_partition import BatchStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 BLOCK = 16
 
 
-def decode_step(seq_lens: list[int]) -> BatchStep:
+def decode_step(seq_lens: list[int]) -> StepMetadata:
     """A decode step of requests with blocks of their own; 0 pads the block table."""
     lens = np.array(seq_lens, np.int32)
     counts = -(-lens // BLOCK)
@@ -27,7 +27,7 @@ def decode_step(seq_lens: list[int]) -> BatchStep:
     for row, count, end in zip(table, counts, ends, strict=True):
         row[:count] = np.arange(end - count, end) + 1
     last = table[np.arange(len(lens)), counts - 1].astype(np.int64)
-    return BatchStep(
+    return StepMetadata(
         query_start_loc=np.arange(len(lens) + 1, dtype=np.int32),
         seq_lens=lens,
         slot_mapping=last * BLOCK + (lens - 1) % BLOCK,
@@ -76,7 +76,7 @@ def test_choose_cut_leaves_other_steps_whole() -> None:
     """One request, and a step in which two tokens of a request are computed."""
     assert choose_cut(decode_step([100]), BLOCK, StepCosts()) is None
     two = decode_step([100, 40])
-    chunk = BatchStep(
+    chunk = StepMetadata(
         np.array([0, 0, 2], np.int32), two.seq_lens, two.slot_mapping, two.block_table
     )
     assert choose_cut(chunk, BLOCK, StepCosts()) is None

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that rows of q, k, v pass on their way to the host; kept between layers."""
+"""Buffers that rows pass on their way to the host and back; kept between layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
+from vllm_attn_offload.attention.cuda.prefill import RemotePart
+from vllm_attn_offload.attention.cuda.streams import DeviceStreams, Mark
+from vllm_attn_offload.client.remote_attention import SentStep
+from vllm_attn_offload.client.step_partition import StepPartition
 
 
 class StagedRows:
@@ -83,3 +87,89 @@ def fused_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         address += part.shape[1] * part.shape[2] * part.element_size()
     return first.as_strided((first.shape[0], width), (width, 1))
+
+
+class RemoteRows:
+    """Buffers of one micro-batch for rows that come back; kept between layers.
+
+    The host fills them only after it has waited for rows of the same layer, which the
+    copy stream copied out after it had copied these in for the layer before.
+
+    Args:
+        streams: Of the device.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    on_device: RemotePart
+
+    def __init__(self, streams: DeviceStreams) -> None:
+        self._streams = streams
+        self._step: SentStep | None = None
+        self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._device_lse: torch.Tensor | None = None
+
+    def host_out(self, like: torch.Tensor) -> torch.Tensor:
+        """Memory of the host for rows of a device tensor."""
+        host, _ = self._pair("out", tuple(like.shape), like.dtype)
+        return host
+
+    def begin(self, step: SentStep, output: torch.Tensor) -> None:
+        """Make room for the rows of a layer, and say once per step which they are.
+
+        ``out`` ``[num_rows, num_heads, v_head_size]`` and, where the step needs a
+        merge, ``lse`` ``[num_rows, num_heads]`` are to be filled on the host.
+        """
+        if self._step is step:
+            return
+        self._step = step
+        which = _which_rows(step.partition)
+        num_rows = which.shape[1]
+        host_which, device_which = self._pair("which", which.shape, torch.int64)
+        host_which.copy_(torch.from_numpy(which))
+        self._streams.copy(device_which, host_which)
+        num_heads = output.shape[1]
+        self.out, device_out = self._pair(
+            "out", (num_rows, *output.shape[1:]), output.dtype
+        )
+        self.lse = self._device_lse = transposed = None
+        if step.partition.needs_merge:
+            self.lse, self._device_lse = self._pair(
+                "lse", (num_rows, num_heads), torch.float32
+            )
+            transposed = self._device_lse.t()
+        self.on_device = RemotePart(
+            device_out, transposed, device_which[0], device_which[1]
+        )
+
+    def copy_in(self) -> None:
+        """Enqueue the copies of what the host filled."""
+        self._streams.copy(self.on_device.out, self.out)
+        if self.lse is not None and self._device_lse is not None:
+            self._streams.copy(self._device_lse, self.lse)
+
+    def _pair(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size = int(np.prod(shape)) * dtype.itemsize
+        pair = self._buffers.get(name)
+        if pair is None or pair[0].numel() < size:
+            rounded = 1 << max(0, size - 1).bit_length()
+            pair = (
+                self._streams.host_buffer(rounded),
+                self._streams.device_buffer(rounded),
+            )
+            self._buffers[name] = pair
+        host, device = (buffer[:size].view(dtype).view(shape) for buffer in pair)
+        return host, device
+
+
+def _which_rows(partition: StepPartition) -> np.ndarray:
+    """int64 ``[2, num_rows]``: remote rows, and whether they have no local part."""
+    rows = partition.remote_rows
+    if rows is None:
+        rows = np.arange(partition.num_tokens, dtype=np.int64)
+    is_alone = np.ones(partition.num_tokens, dtype=np.int64)
+    for prefill in partition.prefills:
+        is_alone[prefill.begin : prefill.end] = 0
+    return np.stack((rows, is_alone[rows]))

@@ -12,20 +12,18 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_attn_offload.attention.cuda.buffers import StagedRows
-from vllm_attn_offload.attention.cuda.cuda_remote_rows import RemoteRows
-from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
+from vllm_attn_offload.attention.cuda.buffers import RemoteRows, StagedRows
 from vllm_attn_offload.attention.cuda.ipc import SharedRows
-from vllm_attn_offload.attention.cuda.local_attention import LocalAttention
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
+from vllm_attn_offload.attention.cuda.prefill import LocalAttention
 from vllm_attn_offload.attention.cuda.store import LayerStores
+from vllm_attn_offload.attention.cuda.streams import DeviceStreams
+from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
-_Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-class _Lane:
+class _MicroBatchBuffers:
     """What one micro-batch has of its own: a copy stream, rows out, rows back."""
 
     def __init__(self, nodes: RemoteAttention, streams: DeviceStreams) -> None:
@@ -35,7 +33,7 @@ class _Lane:
         self.shared = SharedRows(nodes, streams)
 
 
-class DeviceExchange:
+class CudaExchange(LayerExchange):
     """Moves layers between a device and the memory nodes.
 
     Args:
@@ -53,14 +51,14 @@ class DeviceExchange:
         self._nodes = nodes
         self._make_streams = make_streams
         self._attention = attention
-        self._lanes: list[_Lane] = []
+        self._buffers: list[_MicroBatchBuffers] = []
         self._stores = LayerStores(nodes, make_streams())
 
     def attend(
         self,
         metadata: AttentionOffloadMetadata,
         layer: int,
-        qkv: _Qkv,
+        qkv: Qkv,
         output: torch.Tensor,
         softmax_scale: float,
     ) -> None:
@@ -82,13 +80,13 @@ class DeviceExchange:
             # Stores of the step before must be sent before this step is.
             self._stores.finish()
         step = metadata.ensure_sent(self._nodes)
-        plan = step.plan
-        if not plan.prefills:
+        partition = step.partition
+        if not partition.prefills:
             self._attend_remotely(metadata, step, layer, qkv, output)
             return
         source = metadata.source
         assert isinstance(source, CudaStep)
-        remote_rows = plan.remote_rows
+        remote_rows = partition.remote_rows
         if remote_rows is not None and not remote_rows.size:
             self._stores.post(step, layer, qkv)
             self._attention.attend(qkv, output, source, softmax_scale)
@@ -104,47 +102,47 @@ class DeviceExchange:
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: _Qkv,
+        qkv: Qkv,
         output: torch.Tensor,
     ) -> None:
-        lane = self._lane(metadata.micro_batch)
-        if lane.shared.attend(metadata, step, layer, qkv, output):
+        buffers = self._of(metadata.micro_batch)
+        if buffers.shared.attend(metadata, step, layer, qkv, output):
             return
-        rows, mark = lane.rows.copy_out(qkv, may_read_in_place=True)
+        rows, mark = buffers.rows.copy_out(qkv, may_read_in_place=True)
         # Its kernels are queued behind ours while ours run.
         metadata.let_others_compute()
         mark.wait()
         self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
         metadata.let_others_compute()
-        reply = lane.remote.host_out(output)
-        self._nodes.collect_remote(step, layer, reply)
-        lane.streams.copy(output, reply)
-        lane.streams.join()
+        reply = buffers.remote.host_out(output)
+        self._nodes.collect(step, layer, reply)
+        buffers.streams.copy(output, reply)
+        buffers.streams.join()
 
     def _attend_both(
         self,
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: _Qkv,
+        qkv: Qkv,
         output: torch.Tensor,
         softmax_scale: float,
     ) -> None:
         """Attend prefills here, other rows there, and merge what has both parts."""
-        lane, source = self._lane(metadata.micro_batch), metadata.source
+        buffers, source = self._of(metadata.micro_batch), metadata.source
         assert isinstance(source, CudaStep)
-        rows, mark = lane.rows.copy_out(qkv, may_read_in_place=True)
+        rows, mark = buffers.rows.copy_out(qkv, may_read_in_place=True)
         lse = self._attention.attend(qkv, output, source, softmax_scale)
         mark.wait()
         self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
-        remote = lane.remote
+        remote = buffers.remote
         remote.begin(step, output)
-        self._nodes.collect_remote(step, layer, remote.out, remote.lse)
+        self._nodes.collect(step, layer, remote.out, remote.lse)
         remote.copy_in()
-        lane.streams.join()
+        buffers.streams.join()
         self._attention.merge(output, lse, remote.on_device)
 
-    def _lane(self, micro_batch: int) -> _Lane:
-        while len(self._lanes) <= micro_batch:
-            self._lanes.append(_Lane(self._nodes, self._make_streams()))
-        return self._lanes[micro_batch]
+    def _of(self, micro_batch: int) -> _MicroBatchBuffers:
+        while len(self._buffers) <= micro_batch:
+            self._buffers.append(_MicroBatchBuffers(self._nodes, self._make_streams()))
+        return self._buffers[micro_batch]

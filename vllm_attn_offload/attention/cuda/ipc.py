@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams
+from vllm_attn_offload.attention.cuda.streams import DeviceStreams
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
-from vllm_attn_offload.client.step_partition import BatchStep
-from vllm_attn_offload.protocol.step import Int32Array
+from vllm_attn_offload.attention.cuda.streams import DeviceStreams, Mark
+from vllm_attn_offload.protocol.step import Int32Array, StepMetadata
 
 _INT32_PER_SLOT = 2
 
@@ -20,7 +19,7 @@ class CudaStep:
         query_start_loc: int32 ``[num_reqs + 1]`` on the device, for local prefills.
         max_query_len: Longest query of the step.
         starts: ``query_start_loc`` on the host.
-        width: StridedRows of the block table that were read back.
+        width: Columns of the block table that were read back.
         values: Host memory with slots (int64), lengths and block rows (int32).
         mark: When ``values`` is there; it stays so until the next step is begun.
     """
@@ -41,10 +40,15 @@ class CudaStep:
         self._width = width
         self._values = values
         self._mark = mark
-        self._batch: BatchStep | None = None
+        self._batch: StepMetadata | None = None
 
     @property
-    def batch(self) -> BatchStep:
+    def is_on_host(self) -> bool:
+        """Return True if ``batch`` does not wait."""
+        return self._batch is not None
+
+    @property
+    def batch(self) -> StepMetadata:
         """The step on the host; the first call waits for it."""
         if self._batch is None:
             self._mark.wait()
@@ -53,7 +57,7 @@ class CudaStep:
             values = self._values.numpy().copy()
             num_slots = _INT32_PER_SLOT * self.num_tokens
             slots, rest = values[:num_slots], values[num_slots:]
-            self._batch = BatchStep(
+            self._batch = StepMetadata(
                 query_start_loc=self._starts,
                 seq_lens=rest[:num_reqs],
                 slot_mapping=slots.view("int64"),

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from vllm_attn_offload.attention.cuda.buffers import StagedRows
-from vllm_attn_offload.attention.cuda.device_streams import DeviceStreams, Mark
+from vllm_attn_offload.attention.cuda.streams import DeviceStreams, Mark
 from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
 #: One layer's rows are sent while the next one's are copied.
@@ -83,4 +83,4 @@ class LayerStores:
             mark.wait()
             self._nodes.post_layer(step, layer, *rows)
             # A node acknowledges now and then what it only stores.
-            self._nodes.collect_remote(step, layer, rows[0])
+            self._nodes.collect(step, layer, rows[0])

@@ -24,8 +24,8 @@ from vllm_attn_offload.attention.micro_batch.choice import (
 )
 from vllm_attn_offload.attention.micro_batch.lora import LoraRows
 from vllm_attn_offload.attention.micro_batch.split import choose_cut, cut_batch
+from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.logger import get_logger
 
@@ -106,8 +106,8 @@ class MicroBatchRunner:
         return output
 
     def _is_looked_at(self, metadata: AttentionOffloadMetadata) -> bool:
-        """Whether the step decodes only, and its lengths cost no wait for a GPU."""
-        if not (self._choice.may_cut or isinstance(metadata.source, BatchStep)):
+        """Return True if the step only decodes and its lengths need no wait."""
+        if not (self._choice.may_cut or metadata.source.is_on_host):
             return False
         return metadata.batch.seq_lens.shape[0] == metadata.num_tokens
 
@@ -116,7 +116,7 @@ class MicroBatchRunner:
     ) -> Any:
         whole = forward_context.get_forward_context()
         parts = [
-            AttentionOffloadMetadata(part, index)
+            AttentionOffloadMetadata(HostStep(part), index)
             for index, part in enumerate(cut_batch(metadata.batch, cut))
         ]
         rows = (slice(0, cut), slice(cut, metadata.num_tokens))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_attn_offload.client.step_partition import BatchStep
+from vllm_attn_offload.protocol.step import StepMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class StepCosts:
     token: float = 1.0
 
 
-def choose_cut(batch: BatchStep, block_size: int, costs: StepCosts) -> int | None:
+def choose_cut(batch: StepMetadata, block_size: int, costs: StepCosts) -> int | None:
     """Requests of the first micro-batch, so that both are predicted to take as long.
 
     While one computes the other is attended: with compute C and attention A the step
@@ -56,7 +56,7 @@ def choose_cut(batch: BatchStep, block_size: int, costs: StepCosts) -> int | Non
     return int(rows[best[uneven[best].argmin()]])
 
 
-def shares_written(batch: BatchStep, block_size: int) -> bool:
+def shares_written(batch: StepMetadata, block_size: int) -> bool:
     """Whether a request of a decode step reads a block that another one completes.
 
     vLLM caches a block when the step that fills it is scheduled
@@ -75,11 +75,11 @@ def shares_written(batch: BatchStep, block_size: int) -> bool:
     return np.isin(batch.block_table[is_read], written).sum() > written.shape[0]
 
 
-def cut_batch(batch: BatchStep, cut: int) -> tuple[BatchStep, BatchStep]:
+def cut_batch(batch: StepMetadata, cut: int) -> tuple[StepMetadata, StepMetadata]:
     """The first ``cut`` requests of a decode step, and the others."""
     parts = (slice(0, cut), slice(cut, None))
     first, second = (
-        BatchStep(
+        StepMetadata(
             query_start_loc=np.arange(
                 batch.seq_lens[rows].shape[0] + 1, dtype=np.int32
             ),

@@ -22,7 +22,6 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.client.step_partition import BatchStep
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
@@ -30,6 +29,7 @@ from vllm_attn_offload.protocol.messages import (
     SessionGeometry,
     Shard,
 )
+from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 TIMEOUT_S = 30.0
@@ -197,12 +197,12 @@ class NodeSession:
         shape = batch, layer.num_query_heads, layer.v_head_size
         return (query, key, value), torch.empty(shape, dtype=dtype)
 
-    def _decode_step(self, batch: int, context: int) -> BatchStep:
+    def _decode_step(self, batch: int, context: int) -> StepMetadata:
         """Requests with blocks of their own; the last token is the new one."""
         width = -(-context // self._block_size)
         table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
         last = (context - 1) % self._block_size
-        return BatchStep(
+        return StepMetadata(
             query_start_loc=np.arange(batch + 1, dtype=np.int32),
             seq_lens=np.full(batch, context, np.int32),
             slot_mapping=table[:, -1].astype(np.int64) * self._block_size + last,
@@ -218,7 +218,7 @@ class NodeSession:
             width = -(-count // self._block_size)
             qkv, output = self._rows(count)
             step = self._nodes.begin_step(
-                BatchStep(
+                StepMetadata(
                     query_start_loc=np.array([0, count], np.int32),
                     seq_lens=np.array([count], np.int32),
                     slot_mapping=np.arange(begin, begin + count, dtype=np.int64),
@@ -227,7 +227,8 @@ class NodeSession:
             )
             for layer in range(len(self.geometry.layers)):
                 self._nodes.post_layer(step, layer, *qkv)
-                self._nodes.collect(step, layer, output)
+                # Nothing is attended: the call waits for acknowledgements.
+                self._nodes.collect(step, layer, output[:0])
 
     def _busy_s(self) -> list[float]:
         """Seconds that each node has spent storing and attending for us."""

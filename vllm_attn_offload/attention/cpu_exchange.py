@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's attention from a CPU: post q, k, v, attend prefills, collect the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_attn_offload.attention.cpu_prefill import attend_locally
+from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
+from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.client.partial_outputs import merge_remote
+from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+
+
+class CpuExchange(LayerExchange):
+    """Exchanges layers whose rows are in host memory.
+
+    Args:
+        nodes: Data channels of the worker.
+    """
+
+    def __init__(self, nodes: RemoteAttention) -> None:
+        self._nodes = nodes
+
+    def attend(
+        self,
+        metadata: AttentionOffloadMetadata,
+        layer: int,
+        qkv: Qkv,
+        output: torch.Tensor,
+        softmax_scale: float,
+    ) -> None:
+        nodes = self._nodes
+        step = metadata.step or metadata.ensure_sent(nodes)
+        nodes.post_layer(step, layer, *qkv)
+        if step.remote_rows is None and not step.partition.prefills:
+            if metadata.baton is not None:
+                metadata.let_others_compute()
+            nodes.collect(step, layer, output)
+            return
+        lse = None
+        if prefills := step.partition.prefills:
+            lse = attend_locally(*qkv, output, prefills, softmax_scale)
+        metadata.let_others_compute()
+        self._collect_part(step, layer, output, lse)
+
+    def close(self) -> None:
+        """Do nothing: nothing was started."""
+
+    def _collect_part(
+        self,
+        step: SentStep,
+        layer: int,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Complete the local part by that of the nodes."""
+        rows = step.remote_rows
+        num_rows = output.shape[0] if rows is None else rows.shape[0]
+        remote = output.new_empty(num_rows, *output.shape[1:])
+        if lse is None or not step.partition.needs_merge:
+            self._nodes.collect(step, layer, remote)
+            if rows is None:
+                output.copy_(remote)
+            else:
+                output.index_copy_(0, rows, remote)
+            return
+        remote_lse = lse.new_empty(remote.shape[:2])
+        self._nodes.collect(step, layer, remote, remote_lse)
+        merge_remote(output, lse, remote, remote_lse, rows)
