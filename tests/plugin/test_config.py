@@ -138,3 +138,19 @@ def test_readme_lists_every_option(
     section = text.partition("## Options\n")[2].partition("\n## ")[0]
     for table in (engine_options(), node_options(monkeypatch, capsys)):
         assert f"\n{table}\n" in section, f"paste below '## Options':\n{table}"
+
+
+def test_front_page_repeats_options_correctly(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options in a table of README.md exist and have the default that is shown."""
+    tables = f"{engine_options()}\n{node_options(monkeypatch, capsys)}"
+    text = (root / "README.md").read_text()
+    shown = re.findall(r"^\| (`-*[a-z_-]+`(?:, `.+`)?) \| (.+?) \|", text, re.MULTILINE)
+    assert shown
+    for names, cell in shown:
+        for name in re.findall(r"[\w-]+", names):
+            (row,) = re.findall(rf"^\| `{name}\b.*$", tables, re.MULTILINE)
+            default = re.fullmatch(r"`?([\w\[\].:]+)`?", cell)
+            if default is not None and default[1] not in ("none", "off", "unset"):
+                assert re.search(rf"(`|default: ){re.escape(default[1])}(?!\w)", row)
