@@ -65,8 +65,8 @@ def test_wait_as_long_as_the_work_takes(
     paused: tuple[NodeProcess, NodeClient, memoryview],
 ) -> None:
     node, client, out = paused
-    threading.Timer(PAUSE_S, node.process.send_signal, [signal.SIGCONT]).start()
     started = time.monotonic()
+    threading.Timer(PAUSE_S, node.process.send_signal, [signal.SIGCONT]).start()
     client.receive_out(0, out, allowance_s=20.0)
     assert time.monotonic() - started > PAUSE_S - 0.2
     assert any(out)
