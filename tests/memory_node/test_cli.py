@@ -6,7 +6,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,9 +99,7 @@ def test_metrics_port_taken(tmp_path: Path) -> None:
 
 def test_memory_short(tmp_path: Path) -> None:
     path = tmp_path / "node.sock"
-    started = time.monotonic()
     ended = run("--listen", f"unix:{path}", "--kv-cache-gib", "1e6")
-    assert time.monotonic() - started < 5
     assert ended.returncode == 1
     assert "--kv-cache-gib 1e+06 is more than the" in ended.stderr
     assert "GiB of memory that are available. Lower it" in ended.stderr

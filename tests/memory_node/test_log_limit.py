@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import time
 
+import pytest
+
 from vllm_attn_offload.memory_node.log_limit import RateLimitFilter
 
 
@@ -13,11 +15,13 @@ def record(number: int, level: int = logging.WARNING) -> logging.LogRecord:
     return logging.LogRecord("name", level, "path", 1, "line %d", (number,), None)
 
 
-def test_burst_then_few() -> None:
+def test_burst_then_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     limit = RateLimitFilter(burst=3, per_s=20)
     assert [limit.filter(record(n)) for n in range(6)].count(True) == 3
     assert limit.filter(record(0, logging.ERROR))
-    time.sleep(0.1)
+    now += 0.1
     following = record(7)
     assert limit.filter(following)
     assert following.getMessage() == "line 7 (3 lines before were dropped)"

@@ -32,16 +32,16 @@ PAIRS = [
 def test_compare_every_model(
     shapes: dict[str, ModelShape], catalogue: Catalogue, pair: tuple[str, str]
 ) -> None:
-    """Every model on every pair gets a table and a verdict, in well under 5 s."""
+    """Every model on every pair gets a table and a verdict, in under 5 s of CPU."""
     compute, memory = (parse_group(text, catalogue) for text in pair)
     offload = Offload(compute, memory, parse_network("400Gbps", catalogue))
-    start = time.perf_counter()
+    start = time.process_time()
     for shape in shapes.values():
         result = compare(shape, offload, Workload(8192, 8064, 256))
         text = format_comparison(result)
         assert "Verdict: " in text
         assert result.offloaded or result.refused
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_plan_command_in_its_own_process() -> None:

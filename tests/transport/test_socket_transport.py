@@ -66,9 +66,9 @@ def test_stream_receive_slow_peer(stream: tuple[ByteStream, socket.socket]) -> N
     ours, theirs = stream
 
     def trickle() -> None:
-        for begin in range(0, 34, 17):
-            time.sleep(0.35)
-            theirs.sendall(pattern(34)[begin : begin + 17])
+        for begin in range(0, 34, 4):
+            time.sleep(0.08)
+            theirs.sendall(pattern(34)[begin : begin + 4])
 
     thread = threading.Thread(target=trickle)
     thread.start()
