@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-quick lint clean
 
 BIN := .venv/bin
+PARALLEL := $(BIN)/pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## Create .venv with vLLM's CPU build and the plugin
 	@.ci/install
@@ -13,8 +14,16 @@ install: ## Create .venv with vLLM's CPU build and the plugin
 demo: install ## Serve a small real model with attention offloading and ask it a question
 	@$(BIN)/python benchmarks/demo.py
 
+# Engines mostly start and compute in one thread: two files run at once. The second
+# part runs whatever the first one found.
 test: install lint ## Check style and types, then run the whole test suite
-	$(BIN)/pytest tests --durations=15
+	@status=0; \
+	$(BIN)/pytest tests/faults -m alone || status=$$?; \
+	$(PARALLEL) -m "not slow and not alone" --durations=15 || status=$$?; \
+	exit $$status
+
+test-quick: install ## Run the tests that need no engine, and one that does (minutes)
+	ATTN_OFFLOAD_FUZZ_S=5 $(PARALLEL) -m "not slow and not long"
 
 # mypy does not follow an editable install to vllm_attn_offload.triton_kernels and
 # .patches, so it checks a copy of the modules laid out as installed.

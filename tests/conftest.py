@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +26,65 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """Give every worker of pytest-xdist CPUs that the others compute less on.
+
+    vLLM computes on the first CPUs that a process may use, and leaves the last ones to
+    memory nodes. On two CPUs every other worker turns that round.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cpus = sorted(os.sched_getaffinity(0))
+    share = len(cpus) // num_workers
+    if num_workers > 1 and share > 1:
+        os.sched_setaffinity(0, cpus[worker * share : (worker + 1) * share])
+    elif num_workers > 1:
+        torch.set_num_threads(1)
+        if worker % 2:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cpus[-1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest, so that workers end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture(scope="session")
+def node_cpu() -> str:
+    """A CPU that engines do not compute on, where they have a choice."""
+    cpus = os.sched_getaffinity(0)
+    is_turned = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == str(max(cpus))
+    return str(min(cpus) if is_turned else max(cpus))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: a directory that ``make`` fills once in the whole run.
+
+    Workers of pytest-xdist share it; who asks while another one makes it waits.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        directory = base / name
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists():
+                partial = Path(tempfile.mkdtemp(dir=base, prefix=f"{name}-"))
+                make(partial)
+                partial.rename(directory)
+        return directory
+
+    return get
 
 
 @pytest.fixture(scope="session")

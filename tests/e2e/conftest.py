@@ -23,12 +23,15 @@ from node_process import NodeProcess
 
 HERE = Path(__file__).parent
 Result = dict[str, Any]
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @contextmanager
-def poisoned_nodes(mode: workload.Mode, directory: Path) -> Iterator[list[str]]:
+def poisoned_nodes(
+    mode: workload.Mode, directory: Path, cpu: str
+) -> Iterator[list[str]]:
     """Memory nodes whose unwritten blocks hold NaN, here or on a host of their own."""
-    options = ["--kv-cache-gib", "1", "--cpus", str(max(os.sched_getaffinity(0)))]
+    options = ["--kv-cache-gib", "1", "--cpus", cpu]
     host = RemoteHost("127.0.0.1", ())
     with ExitStack() as stack:
         if mode.is_remote:
@@ -36,6 +39,8 @@ def poisoned_nodes(mode: workload.Mode, directory: Path) -> Iterator[list[str]]:
                 host = stack.enter_context(remote_host())
             except PermissionError as error:
                 pytest.skip(str(error))
+            workload.TOKEN_FILE.write_text("a secret of these tests, 32+ characters\n")
+            workload.TOKEN_FILE.chmod(0o600)
             options += ["--auth-token-file", str(workload.TOKEN_FILE)]
         nodes = [
             NodeProcess(
@@ -53,21 +58,19 @@ def poisoned_nodes(mode: workload.Mode, directory: Path) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def generated(
-    smollm2: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Result]:
+def generated(smollm2: str, once: Once, node_cpu: str) -> Callable[[str, str], Result]:
     """``generated(dtype, mode)``: the workload through ``LLM()``."""
-    directory = tmp_path_factory.mktemp("generated")
 
     @functools.cache
     def run(dtype: str, mode: str) -> Result:
-        output = directory / f"{mode}-{dtype}.json"
-        workload.TOKEN_FILE.write_text("a secret of the end-to-end tests, 32+ chars\n")
-        workload.TOKEN_FILE.chmod(0o600)
-        script = str(HERE / "generate.py")
+        directory = once(f"{mode}-{dtype}", functools.partial(generate, dtype, mode))
+        return json.loads((directory / "result.json").read_text("utf-8"))
+
+    def generate(dtype: str, mode: str, directory: Path) -> None:
+        script, output = str(HERE / "generate.py"), directory / "result.json"
         command = [sys.executable, script, smollm2, dtype, mode, str(output)]
         options = workload.MODES[mode]
-        with poisoned_nodes(options, directory) as addresses:
+        with poisoned_nodes(options, directory, node_cpu) as addresses:
             engine = subprocess.run(
                 [*command, *addresses],
                 capture_output=True,
@@ -76,7 +79,6 @@ def generated(
                 env=os.environ | options.variables,
             )
         assert engine.returncode == 0, engine.stderr[-4000:] + engine.stdout[-8000:]
-        return json.loads(output.read_text("utf-8"))
 
     return run
 
@@ -111,25 +113,29 @@ def server(
 
 
 @pytest.fixture(scope="session")
-def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_model(smollm2: str, once: Once) -> str:
     """Two layers of random weights with SmolLM2's tokenizer."""
     from transformers import AutoTokenizer
 
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tiny_llama.save(directory, vocab_size=len(tokenizer))
-    for file in Path(smollm2).glob("*token*"):
-        shutil.copy(file, directory)
-    return str(directory)
+    def save(directory: Path) -> None:
+        tiny_llama.save(directory, len(AutoTokenizer.from_pretrained(smollm2)))
+        for file in Path(smollm2).glob("*token*"):
+            shutil.copy(file, directory)
+
+    return str(once("tiny-llama", save))
 
 
 @pytest.fixture(scope="session")
-def tiny_tokens(tiny_model: str) -> list[list[int]]:
+def tiny_tokens(tiny_model: str, once: Once) -> list[list[int]]:
     """Stock vLLM's greedy tokens of the tiny model's prompts."""
-    output = Path(tiny_model, "stock.json")
-    command = [sys.executable, str(tiny_llama.__file__), tiny_model, str(output)]
-    stock = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert stock.returncode == 0, stock.stderr[-4000:] + stock.stdout[-4000:]
+
+    def generate(directory: Path) -> None:
+        output = str(directory / "result.json")
+        command = [sys.executable, str(tiny_llama.__file__), tiny_model, output]
+        stock = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert stock.returncode == 0, stock.stderr[-4000:] + stock.stdout[-4000:]
+
+    output = once("tiny-llama-stock", generate) / "result.json"
     expected = json.loads(output.read_text("utf-8"))["tokens"]
     assert len({token for tokens in expected for token in tokens}) > 12
     return expected

@@ -12,6 +12,8 @@ from harness import tiny_llama
 from harness.serve_process import ServeProcess
 from node_process import running_node
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def triton_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -22,6 +22,8 @@ from vllm_attn_offload.protocol.messages import SessionStats
 NUM_NODES, NUM_RANKS, ROUNDS = 2, 2, 4
 FREED_WITHIN_S = 5.0
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[str]]:

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 #: Of this seed's faults four are kills.
 SEED = 42
+
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 
 def test_two_minutes_of_chaos(smollm2: str) -> None:

@@ -34,6 +34,8 @@ SILENT_S = 1e6
 Fault = Callable[[psutil.Process], object]
 Tokens = list[list[int]]
 
+pytestmark = pytest.mark.long
+
 
 class Engine:
     """A server with two memory nodes, and what it answers when nothing happens."""
