@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,17 +34,19 @@ class Readback(Protocol):
         """Start to read a step; vLLM may prepare the next one at once."""
 
 
-@dataclass(frozen=True, slots=True)
 class HostStep:
-    """A step that is on the host."""
+    """A step that is on the host.
 
-    batch: StepMetadata
-    is_on_host: bool = True
+    Args:
+        batch: The step.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """Real rows of q, k and v, without padding."""
-        return self.batch.num_tokens
+    is_on_host = True
+
+    def __init__(self, batch: StepMetadata) -> None:
+        self.batch = batch
+        # Every layer asks for it.
+        self.num_tokens = batch.num_tokens
 
 
 class HostReadback:

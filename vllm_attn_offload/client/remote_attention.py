@@ -38,13 +38,14 @@ class SentStep:
     """A step that was sent, and how it is divided.
 
     ``remote_rows`` is int64 ``[num_remote_rows]``: rows of the batch that nodes attend
-    for; None: all.
+    for; None: all. ``is_plain``: one reply is the whole remote part.
     """
 
     number: int
     micro_batch: int
     partition: StepPartition
     remote_rows: torch.Tensor | None
+    is_plain: bool
     partials: PartialOutputs | None = None
 
 
@@ -145,7 +146,8 @@ class RemoteAttention:
         partition = partition_step(batch, self._partition, self._block_size)
         rows = partition.remote_rows
         remote_rows = None if rows is None else torch.from_numpy(rows)
-        step = SentStep(self._step, micro_batch, partition, remote_rows)
+        is_plain = len(self._clients) == 1 and not partition.needs_merge
+        step = SentStep(self._step, micro_batch, partition, remote_rows, is_plain)
         while len(self._exchanges) <= micro_batch:
             nodes = range(len(self._clients))
             self._exchanges.append([self._exchange(node) for node in nodes])
@@ -175,7 +177,7 @@ class RemoteAttention:
             value: ``[num_tokens, num_kv_heads, v_head_size]``.
         """
         self._times.num_layer_calls += 1
-        if self._guard.is_lost():
+        if self._guard.loss is not None and self._guard.is_lost():
             return
         flags = _WANT_LSE if step.partition.needs_merge else 0
         with self._guard:
@@ -201,7 +203,7 @@ class RemoteAttention:
         if self._guard.loss is None:
             with self._guard:
                 self._receive(step, layer, output, lse)
-        if self._guard.is_lost():
+        if self._guard.loss is not None and self._guard.is_lost():
             output.zero_()
             if lse is not None:
                 lse.zero_()
@@ -218,7 +220,7 @@ class RemoteAttention:
         Returns:
             uint8 ``[num_bytes]``; None where rows must pass through host memory.
         """
-        is_whole = step.remote_rows is None and self._is_plain(step)
+        is_whole = step.remote_rows is None and step.is_plain
         if self._guard.loss is None and is_whole:
             with self._guard:
                 return self._exchanges[step.micro_batch][0].rows_buffer(num_bytes)
@@ -281,10 +283,6 @@ class RemoteAttention:
         kv_heads = _share(layer.num_kv_heads, node, num_nodes)
         return NodeExchange(client, query_heads, kv_heads, self._times)
 
-    def _is_plain(self, step: SentStep) -> bool:
-        """Return True if one reply is the whole remote part."""
-        return len(self._clients) == 1 and not step.partition.needs_merge
-
     def _receive(
         self,
         step: SentStep,
@@ -294,7 +292,7 @@ class RemoteAttention:
     ) -> None:
         started = time.perf_counter()
         exchanges = self._exchanges[step.micro_batch]
-        if self._is_plain(step) and output.is_contiguous():
+        if step.is_plain and output.is_contiguous():
             exchanges[0].receive_into(layer, output)
             self._times.wait_s += time.perf_counter() - started
             return
