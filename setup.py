@@ -74,7 +74,7 @@ setup(
         # gguf and accelerate convert the small real model of the demo and the tests.
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis",
             "ruff",
             "mypy",
