@@ -8,8 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 _PREFIX = "10.213.77"
+_NAME = "attn-offload-"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def remote_host() -> Iterator[RemoteHost]:
     Raises:
         PermissionError: This process may not.
     """
-    name = f"attn-offload-{os.getpid()}"
+    _remove_left_over()
+    name = f"{_NAME}{os.getpid()}"
     ours, theirs = f"aoa{os.getpid() % 100000}", f"aob{os.getpid() % 100000}"
     inside = ("ip", "netns", "exec", name)
     try:
@@ -66,6 +69,13 @@ def remote_host() -> Iterator[RemoteHost]:
         yield RemoteHost(f"{_PREFIX}.2", inside, (ours, theirs))
     finally:
         _run("ip", "netns", "del", name)
+
+
+def _remove_left_over() -> None:
+    """Delete namespaces of processes that were killed: the address is the same."""
+    for file in Path("/run/netns").glob(f"{_NAME}*"):
+        if not Path("/proc", file.name.removeprefix(_NAME)).exists():
+            subprocess.run(("ip", "netns", "del", file.name), check=False, timeout=10)
 
 
 def _run(*command: str) -> None:
