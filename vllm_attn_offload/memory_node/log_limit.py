@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 
 class RateLimitFilter(logging.Filter):
@@ -14,14 +15,18 @@ class RateLimitFilter(logging.Filter):
     Args:
         burst: Lines that pass at once.
         per_s: Lines a second after that.
+        clock: Seconds that never go back.
     """
 
-    def __init__(self, burst: int, per_s: float) -> None:
+    def __init__(
+        self, burst: int, per_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__()
         self._burst = burst
         self._per_s = per_s
         self._allowance = float(burst)
-        self._last = time.monotonic()
+        self._clock = clock
+        self._last = clock()
         self._num_dropped = 0
         self._lock = threading.Lock()
 
@@ -30,7 +35,7 @@ class RateLimitFilter(logging.Filter):
         if record.levelno >= logging.ERROR:
             return True
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             refill = (now - self._last) * self._per_s
             self._allowance = min(self._burst, self._allowance + refill)
             self._last = now
