@@ -32,8 +32,8 @@ from vllm_attn_offload.protocol.messages import (
     LayerGeometry,
     OpenSession,
     ReserveCapacity,
+    SessionCounters,
     SessionGeometry,
-    SessionStats,
     Shard,
 )
 from vllm_attn_offload.protocol.step import (
@@ -97,10 +97,10 @@ class Peer:
         """Wait for the output of the first layer that was not collected."""
         self._client.receive_out(0, self._out)
 
-    def stats(self) -> SessionStats:
+    def stats(self) -> SessionCounters:
         """The node's counters of this session."""
         sessions = self._control.stats().sessions
-        return next(stats for stats in sessions if stats.engine == self._name)
+        return next(s.counters for s in sessions if s.engine == self._name)
 
     def close(self) -> None:
         """End the session."""
@@ -171,7 +171,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
 
 
-def compute_s(stats: SessionStats) -> float:
+def compute_s(stats: SessionCounters) -> float:
     """Seconds in the node's kernels."""
     return stats.store_s + stats.attend_s
 

@@ -12,7 +12,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from vllm_attn_offload.protocol.messages import SessionStats, Stats
+from vllm_attn_offload.protocol.messages import Stats
 
 _SESSION_LABELS = ("node", "engine", "tp_rank")
 # Name, help, field of SessionStats. "attn_offload:" and not "vllm:", because vLLM
@@ -34,6 +34,7 @@ _GAUGES = (
         "worker_kv_bytes",
     ),
 )
+# Name, help, field of SessionCounters.
 _COUNTERS = (
     (
         "attn_offload:bytes_sent",
@@ -75,7 +76,7 @@ _COUNTERS = (
 
 
 class StatsCollector(Collector):
-    """FairLock node statistics into metric families whenever Prometheus scrapes.
+    """Turns node statistics into metric families whenever Prometheus scrapes.
 
     Args:
         read_stats: Returns the current statistics by node address; nodes that do not
@@ -101,24 +102,17 @@ class StatsCollector(Collector):
             free.add_metric((node,), node_stats.node.kv_bytes_free)
         yield free
         sessions = [
-            (node, session)
+            ((node, session.engine, str(session.tp_rank)), session)
             for node, node_stats in stats.items()
             for session in node_stats.sessions
         ]
         for name, text, field in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=_SESSION_LABELS)
-            yield _filled(gauge, sessions, field)
+            for labels, session in sessions:
+                gauge.add_metric(labels, getattr(session, field))
+            yield gauge
         for name, text, field in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=_SESSION_LABELS)
-            yield _filled(counter, sessions, field)
-
-
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily,
-    sessions: list[tuple[str, SessionStats]],
-    field: str,
-) -> Metric:
-    for node, session in sessions:
-        labels = (node, session.engine, str(session.tp_rank))
-        family.add_metric(labels, getattr(session, field))
-    return family
+            for labels, session in sessions:
+                counter.add_metric(labels, getattr(session.counters, field))
+            yield counter

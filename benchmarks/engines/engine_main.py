@@ -172,7 +172,7 @@ class Engine:
         if not self._is_offload:
             return {}
         (times,) = self._llm.collective_rpc("exchange_times")
-        sessions = [self._session(address) for address in self._addresses()]
+        counters = [self._counters(address) for address in self._addresses()]
         parts = {
             "node receive": "receive_s",
             "node store": "store_s",
@@ -188,13 +188,13 @@ class Engine:
             "send": times["send_s"],
             "wait": times["wait_s"],
             **{
-                part: sum(getattr(session, field) for session in sessions)
+                part: sum(getattr(c, field) for c in counters)
                 for part, field in parts.items()
             },
-            "bytes": sum(s.bytes_received + s.bytes_sent for s in sessions),
+            "bytes": sum(c.bytes_received + c.bytes_sent for c in counters),
             **{
-                f"attended by {node}": s.num_attended_tokens
-                for node, s in enumerate(sessions)
+                f"attended by {node}": c.num_attended_tokens
+                for node, c in enumerate(counters)
             },
         }
 
@@ -206,7 +206,7 @@ class Engine:
         count = self._offload_options.get("num_local_nodes", 1)
         return joined or [local_address(run_dir(0, node)) for node in range(count)]
 
-    def _session(self, address: str) -> Any:
+    def _counters(self, address: str) -> Any:
         from vllm_attn_offload.client.control_client import ControlClient
         from vllm_attn_offload.transport.trust import Credentials
 
@@ -215,7 +215,7 @@ class Engine:
         node = ControlClient(address, timeout_s=10, credentials=credentials)
         (session,) = node.stats().sessions
         node.close()
-        return session
+        return session.counters
 
 
 def _prompts(point: Point) -> list[list[int]]:

@@ -143,7 +143,7 @@ class Session:
         """Sums of the node, in seconds."""
         (session,) = self._control.stats().sessions
         names = ("receive", "store", "attend", "send")
-        return {name: getattr(session, f"{name}_s") for name in names}
+        return {name: getattr(session.counters, f"{name}_s") for name in names}
 
     def close(self) -> None:
         """Give the memory back."""

@@ -100,7 +100,7 @@ def test_engines_share_a_pool(
             found = sessions(node)
             assert len(found) == NUM_RANKS + 1
             assert len({session.engine for session in found}) == NUM_RANKS + 1
-            assert all(session.num_layer_calls > 0 for session in found)
+            assert all(session.counters.num_layer_calls > 0 for session in found)
 
         ranks_server, alone = servers
         worker = next(

@@ -15,7 +15,7 @@ from paged_batch import PagedBatch
 from raw_session import RawSession, as_bytes, make_geometry
 
 from vllm_attn_offload.protocol.frames import FrameKind
-from vllm_attn_offload.protocol.messages import SessionStats
+from vllm_attn_offload.protocol.messages import SessionCounters
 from vllm_attn_offload.protocol.step import StepMetadata
 
 BLOCK_SIZE, NUM_BLOCKS = 1024, 64
@@ -74,10 +74,10 @@ def greedy(node: NodeProcess) -> Iterator[GreedySession]:
         yield session
 
 
-def counters(session: RawSession, num_blocks: int) -> SessionStats:
-    """Of the one session on the node with a pool of this size."""
+def counters(session: RawSession, num_blocks: int) -> SessionCounters:
+    """Counters of the one session on the node with a pool of this size."""
     sessions = session.control.stats().sessions
-    return next(stats for stats in sessions if stats.num_blocks == num_blocks)
+    return next(s.counters for s in sessions if s.num_blocks == num_blocks)
 
 
 def test_a_layer_waits_for_one_of_the_neighbour(

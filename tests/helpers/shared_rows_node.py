@@ -6,11 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from host_device import HostDevice
 
-from vllm_attn_offload.memory_node.decode_attention.base import SharedRowsAttention
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    LayerCall,
+    SharedRowsAttention,
+)
 from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
     TorchDecodeAttention,
 )
@@ -19,7 +23,7 @@ from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.transport.address import Address
 
 
-class LaggingAttention(TorchDecodeAttention, SharedRowsAttention):
+class LaggingAttention(TorchDecodeAttention, SharedRowsAttention[Any, Any]):
     """Does nothing with shared rows until it is waited for.
 
     ``num_calls`` counts layers that came in device memory; with ``end_session`` the
@@ -34,8 +38,8 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention):
 
     def attend_rows(
         self,
-        pool: object,
-        plan: object,
+        pool: Any,
+        plan: Any,
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
@@ -45,12 +49,13 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention):
 
         def kernels() -> None:
             payload, target = rows.numpy().data, out.numpy().data
-            self.store(pool, plan, payload, layout)
-            self.attend(pool, plan, payload, layout, target, None)
+            call = LayerCall(payload, layout, target, None)
+            self.store(pool, plan, call)
+            self.attend(pool, plan, call)
 
         self._queued = kernels
 
-    def finish_rows(self, plan: object) -> None:
+    def finish_rows(self, plan: Any) -> None:
         assert self._queued is not None
         if self.end_session and self.num_calls > 1:
             raise ConnectionResetError("the session ends here")

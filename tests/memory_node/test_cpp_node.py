@@ -20,18 +20,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_batches import assert_micro_batches_are_exact
 from node_process import NodeProcess, running_node
 from paged_batch import TORCH_DTYPES, PagedBatch, max_error
-from raw_session import RawSession, encode_step, make_geometry, reservation
+from raw_session import RawSession, make_geometry, reservation
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.decode_attention.base import LayerCall
 from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
     CppDecodeAttention,
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.native.attention import load_cpu_library
-from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import Dtype, SessionGeometry
 
@@ -43,9 +44,7 @@ MANY = [[15, 16, 17, 1, 64, 65, 130, 3], 8 * [1], [1, 0, 5, 1, 1, 0, 1, 1]]
 CHOOSE_KERNEL = """
 import logging
 logging.basicConfig(format="%(levelname)s %(message)s")
-from vllm_attn_offload.memory_node.decode_attention.create import (
-    create_decode_attention,
-)
+from vllm_attn_offload.memory_node.decode_attention import create_decode_attention
 print("kernel:", create_decode_attention("auto", "cpu").name)
 create_decode_attention("cpp", "cpu")
 """
@@ -169,29 +168,7 @@ def test_two_sessions_for_a_minute(cpp_node: NodeProcess) -> None:
 @needs_library
 def test_micro_batches_keep_their_plans(cpp_node: NodeProcess) -> None:
     """Plans are reused, but never one that a micro-batch still needs."""
-    geometry = make_geometry()
-    batches = [PagedBatch(geometry, NUM_BLOCKS, 2, seed) for seed in (0, 1)]
-    with closing(RawSession(cpp_node.address, geometry, NUM_BLOCKS)) as session:
-        for number, num_new in enumerate([[20, 5], [1, 1], [1, 1], [3, 1]], 1):
-            rows = []
-            for index, batch in enumerate(batches):
-                step, qkv = batch.grow(num_new)
-                payload = encode_step(step)
-                header = FrameHeader(FrameKind.STEP, step=number, micro_batch=index)
-                header.num_bytes = payload.nbytes
-                session.send(header, payload)
-                rows.append(qkv)
-            # Each on its own layer, hence in blocks of its own.
-            for index, (batch, qkv) in enumerate(zip(batches, rows, strict=True)):
-                header = FrameHeader(FrameKind.LAYER, layer=index, step=number)
-                header.micro_batch, header.num_bytes = index, qkv.nbytes
-                header.flags = FrameFlag.FUSED
-                session.send(header, qkv.view(torch.uint8).numpy().data.cast("B"))
-                kind, payload = session.receive()
-                assert kind == FrameKind.OUT
-                exact, _ = batch.expected(torch.float64)
-                found = torch.frombuffer(bytearray(payload), dtype=torch.float32)
-                assert max_error(found.view(exact.shape), exact) < 1e-5
+    assert_micro_batches_are_exact(cpp_node.address, [[20, 5], [1, 1], [1, 1], [3, 1]])
 
 
 @needs_library
@@ -217,14 +194,15 @@ def test_layers_allocate_nothing() -> None:
     qkv = rows.view(torch.uint8).numpy().data.cast("B")
     out = memoryview(bytearray(step.num_tokens * 9 * 64 * 2))
     lse = memoryview(bytearray(step.num_tokens * 9 * 4))
-    plan = attention.plan(0, geometry, step)
+    plan = attention.plan(0, geometry, step, None)
     layout = PayloadLayout.fused(TokenLayout.of(geometry.layers[0]), step.num_tokens, 2)
 
     def run_layers() -> int:
         for _ in range(50):
             for pool in pools:
-                attention.store(pool, plan, qkv, layout)
-                attention.attend(pool, plan, qkv, layout, out, lse)
+                call = LayerCall(qkv, layout, out, lse)
+                attention.store(pool, plan, call)
+                attention.attend(pool, plan, call)
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
@@ -237,7 +215,7 @@ def test_layers_allocate_nothing() -> None:
     pools.clear()
     cache.close()
     with pytest.raises(ConnectionResetError):
-        attention.plan(0, geometry, replace(step))
+        attention.plan(0, geometry, replace(step), None)
 
 
 @pytest.fixture(scope="module")

@@ -315,4 +315,4 @@ def test_stats_count_what_was_served(node: NodeProcess) -> None:
 
 def counters(session: RawSession) -> Any:
     (stats,) = session.control.stats().sessions
-    return stats
+    return stats.counters

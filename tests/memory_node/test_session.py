@@ -279,8 +279,8 @@ BAD_FRAMES: dict[str, tuple[Callable[[RawSession], None], str]] = {
     ),
     "step of a missing group": (lambda s: post_step(s, group=1), "STEP for KV group 1"),
     "micro-batch out of range": (
-        lambda s: post_step(s, micro_batch=8),
-        "STEP for micro-batch 8",
+        lambda s: post_step(s, micro_batch=2),
+        "STEP for micro-batch 2",
     ),
     "step too long": (
         lambda s: post(s, FrameKind.STEP, num_bytes=1 << 60),

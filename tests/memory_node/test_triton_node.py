@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from micro_batches import assert_micro_batches_are_exact
 from node_process import COMMAND, NodeProcess, eventually, running_node
 from paged_batch import TORCH_DTYPES, PagedBatch, max_error
 from raw_session import RawSession, make_geometry
@@ -78,6 +79,13 @@ def test_triton_attention_is_exact(
         session.attend(1, nans)
         for num_new in steps:
             assert_exact(session, batch, num_new)
+
+
+def test_micro_batches_keep_their_plans(triton_node: NodeProcess) -> None:
+    """Plans and their memory are reused, but never those of the other micro-batch."""
+    assert_micro_batches_are_exact(
+        triton_node.address, [[17, 1], [1, 1], [1, 1], [3, 2], [1, 1]]
+    )
 
 
 def decode(address: str, geometry: SessionGeometry, seed: int) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import os
 import re
 
 from vllm_attn_offload import __version__
-from vllm_attn_offload.memory_node.decode_attention.create import KERNELS
+from vllm_attn_offload.memory_node.decode_attention import KERNELS
 from vllm_attn_offload.transport.address import Address
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from vllm_attn_offload.memory_node.decode_attention.base import (
     BlockLayout,
@@ -26,7 +27,10 @@ class PagedKVCache:
     """
 
     def __init__(
-        self, geometry: SessionGeometry, num_blocks: int, attention: DecodeAttention
+        self,
+        geometry: SessionGeometry,
+        num_blocks: int,
+        attention: DecodeAttention[Any, Any],
     ) -> None:
         self.num_blocks = num_blocks
         self._regions = {

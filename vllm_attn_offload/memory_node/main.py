@@ -12,17 +12,19 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.memory_node.args import parse_options
 from vllm_attn_offload.memory_node.capacity import available_host_bytes
-from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
-from vllm_attn_offload.memory_node.decode_attention.create import (
+from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS
+from vllm_attn_offload.memory_node.decode_attention import (
     create_decode_attention,
 )
-from vllm_attn_offload.memory_node.log_limit import RateLimitFilter
-from vllm_attn_offload.memory_node.server import MAX_CONNECTIONS, MemoryNode
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
+from vllm_attn_offload.memory_node.server import MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
 from vllm_attn_offload.protocol.messages import GIB
 from vllm_attn_offload.transport.trust import Credentials
@@ -159,7 +161,7 @@ def _available_bytes(device: str) -> int:
     return int(free_bytes)
 
 
-def _create_attention(options: argparse.Namespace) -> DecodeAttention:
+def _create_attention(options: argparse.Namespace) -> DecodeAttention[Any, Any]:
     try:
         return create_decode_attention(options.attention_kernel, options.device)
     except ValueError as error:

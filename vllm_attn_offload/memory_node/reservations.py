@@ -8,6 +8,7 @@ import logging
 import secrets
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_attn_offload.memory_node.capacity import CapacityError, CapacityLedger
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
@@ -51,7 +52,7 @@ class Reservations:
         kv_bytes: Budget for KV blocks of all engines.
     """
 
-    def __init__(self, attention: DecodeAttention, kv_bytes: int) -> None:
+    def __init__(self, attention: DecodeAttention[Any, Any], kv_bytes: int) -> None:
         self.ledger = CapacityLedger(kv_bytes)
         self._attention = attention
         self._turns = FairLock()
@@ -157,7 +158,7 @@ class Reservations:
             entry = self._held.get(session)
             if entry is None or entry.session is None:
                 return False  # it was closed meanwhile, which its data channel notices
-            num_bytes = (num_slots - 1) * sum(entry.session.frame_bytes())
+            num_bytes = (num_slots - 1) * sum(entry.session.sizes.longest())
             free = self._max_frame_bytes - self._held_frame_bytes()
             if num_bytes <= free:
                 entry.frame_bytes += num_bytes
@@ -207,7 +208,7 @@ class Reservations:
         self, entry: _Reservation, session: Session, request: OpenSession
     ) -> None:
         """Account for a frame each way, and for the copy of a STEP that is checked."""
-        num_bytes = sum(session.frame_bytes()) + _step_bytes(request)
+        num_bytes = sum(session.sizes.longest()) + _step_bytes(request)
         with self._lock:
             held = self._held_frame_bytes()
             if held + num_bytes > self._max_frame_bytes:

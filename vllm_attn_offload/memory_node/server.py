@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory node's process: listens, admits peers, and answers their requests."""
+"""A memory node: answers the requests of its peers."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import ssl
-import threading
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
-from vllm_attn_offload.memory_node.connections import Connection, Connections
+from vllm_attn_offload.memory_node.connections import Connection, Listener
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
 from vllm_attn_offload.memory_node.reservations import Reservations
@@ -40,7 +38,6 @@ from vllm_attn_offload.protocol.messages import (
 from vllm_attn_offload.transport.address import (
     Address,
     check_peer,
-    peer_name,
     set_tcp_options,
 )
 from vllm_attn_offload.transport.control import (
@@ -56,9 +53,6 @@ logger = logging.getLogger(__name__)
 _HANDSHAKE_TIMEOUT_S = 5.0
 _MESSAGE_TIMEOUT_S = 10.0
 _STALL_TIMEOUT_S = 30.0
-_ACCEPT_RETRY_S = 0.2
-MAX_CONNECTIONS = 512
-_MAX_CONNECTIONS_PER_PEER = 384
 
 _request_decoder = message_decoder(Request)
 
@@ -80,7 +74,7 @@ class MemoryNode:
     def __init__(
         self,
         address: Address,
-        attention: DecodeAttention,
+        attention: DecodeAttention[Any, Any],
         device: str,
         kv_bytes: int,
         credentials: Credentials = NO_CREDENTIALS,
@@ -89,25 +83,16 @@ class MemoryNode:
         self._device = device
         self._credentials = credentials
         self._reservations = Reservations(attention, kv_bytes)
-        self._connections = Connections(MAX_CONNECTIONS, _MAX_CONNECTIONS_PER_PEER)
-        self._is_stopping = threading.Event()
-        self._listener = address.listen()
-        port = 0 if address.path else self._listener.getsockname()[1]
-        self.address = Address(address.host, port, address.path)
+        self._listener = Listener(address, self._serve_connection)
+        self.address = self._listener.address
 
     def start(self) -> None:
         """Accept connections in the background."""
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        self._listener.start()
 
     def stop(self) -> None:
         """Stop listening, end every connection and free every pool."""
-        self._is_stopping.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        if self.address.path:
-            Path(self.address.path).unlink(missing_ok=True)
-        self._connections.end_all()
+        self._listener.stop()
         self._reservations.release_all()
 
     def info(self) -> NodeInfo:
@@ -123,45 +108,6 @@ class MemoryNode:
     def stats(self) -> Stats:
         """Counters of the node's sessions."""
         return Stats(node=self.info(), sessions=self._reservations.stats())
-
-    def _accept(self) -> None:
-        is_short = False
-        while not self._is_stopping.is_set():
-            try:
-                sock, _ = self._listener.accept()
-                self._admit(sock)
-                is_short = False
-            except ConnectionAbortedError:
-                continue
-            except (OSError, RuntimeError) as error:
-                # Of file descriptors, memory or threads: those that serve go on, and
-                # new peers wait in the backlog.
-                if self._is_stopping.wait(_ACCEPT_RETRY_S):
-                    return
-                if not is_short:
-                    logger.warning("cannot accept connections for now: %s", error)
-                is_short = True
-
-    def _admit(self, sock: socket.socket) -> None:
-        try:
-            peer = peer_name(sock)
-            connection = self._connections.admit(sock, peer)
-        except OSError as error:
-            logger.debug("a connection ended at once: %s", error)
-            sock.close()
-            return
-        if connection is None:
-            logger.warning("refused a connection from %s: too many are in use", peer)
-            sock.close()
-            return
-        try:
-            threading.Thread(
-                target=self._serve_connection, args=(connection,), daemon=True
-            ).start()
-        except RuntimeError:
-            self._connections.remove(connection)
-            sock.close()
-            raise
 
     def _serve_connection(self, connection: Connection) -> None:
         try:
@@ -183,8 +129,6 @@ class MemoryNode:
         finally:
             for reservation in connection.reservations:
                 self._reservations.release(reservation)
-            self._connections.remove(connection)
-            connection.sock.close()
 
     def _serve_requests(self, connection: Connection) -> None:
         sock = connection.sock
@@ -243,7 +187,7 @@ class MemoryNode:
             logger.warning("refused a data channel: %s", error)
             send_message(sock, Error(str(error)), _MESSAGE_TIMEOUT_S)
             return
-        request_bytes, reply_bytes = session.frame_bytes()
+        request_bytes, reply_bytes = session.sizes.longest()
         transport = open_node_channel(
             sock,
             self._affordable(request),

@@ -25,6 +25,7 @@ PROTOCOL_HISTORY = (
     (1, "Hello, reservation, session, STEP / LAYER / OUT frames with row-fused q|k|v"),
     (2, "Rows that query and rows that are stored are separate; planar q, k, v"),
     (3, "Rows may lie in device memory that both sides map"),
+    (4, "Counters of a session are a struct of their own"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
@@ -231,24 +232,46 @@ class GetStats(_Message, frozen=True, tag="get_stats"):
     """Ask for counters of all sessions on the node."""
 
 
+class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
+    """Counters of a session since it was opened; times in seconds."""
+
+    num_steps: int = 0
+    num_layer_calls: int = 0
+    num_attended_tokens: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    receive_s: float = 0.0
+    queue_s: float = 0.0
+    store_s: float = 0.0
+    attend_s: float = 0.0
+    send_s: float = 0.0
+
+    def add(
+        self,
+        num_attended_tokens: int,
+        bytes_received: int,
+        bytes_sent: int,
+        receive_s: float,
+        send_s: float,
+    ) -> None:
+        """Count a layer."""
+        self.num_layer_calls += 1
+        self.num_attended_tokens += num_attended_tokens
+        self.bytes_received += bytes_received
+        self.bytes_sent += bytes_sent
+        self.receive_s += receive_s
+        self.send_s += send_s
+
+
 class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Counters of one session since it was opened; times in seconds."""
+    """What one session holds, and its counters."""
 
     engine: str
     tp_rank: int
     num_blocks: int
     kv_bytes: int
     worker_kv_bytes: int
-    num_steps: int
-    num_layer_calls: int
-    bytes_received: int
-    bytes_sent: int
-    receive_s: float
-    store_s: float
-    attend_s: float
-    send_s: float
-    queue_s: float = 0.0
-    num_attended_tokens: int = 0
+    counters: SessionCounters
 
 
 class Stats(_Message, frozen=True, tag="stats"):

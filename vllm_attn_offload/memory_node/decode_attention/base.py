@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import msgspec
 
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
@@ -15,9 +17,12 @@ from vllm_attn_offload.transport.shared_device import SharedDevice
 if TYPE_CHECKING:
     import torch
 
+PoolT = TypeVar("PoolT")
+PlanT = TypeVar("PlanT")
+
 
 class BlockLayout(ABC):
-    """How a kernel lays out a block; private to the node."""
+    """Block layout of a kernel; private to the node."""
 
     @abstractmethod
     def block_bytes(self, layer: LayerGeometry, block_size: int, dtype: str) -> int:
@@ -32,11 +37,29 @@ class Region(Protocol):
     def close(self) -> None: ...
 
 
-class DecodeAttention(BlockLayout):
+class LayerCall(msgspec.Struct, frozen=True, gc=False):
+    """Payload and result buffers of one LAYER; a struct, because it is cheap to make.
+
+    Attributes:
+        payload: q, k and v in the session's dtype.
+        layout: Where q, k and v lie in ``payload``.
+        out: ``[num_query_rows, num_query_heads * v_head_size]``, session's dtype.
+        lse: ``[num_query_rows, num_query_heads]`` float32, natural logarithm; -inf
+            where a query sees no token. None where nobody asked for it.
+    """
+
+    payload: memoryview
+    layout: PayloadLayout
+    out: memoryview
+    lse: memoryview | None
+
+
+class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     """Stores k, v into blocks and attends over them. One instance serves all sessions.
 
     ``plan`` is called once per step and group; ``store`` and ``attend`` once per layer.
-    Calls for different sessions may overlap.
+    Calls for different sessions may overlap. ``PoolT`` holds the blocks of a layer,
+    ``PlanT`` (a kernel plan) what the kernel prepared for a step.
     """
 
     #: Shown in NodeInfo and in the log.
@@ -61,66 +84,56 @@ class DecodeAttention(BlockLayout):
     @abstractmethod
     def bind(
         self, geometry: SessionGeometry, layer: LayerGeometry, region: Any
-    ) -> object:
+    ) -> PoolT:
         """Prepare a layer's pool; the result is passed to ``store`` and ``attend``.
 
         Args:
-            geometry: Session.
+            geometry: Geometry of the session.
             layer: One of its layers.
             region: Result of ``allocate`` for the layer's storage.
         """
 
     @abstractmethod
-    def plan(self, group: int, geometry: SessionGeometry, step: StepMetadata) -> object:
-        """Turn a step into what the kernel needs for every layer of the group."""
-
-    @abstractmethod
-    def store(
-        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
-    ) -> None:
-        """Write the step's new k, v into the blocks.
-
-        Args:
-            pool: Result of ``bind``.
-            plan: Result of ``plan``.
-            payload: Of a LAYER, in the session's dtype.
-            layout: Where q, k and v lie in it.
-        """
-
-    @abstractmethod
-    def attend(
+    def plan(
         self,
-        pool: object,
-        plan: object,
-        payload: memoryview,
-        layout: PayloadLayout,
-        out: memoryview,
-        lse: memoryview | None,
-    ) -> None:
-        """Attention of the step's queries over ``seq_lens`` tokens of their requests.
+        group: int,
+        geometry: SessionGeometry,
+        step: StepMetadata,
+        previous: PlanT | None,
+    ) -> PlanT:
+        """Turn a step into what the kernel needs for every layer of the group.
 
         Args:
-            pool: Result of ``bind``.
-            plan: Result of ``plan``.
-            payload: Of a LAYER, in the session's dtype.
-            layout: Where q, k and v lie in it.
-            out: ``[num_query_rows, num_query_heads * v_head_size]``, session's dtype.
-            lse: ``[num_query_rows, num_query_heads]`` float32, natural logarithm; -inf
-                where a query sees no token.
+            group: Index of the KV cache group.
+            geometry: Geometry of the session.
+            step: The step; its arrays may change afterwards.
+            previous: Plan of the step before, of the same micro-batch and group. Its
+                layers are done, so its buffers may be used again; it ends here.
+
+        Raises:
+            ProtocolError: The step contradicts the cache.
         """
 
-    def finish(self, plan: object, out: memoryview, lse: memoryview | None) -> None:
+    @abstractmethod
+    def store(self, pool: PoolT, plan: PlanT, call: LayerCall) -> None:
+        """Write the step's new k, v into the blocks."""
+
+    @abstractmethod
+    def attend(self, pool: PoolT, plan: PlanT, call: LayerCall) -> None:
+        """Attend with the step's queries over ``seq_lens`` tokens of their requests."""
+
+    def finish(self, plan: PlanT, call: LayerCall) -> None:
         """Wait for what ``attend`` began; called without the node's lock.
 
         Does nothing where ``attend`` returns with its results, as on a CPU.
         """
 
 
-class SharedRowsAttention(DecodeAttention):
+class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):
     """A kernel that reads rows, and leaves results, where workers can map them.
 
     Attributes:
-        shared_device: What holds them.
+        shared_device: The device that holds them.
     """
 
     shared_device: SharedDevice
@@ -128,8 +141,8 @@ class SharedRowsAttention(DecodeAttention):
     @abstractmethod
     def attend_rows(
         self,
-        pool: object,
-        plan: object,
+        pool: PoolT,
+        plan: PlanT,
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
@@ -139,11 +152,12 @@ class SharedRowsAttention(DecodeAttention):
         Args:
             pool: Result of ``bind``.
             plan: Result of ``plan``.
-            rows: Payload of a LAYER, uint8.
+            rows: ``[num_bytes]`` uint8 on the device, payload of a LAYER.
             layout: Where q, k and v lie in it.
-            out: As for ``attend``, uint8.
+            out: ``[num_query_rows * num_query_heads * v_head_size * item_bytes]`` uint8
+                on the device.
         """
 
     @abstractmethod
-    def finish_rows(self, plan: object) -> None:
+    def finish_rows(self, plan: PlanT) -> None:
         """Wait until rows are read and results complete; without the node's lock."""

@@ -18,7 +18,10 @@ import numpy as np
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
-from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DecodeAttention,
+    LayerCall,
+)
 from vllm_attn_offload.native.attention import (
     DTYPES,
     AttendInput,
@@ -27,14 +30,14 @@ from vllm_attn_offload.native.attention import (
     PlanInput,
     StoreInput,
 )
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
 
 
-class CppDecodeAttention(DecodeAttention):
+class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
     """The kernels of the C++ library, on threads that all sessions share.
 
     Args:
@@ -49,7 +52,7 @@ class CppDecodeAttention(DecodeAttention):
         spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
         self._threads = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
         # By the identity of its geometry, which the value keeps alive.
-        self._sessions: weakref.WeakValueDictionary[int, _SessionCalls] = (
+        self._sessions: weakref.WeakValueDictionary[int, _SessionKinds] = (
             weakref.WeakValueDictionary()
         )
 
@@ -81,7 +84,7 @@ class CppDecodeAttention(DecodeAttention):
     ) -> _Pool:
         session = self._sessions.get(id(geometry))
         if session is None:
-            session = _SessionCalls(self._library, geometry)
+            session = _SessionKinds(self._library, geometry)
             self._sessions[id(geometry)] = session
         block_size = geometry.groups[layer.group].block_size
         block_bytes = self.block_bytes(layer, block_size, geometry.dtype)
@@ -95,59 +98,51 @@ class CppDecodeAttention(DecodeAttention):
         )
 
     def plan(
-        self, group: int, geometry: SessionGeometry, step: StepMetadata
-    ) -> _StepPlan:
-        session = self._sessions.get(id(geometry))
-        if session is None:
-            raise ConnectionResetError("the session was closed")
-        calls = session.take(group)
+        self,
+        group: int,
+        geometry: SessionGeometry,
+        step: StepMetadata,
+        previous: _KernelPlan | None,
+    ) -> _KernelPlan:
+        plan = previous
+        if plan is None:
+            session = self._sessions.get(id(geometry))
+            if session is None:
+                raise ConnectionResetError("the session was closed")
+            plan = session.create_plan(group)
         try:
-            calls.plan(self._threads, step)
+            plan.fill(self._threads, step)
         except ValueError as error:
             raise ProtocolError(f"a step that cannot be planned: {error}") from error
-        return _StepPlan(calls, session.free_calls[group])
+        return plan
 
-    def store(
-        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
-    ) -> None:
-        assert isinstance(pool, _Pool)
-        assert isinstance(plan, _StepPlan)
-        calls = plan.kinds[pool.kind]
-        address = addressof(c_char.from_buffer(payload))
-        call = calls.store
-        call.cache = pool.address
-        call.key, call.key_stride = address + layout.key.offset, layout.key.stride
-        call.value = address + layout.value.offset
-        call.value_stride = layout.value.stride
-        self._library.store(self._threads, calls.cache, call)
+    def store(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+        calls, layout = plan.kinds[pool.kind], call.layout
+        address = addressof(c_char.from_buffer(call.payload))
+        store = calls.store
+        store.cache = pool.address
+        store.key, store.key_stride = address + layout.key.offset, layout.key.stride
+        store.value = address + layout.value.offset
+        store.value_stride = layout.value.stride
+        self._library.store(self._threads, calls.cache, store)
 
-    def attend(
-        self,
-        pool: object,
-        plan: object,
-        payload: memoryview,
-        layout: PayloadLayout,
-        out: memoryview,
-        lse: memoryview | None,
-    ) -> None:
-        assert isinstance(pool, _Pool)
-        assert isinstance(plan, _StepPlan)
-        calls = plan.kinds[pool.kind]
-        call = calls.attend
-        call.cache = pool.address
-        call.query = addressof(c_char.from_buffer(payload)) + layout.query.offset
-        call.query_stride = layout.query.stride
-        call.out = addressof(c_char.from_buffer(out))
-        call.lse = None if lse is None else addressof(c_char.from_buffer(lse))
-        call.softmax_scale = pool.softmax_scale
-        self._library.attend(self._threads, calls.plan, call)
+    def attend(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+        calls, query, lse = plan.kinds[pool.kind], call.layout.query, call.lse
+        attend = calls.attend
+        attend.cache = pool.address
+        attend.query = addressof(c_char.from_buffer(call.payload)) + query.offset
+        attend.query_stride = query.stride
+        attend.out = addressof(c_char.from_buffer(call.out))
+        attend.lse = None if lse is None else addressof(c_char.from_buffer(lse))
+        attend.softmax_scale = pool.softmax_scale
+        self._library.attend(self._threads, calls.plan, attend)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
     """One layer's blocks; ``kind`` counts within the layer's group."""
 
-    session: _SessionCalls
+    session: _SessionKinds
     kind: int
     address: int
     softmax_scale: float
@@ -189,8 +184,8 @@ class _KindCalls:
         weakref.finalize(self, library.destroy_plan, self.plan).atexit = False
 
 
-class _GroupCalls:
-    """Calls of one step of one KV group; later steps reuse them."""
+class _KernelPlan:
+    """A step of one KV cache group, planned for each kind of its layers."""
 
     def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
         self._library = library
@@ -198,7 +193,7 @@ class _GroupCalls:
         self._input = PlanInput(causal=0)
         self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
 
-    def plan(self, threads: int, step: StepMetadata) -> None:
+    def fill(self, threads: int, step: StepMetadata) -> None:
         """Plan a step, whose arrays may change afterwards.
 
         Raises:
@@ -219,16 +214,8 @@ class _GroupCalls:
             calls.store.num_tokens = step.num_tokens
 
 
-class _StepPlan:
-    """A planned step; gives its calls back when the session drops it."""
-
-    def __init__(self, calls: _GroupCalls, free_calls: list[_GroupCalls]) -> None:
-        self.kinds = calls.kinds
-        weakref.finalize(self, free_calls.append, calls).atexit = False
-
-
-class _SessionCalls:
-    """What one session's pools share; ends with the last of them."""
+class _SessionKinds:
+    """Kinds of layers that one session's pools share; ends with the last of them."""
 
     def __init__(self, library: CpuKernelLibrary, geometry: SessionGeometry) -> None:
         self._library = library
@@ -236,7 +223,6 @@ class _SessionCalls:
         self._kinds: list[dict[tuple[TokenLayout, int, int, int], _LayerKind]] = [
             {} for _ in geometry.groups
         ]
-        self.free_calls: list[list[_GroupCalls]] = [[] for _ in geometry.groups]
 
     def add_kind(self, layer: LayerGeometry, num_blocks: int) -> int:
         """Index of the layer's kind in its group."""
@@ -250,11 +236,9 @@ class _SessionCalls:
             )
         return list(kinds).index(key)
 
-    def take(self, group: int) -> _GroupCalls:
-        """Calls that no step uses."""
-        if self.free_calls[group]:
-            return self.free_calls[group].pop()
-        return _GroupCalls(self._library, list(self._kinds[group].values()))
+    def create_plan(self, group: int) -> _KernelPlan:
+        """An empty plan of the group's layers."""
+        return _KernelPlan(self._library, list(self._kinds[group].values()))
 
 
 def _create_cache(

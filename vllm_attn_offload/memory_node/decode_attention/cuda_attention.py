@@ -8,17 +8,22 @@ waits, without the node's lock: another session's kernels run while rows come ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import SharedRowsAttention
-from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    LayerCall,
+    SharedRowsAttention,
+)
+from vllm_attn_offload.memory_node.decode_attention.kernel_plan import (
     TORCH_DTYPES,
+    KernelPlan,
+    round_up,
+)
+from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     Pool,
-    StepPlan,
-    TritonDecodeAttention,
+    TritonKernels,
     attend_rows,
     store_rows,
 )
@@ -47,34 +52,58 @@ class CudaRegion:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
 class _Mirror:
-    """The same bytes in pinned and in GPU memory."""
+    """The same bytes in pinned and in GPU memory; grows between steps.
 
-    host: torch.Tensor
-    device: torch.Tensor
+    Args:
+        row_bytes: Bytes of a row of the largest layer.
+        device: The GPU.
+    """
 
-    @classmethod
-    def of(cls, num_bytes: int, device: torch.device) -> _Mirror:
-        return cls(
-            torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True),
-            torch.empty(num_bytes, dtype=torch.uint8, device=device),
-        )
+    def __init__(self, row_bytes: int, device: torch.device) -> None:
+        self._row_bytes = row_bytes
+        self.host = torch.empty(0, dtype=torch.uint8)
+        self.device = torch.empty(0, dtype=torch.uint8, device=device)
 
-
-@dataclass(frozen=True, slots=True)
-class _CudaPlan(StepPlan):
-    """A step, with room for the rows and results of its largest layer."""
-
-    qkv: _Mirror
-    out: _Mirror
-    lse: _Mirror
-    received: torch.cuda.Event
-    consumed: torch.cuda.Event
-    returned: torch.cuda.Event
+    def reserve(self, num_rows: int) -> None:
+        """Make room for ``num_rows``; what was there is lost."""
+        num_bytes = num_rows * self._row_bytes
+        if self.device.numel() < num_bytes:
+            room = round_up(num_bytes)
+            self.host = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+            self.device = self.device.new_empty(room)
 
 
-class CudaDecodeAttention(TritonDecodeAttention, SharedRowsAttention):
+class _CudaKernelPlan(KernelPlan):
+    """A plan with room for the rows and results of its largest layer."""
+
+    def __init__(
+        self, group: int, geometry: SessionGeometry, device: torch.device
+    ) -> None:
+        super().__init__(group, geometry, device)
+        layers = [layer for layer in geometry.layers if layer.group == group]
+        item_bytes = TORCH_DTYPES[geometry.dtype].itemsize
+        rows = [TokenLayout.of(layer) for layer in layers]
+        self.qkv = _Mirror(item_bytes * max(row.width for row in rows), device)
+        self.out = _Mirror(item_bytes * max(row.out for row in rows), device)
+        self.lse = _Mirror(4 * max(layer.num_query_heads for layer in layers), device)
+        self.received = torch.cuda.Event()
+        self.consumed = torch.cuda.Event()
+        self.returned = torch.cuda.Event()
+
+    def fill(self, step: StepMetadata) -> None:
+        # A layer that only stores is not waited for by ``finish``.
+        self.received.synchronize()
+        super().fill(step)
+        for mirror in (self.qkv, self.out, self.lse):
+            mirror.reserve(max(step.num_tokens, step.num_query_rows))
+        # What used this memory before is queued on the compute stream.
+        self.consumed.record()
+
+
+class CudaDecodeAttention(
+    TritonKernels[_CudaKernelPlan], SharedRowsAttention[Pool, _CudaKernelPlan]
+):
     """The Triton kernels on one GPU.
 
     ``attend`` uses the rows that ``store`` has brought to the GPU just before.
@@ -101,111 +130,68 @@ class CudaDecodeAttention(TritonDecodeAttention, SharedRowsAttention):
         whole = len(region) // item_bytes * item_bytes
         return region.bytes[:whole].view(TORCH_DTYPES[dtype])
 
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
     def plan(
-        self, group: int, geometry: SessionGeometry, step: StepMetadata
-    ) -> _CudaPlan:
-        layers = [layer for layer in geometry.layers if layer.group == group]
-        item_bytes = TORCH_DTYPES[geometry.dtype].itemsize
-        rows = [TokenLayout.of(layer) for layer in layers]
-        widths = (
-            item_bytes * max(row.width for row in rows),
-            item_bytes * max(row.out for row in rows),
-            4 * max(layer.num_query_heads for layer in layers),
-        )
-        # Both torch allocators reuse memory of earlier steps: once per step, no layer
-        # allocates any.
+        self,
+        group: int,
+        geometry: SessionGeometry,
+        step: StepMetadata,
+        previous: _CudaKernelPlan | None,
+    ) -> _CudaKernelPlan:
+        # Memory is taken and filled in the order of the kernels that use it.
         with torch.cuda.stream(self._compute):
-            plan = super().plan(group, geometry, step)
-            num_rows = max(step.num_tokens, step.num_query_rows)
-            qkv, out, lse = (
-                _Mirror.of(num_rows * width, self.device) for width in widths
-            )
-            received, consumed, returned = (torch.cuda.Event() for _ in range(3))
-            # What used this memory before is queued on the compute stream.
-            consumed.record()
-        return _CudaPlan(
-            num_tokens=plan.num_tokens,
-            num_query_rows=plan.num_query_rows,
-            slot_mapping=plan.slot_mapping,
-            block_table=plan.block_table,
-            plans=plan.plans,
-            qkv=qkv,
-            out=out,
-            lse=lse,
-            received=received,
-            consumed=consumed,
-            returned=returned,
-        )
+            plan = previous or _CudaKernelPlan(group, geometry, self.device)
+            plan.fill(step)
+        return plan
 
-    def store(
-        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
-    ) -> None:
-        assert isinstance(pool, Pool)
-        assert isinstance(plan, _CudaPlan)
-        num_bytes = payload.nbytes
+    def store(self, pool: Pool, plan: _CudaKernelPlan, call: LayerCall) -> None:
+        num_bytes = call.payload.nbytes
         host, device = plan.qkv.host[:num_bytes], plan.qkv.device[:num_bytes]
         # A layer that only stores is not waited for by ``finish``.
         plan.received.synchronize()
-        host.copy_(torch.frombuffer(payload, dtype=torch.uint8))
+        host.copy_(torch.frombuffer(call.payload, dtype=torch.uint8))
         with torch.cuda.stream(self._copy_in):
             self._copy_in.wait_event(plan.consumed)
             device.copy_(host, non_blocking=True)
             plan.received.record()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(plan.received)
-            store_rows(pool, plan, _elements(device, pool), layout)
+            store_rows(pool, plan, _elements(device, pool), call.layout)
             plan.consumed.record()
 
-    def attend(
-        self,
-        pool: object,
-        plan: object,
-        payload: memoryview,
-        layout: PayloadLayout,
-        out: memoryview,
-        lse: memoryview | None,
-    ) -> None:
-        assert isinstance(pool, Pool)
-        assert isinstance(plan, _CudaPlan)
+    def attend(self, pool: Pool, plan: _CudaKernelPlan, call: LayerCall) -> None:
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse_bytes = 4 * heads[0] * heads[1]
         with torch.cuda.stream(self._compute):
             attend_rows(
                 pool,
                 plan,
-                _elements(plan.qkv.device[: payload.nbytes], pool),
-                layout,
-                _elements(plan.out.device[: out.nbytes], pool).view(*heads, -1),
+                _elements(plan.qkv.device[: call.payload.nbytes], pool),
+                call.layout,
+                _elements(plan.out.device[: call.out.nbytes], pool).view(*heads, -1),
                 plan.lse.device[:lse_bytes].view(torch.float32).view(heads),
             )
             plan.consumed.record()
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(plan.consumed)
-            for mirror, target in _results(plan, out, lse):
+            for mirror, target in _results(plan, call):
                 size = target.nbytes
                 mirror.host[:size].copy_(mirror.device[:size], non_blocking=True)
             plan.returned.record()
 
-    def finish(self, plan: object, out: memoryview, lse: memoryview | None) -> None:
-        assert isinstance(plan, _CudaPlan)
+    def finish(self, plan: _CudaKernelPlan, call: LayerCall) -> None:
         plan.returned.synchronize()
-        for mirror, target in _results(plan, out, lse):
+        for mirror, target in _results(plan, call):
             reply = torch.frombuffer(target, dtype=torch.uint8)
             reply.copy_(mirror.host[: target.nbytes])
 
     def attend_rows(
         self,
-        pool: object,
-        plan: object,
+        pool: Pool,
+        plan: _CudaKernelPlan,
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
     ) -> None:
-        assert isinstance(pool, Pool)
-        assert isinstance(plan, _CudaPlan)
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse = plan.lse.device[: 4 * heads[0] * heads[1]].view(torch.float32)
         elements = _elements(rows, pool)
@@ -221,15 +207,15 @@ class CudaDecodeAttention(TritonDecodeAttention, SharedRowsAttention):
             )
             plan.consumed.record()
 
-    def finish_rows(self, plan: object) -> None:
-        assert isinstance(plan, _CudaPlan)
+    def finish_rows(self, plan: _CudaKernelPlan) -> None:
         plan.consumed.synchronize()
 
 
 def _results(
-    plan: _CudaPlan, out: memoryview, lse: memoryview | None
+    plan: _CudaKernelPlan, call: LayerCall
 ) -> list[tuple[_Mirror, memoryview]]:
-    return [(plan.out, out)] + ([] if lse is None else [(plan.lse, lse)])
+    lse = [] if call.lse is None else [(plan.lse, call.lse)]
+    return [(plan.out, call.out), *lse]
 
 
 def _elements(data: torch.Tensor, pool: Pool) -> torch.Tensor:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DecodeAttention,
+    LayerCall,
+)
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
@@ -45,13 +48,15 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _KernelPlan:
+    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests."""
+
     stored_rows: torch.Tensor
     stored_slots: torch.Tensor
     requests: tuple[_Request, ...]
 
 
-class TorchDecodeAttention(DecodeAttention):
+class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
     """The kernel that needs nothing but torch."""
 
     name = "torch"
@@ -79,11 +84,17 @@ class TorchDecodeAttention(DecodeAttention):
             value=value.view(num_slots, layer.num_kv_heads, layer.v_head_size),
         )
 
-    def plan(self, group: int, geometry: SessionGeometry, step: StepMetadata) -> _Plan:
+    def plan(
+        self,
+        group: int,
+        geometry: SessionGeometry,
+        step: StepMetadata,
+        previous: _KernelPlan | None,
+    ) -> _KernelPlan:
         block_size = geometry.groups[group].block_size
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
-        return _Plan(
+        return _KernelPlan(
             stored_rows=stored,
             stored_slots=slots[stored],
             requests=tuple(
@@ -93,36 +104,22 @@ class TorchDecodeAttention(DecodeAttention):
             ),
         )
 
-    def store(
-        self, pool: object, plan: object, payload: memoryview, layout: PayloadLayout
-    ) -> None:
-        assert isinstance(pool, _Pool)
-        assert isinstance(plan, _Plan)
-        _, key, value = payload_views(payload, layout, pool.layer, pool.dtype)
+    def store(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+        _, key, value = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
         pool.key[plan.stored_slots] = key[plan.stored_rows]
         pool.value[plan.stored_slots] = value[plan.stored_rows]
 
-    def attend(
-        self,
-        pool: object,
-        plan: object,
-        payload: memoryview,
-        layout: PayloadLayout,
-        out: memoryview,
-        lse: memoryview | None,
-    ) -> None:
-        assert isinstance(pool, _Pool)
-        assert isinstance(plan, _Plan)
-        query, _, _ = payload_views(payload, layout, pool.layer, pool.dtype)
-        outs = torch.frombuffer(out, dtype=pool.dtype).view(
+    def attend(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+        query, _, _ = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
+        outs = torch.frombuffer(call.out, dtype=pool.dtype).view(
             *query.shape[:2], pool.layer.v_head_size
         )
         lses = torch.empty(query.shape[:2], dtype=torch.float32)
         for request in plan.requests:
             rows = slice(request.begin, request.end)
             outs[rows], lses[rows] = _attend_request(pool, request, query[rows])
-        if lse is not None:
-            torch.frombuffer(lse, dtype=torch.float32).copy_(lses.flatten())
+        if call.lse is not None:
+            torch.frombuffer(call.lse, dtype=torch.float32).copy_(lses.flatten())
 
 
 def _plan_request(step: StepMetadata, index: int, block_size: int) -> _Request:

@@ -234,7 +234,7 @@ class NodeSession:
         """Seconds that each node has spent storing and attending for us."""
         return [
             sum(
-                session.store_s + session.attend_s
+                session.counters.store_s + session.counters.attend_s
                 for session in control.stats().sessions
                 if session.engine == self._engine
             )

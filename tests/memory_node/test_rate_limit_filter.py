@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 
-from vllm_attn_offload.memory_node.log_limit import RateLimitFilter
+from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 
 
 def record(number: int, level: int = logging.WARNING) -> logging.LogRecord:

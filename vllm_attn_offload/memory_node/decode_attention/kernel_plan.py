@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of the Triton kernels, whose memory is kept from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.step import StepMetadata
+from vllm_attn_offload.triton_kernels import DecodeAttentionPlan, plan_decode_attention
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: The kernels are made for this many query rows per request; prefill chunks are cut.
+MAX_QUERY_LEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What a kernel plan depends on; layers of a group that share it share a plan."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+    v_head_size: int
+
+    @classmethod
+    def of(cls, layer: LayerGeometry) -> HeadShape:
+        """Shape of a layer's heads."""
+        return cls(
+            layer.num_query_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            layer.v_head_size,
+        )
+
+
+class KernelPlan:
+    """Steps of one micro-batch and KV cache group, planned one after another.
+
+    Keeps its memory from step to step. Steps of other micro-batches and sessions lie
+    between the layers of this one's, so each has a plan of its own.
+
+    Args:
+        group: Index of the KV cache group.
+        geometry: Geometry of the session.
+        device: Where the kernels run.
+
+    Attributes:
+        num_tokens: Rows of k and v in every layer.
+        num_query_rows: Rows of q in every layer.
+        slot_mapping: ``[num_tokens]`` int64 on the device.
+        block_table: ``[pieces, width]`` int32 on the device.
+        by_shape: Filled plans of the kernels.
+    """
+
+    def __init__(
+        self, group: int, geometry: SessionGeometry, device: torch.device
+    ) -> None:
+        self._dtype = TORCH_DTYPES[geometry.dtype]
+        self._block_size = geometry.groups[group].block_size
+        self._device = device
+        self._shapes = {
+            HeadShape.of(layer) for layer in geometry.layers if layer.group == group
+        }
+        self._slots = _StepTable(torch.int64, device)
+        self._table = _StepTable(torch.int32, device)
+        # Every length of queries is a variant of the kernels, with a tile of its own.
+        self._kept: dict[tuple[HeadShape, int], DecodeAttentionPlan] = {}
+        self.by_shape: dict[HeadShape, DecodeAttentionPlan] = {}
+
+    def fill(self, step: StepMetadata) -> None:
+        """Plan a step, whose arrays may change afterwards."""
+        owner, starts, seq_lens = cut_queries(step)
+        self.num_tokens = step.num_tokens
+        self.num_query_rows = step.num_query_rows
+        self.slot_mapping = self._slots.write(step.slot_mapping)
+        self.block_table = self._table.write(step.block_table[owner])
+        longest = round_up(int(np.diff(starts).max(initial=1)))
+        for shape in self._shapes:
+            self.by_shape[shape] = plan_decode_attention(
+                self._plan_of(shape, longest, len(owner)),
+                torch.from_numpy(starts),
+                torch.from_numpy(seq_lens),
+            )
+
+    def _plan_of(
+        self, shape: HeadShape, longest: int, num_pieces: int
+    ) -> DecodeAttentionPlan:
+        """The kept plan, or a larger one where the pieces do not fit."""
+        plan = self._kept.get((shape, longest))
+        if plan is None or plan.max_num_seqs < num_pieces:
+            plan = self._kept[shape, longest] = DecodeAttentionPlan(
+                max_num_seqs=round_up(num_pieces),
+                causal=False,
+                max_query_len=longest,
+                num_query_heads=shape.num_query_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_size=shape.head_size,
+                v_head_size=shape.v_head_size,
+                block_size=self._block_size,
+                query_dtype=self._dtype,
+                kv_cache_dtype=self._dtype,
+                device=self._device,
+            )
+        return plan
+
+
+class _StepTable:
+    """An integer array of each step on the device; its memory grows and is kept.
+
+    Args:
+        dtype: Type of its elements.
+        device: Where the kernels run.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._staging = torch.empty(0, dtype=dtype)
+        self._values = torch.empty(0, dtype=dtype, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def write(self, array: np.ndarray) -> torch.Tensor:
+        """Copy ``array`` to the device on the current stream.
+
+        Returns:
+            Tensor of the array's shape, valid until the next write.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        source, size = torch.from_numpy(array), array.size
+        if self._values.numel() < size:
+            room = round_up(size)
+            self._values = self._values.new_empty(room)
+            if self._copied is not None:
+                self._staging = torch.empty(room, dtype=source.dtype, pin_memory=True)
+        values = self._values[:size].view(array.shape)
+        if self._copied is None:
+            return values.copy_(source)
+        staging = self._staging[:size].view(array.shape).copy_(source)
+        values.copy_(staging, non_blocking=True)
+        self._copied.record()
+        return values
+
+
+def round_up(number: int) -> int:
+    """The next power of two; at least 1."""
+    return 1 << (max(number, 1) - 1).bit_length()
+
+
+def cut_queries(
+    step: StepMetadata,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut requests into pieces of at most ``MAX_QUERY_LEN`` rows.
+
+    Returns:
+        For each piece its request, int64; ``[pieces + 1]`` int32 first rows; and int32
+        tokens that it sees.
+    """
+    pieces = [
+        (index, min(begin + MAX_QUERY_LEN, end))
+        for index, (begin_of, end) in enumerate(_bounds(step))
+        for begin in range(begin_of, end, MAX_QUERY_LEN)
+    ]
+    owner = np.array([index for index, _ in pieces], np.int64)
+    ends = np.array([piece_end for _, piece_end in pieces], np.int32)
+    starts = np.concatenate((np.zeros(1, np.int32), ends))
+    return owner, starts, step.seq_lens[owner]
+
+
+def _bounds(step: StepMetadata) -> Iterable[tuple[int, int]]:
+    rows = step.query_start_loc.tolist()
+    return zip(rows, rows[1:], strict=False)

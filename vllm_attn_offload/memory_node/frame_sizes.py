@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of one session's frames, from its layers and the largest step."""
+
+from __future__ import annotations
+
+from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
+from vllm_attn_offload.protocol.messages import OpenSession, SessionGeometry
+from vllm_attn_offload.protocol.step import StepLimits
+from vllm_attn_offload.transport.shared_device import DeviceRows, SharedDevice
+
+_MAX_ERROR_BYTES = 1 << 16
+#: In device memory decode steps of large batches fit; prefills need not.
+_MAX_ROWS_BYTES = 16 << 20
+
+
+class FrameSizes:
+    """Sizes and layouts of a session's frames.
+
+    Args:
+        geometry: Layers of the session.
+        opened: Pool size and the largest step.
+
+    Attributes:
+        limits: Limits of a STEP, by KV cache group.
+        out_row_bytes: Bytes of a query row's output, by layer.
+        lse_row_bytes: Bytes of a query row's log-sum-exp, by layer.
+        kinds: Equal numbers for layers whose payloads have one layout.
+    """
+
+    def __init__(self, geometry: SessionGeometry, opened: OpenSession) -> None:
+        self._rows = [TokenLayout.of(layer) for layer in geometry.layers]
+        self._item_bytes = DTYPE_BYTES[geometry.dtype]
+        self._max_reqs = opened.max_num_reqs
+        self._max_tokens = opened.max_num_tokens
+        self.kinds = [self._rows.index(rows) for rows in self._rows]
+        self.out_row_bytes = [rows.out * self._item_bytes for rows in self._rows]
+        self.lse_row_bytes = [4 * layer.num_query_heads for layer in geometry.layers]
+        self.limits = [
+            StepLimits(
+                num_blocks=opened.num_blocks,
+                block_size=group.block_size,
+                max_num_tokens=opened.max_num_tokens,
+                max_num_reqs=opened.max_num_reqs,
+                max_blocks_per_req=opened.max_blocks_per_req,
+            )
+            for group in geometry.groups
+        ]
+
+    @property
+    def _max_row_bytes(self) -> int:
+        return max(rows.width for rows in self._rows) * self._item_bytes
+
+    def longest(self) -> tuple[int, int]:
+        """Bytes of the longest payload of a request and of a reply."""
+        steps = max(limits.max_step_bytes for limits in self.limits)
+        reply_row = max(self.out_row_bytes) + max(self.lse_row_bytes)
+        return (
+            max(steps, self._max_tokens * self._max_row_bytes),
+            max(_MAX_ERROR_BYTES, self._max_tokens * reply_row),
+        )
+
+    def device_rows(self, device: SharedDevice) -> DeviceRows:
+        """Memory of ``device`` for the rows of decode steps."""
+        request_bytes, reply_bytes = (
+            min(self._max_reqs * row_bytes, _MAX_ROWS_BYTES)
+            for row_bytes in (self._max_row_bytes, max(self.out_row_bytes))
+        )
+        return DeviceRows(device, request_bytes, reply_bytes)
+
+    def layout(
+        self, layer: int, num_query_rows: int, num_tokens: int, *, is_fused: bool
+    ) -> PayloadLayout:
+        """Layout of a LAYER payload.
+
+        Raises:
+            ProtocolError: Fused rows, but not every token queries.
+        """
+        rows = self._rows[layer]
+        if not is_fused:
+            return PayloadLayout.planar(
+                rows, num_query_rows, num_tokens, self._item_bytes
+            )
+        if num_query_rows != num_tokens:
+            raise ProtocolError(
+                f"fused rows for {num_query_rows:,} query rows and {num_tokens:,} "
+                "tokens"
+            )
+        return PayloadLayout.fused(rows, num_tokens, self._item_bytes)
