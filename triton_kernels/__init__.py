@@ -2,13 +2,11 @@
 """Decode-attention kernels of memory nodes; imports torch and triton only."""
 
 from .decode_plan import DecodeAttentionPlan, plan_decode_attention
-from .merge_attn_states import merge_attn_states
 from .paged_decode_attention import paged_decode_attention
 from .store_kv import store_kv
 
 __all__ = [
     "DecodeAttentionPlan",
-    "merge_attn_states",
     "paged_decode_attention",
     "plan_decode_attention",
     "store_kv",

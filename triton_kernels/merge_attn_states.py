@@ -3,7 +3,7 @@
 """Merge partial attention outputs by their log-sum-exp.
 
 out = sum_p exp(lse_p - lse) out_p with lse = log sum_p exp(lse_p), all in float32.
-Grid: one program per (token, head), or per row of a split decode tile.
+Grid: one program per row of a split decode tile.
 """
 
 from __future__ import annotations
@@ -60,47 +60,6 @@ def merge_rows(
     return acc / safe_total, tl.where(
         is_empty, float("-inf"), peak + tl.log(safe_total)
     )
-
-
-@triton.jit
-def _merge_attn_states_kernel(
-    out_ptr,  # [num_tokens, num_heads, head_size]
-    lse_ptr,  # [num_tokens, num_heads] fp32
-    outs_ptr,  # [num_partials, num_tokens, num_heads, head_size]
-    lses_ptr,  # [num_partials, num_tokens, num_heads] fp32
-    num_partials,
-    stride_out_token,
-    stride_out_head,
-    stride_lse_token,
-    stride_outs_partial,
-    stride_outs_token,
-    stride_outs_head,
-    stride_lses_partial,
-    stride_lses_token,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    # grid: (num_tokens, num_heads)
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    row, lse = merge_rows(
-        outs_ptr + token * stride_outs_token + head * stride_outs_head,
-        lses_ptr + token * stride_lses_token + head,
-        stride_outs_partial,
-        stride_lses_partial,
-        num_partials,
-        HEAD_SIZE,
-        BLOCK_D,
-        BLOCK_P,
-    )
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(
-        out_ptr + token * stride_out_token + head * stride_out_head + offs_d,
-        row.to(out_ptr.dtype.element_ty),
-        mask=offs_d < HEAD_SIZE,
-    )
-    tl.store(lse_ptr + token * stride_lse_token + head, lse)
 
 
 @triton.jit
@@ -191,79 +150,3 @@ def launch_merge_parts(
     if num_merges:
         grid = (num_merges, plan.part_rows, plan.num_kv_heads)
         _merge_parts_kernel[grid](**merge_parts_arguments(plan, out, lse))
-
-
-def merge_attn_states(
-    outs: torch.Tensor,
-    lses: torch.Tensor,
-    *,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge any number of partial attention states.
-
-    A partial whose lse is -inf (or +inf, which some kernels write for no keys) counts
-    nothing, whatever its output holds. No partial left: out = 0, lse = -inf.
-
-    Args:
-        outs: ``[num_partials, num_tokens, num_heads, head_size]``.
-        lses: ``[num_partials, num_tokens, num_heads]`` float32, natural logarithm.
-        out: ``[num_tokens, num_heads, head_size]``; allocated if None.
-        lse: ``[num_tokens, num_heads]`` float32; allocated if None.
-
-    Returns:
-        (out, lse).
-
-    Raises:
-        ValueError: shapes disagree, or the last dimension is not contiguous.
-    """
-    if outs.dim() != 4 or lses.shape != outs.shape[:3] or lses.dtype != torch.float32:
-        raise ValueError(
-            f"outs {tuple(outs.shape)}, lses {tuple(lses.shape)} {lses.dtype}. Pass "
-            "[partials, tokens, heads, head_size] and a float32 lse without the last."
-        )
-    _, num_tokens, num_heads, head_size = outs.shape
-    if out is None:
-        out = outs.new_empty((num_tokens, num_heads, head_size))
-    if lse is None:
-        lse = lses.new_empty((num_tokens, num_heads))
-    if out.shape != outs.shape[1:] or lse.shape != lses.shape[1:]:
-        raise ValueError(
-            f"out {tuple(out.shape)}, lse {tuple(lse.shape)}; expected "
-            f"{tuple(outs.shape[1:])} and {tuple(lses.shape[1:])}. Pass buffers of "
-            "that shape or None."
-        )
-    if any(tensor.stride(-1) != 1 for tensor in (outs, lses, out, lse)):
-        raise ValueError(
-            "A tensor is strided in its last dimension; it must be contiguous there. "
-            "Call .contiguous() on it."
-        )
-    if num_tokens:
-        arguments = merge_states_arguments(outs, lses, out, lse)
-        _merge_attn_states_kernel[(num_tokens, num_heads)](**arguments)
-    return out, lse
-
-
-def merge_states_arguments(
-    outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-) -> dict[str, Any]:
-    """Every argument of the kernel by name."""
-    num_partials, _, _, head_size = outs.shape
-    return {
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "outs_ptr": outs,
-        "lses_ptr": lses,
-        "num_partials": num_partials,
-        "stride_out_token": out.stride(0),
-        "stride_out_head": out.stride(1),
-        "stride_lse_token": lse.stride(0),
-        "stride_outs_partial": outs.stride(0),
-        "stride_outs_token": outs.stride(1),
-        "stride_outs_head": outs.stride(2),
-        "stride_lses_partial": lses.stride(0),
-        "stride_lses_token": lses.stride(1),
-        "HEAD_SIZE": head_size,
-        "BLOCK_D": triton.next_power_of_2(head_size),
-        "BLOCK_P": min(16, triton.next_power_of_2(max(1, num_partials))),
-    }

@@ -22,10 +22,8 @@ from triton.compiler import ASTSource
 from vllm_attn_offload.triton_kernels.decode_arguments import decode_launch_arguments
 from vllm_attn_offload.triton_kernels.decode_plan import DecodeAttentionPlan
 from vllm_attn_offload.triton_kernels.merge_attn_states import (
-    _merge_attn_states_kernel,
     _merge_parts_kernel,
     merge_parts_arguments,
-    merge_states_arguments,
 )
 from vllm_attn_offload.triton_kernels.paged_decode_attention import (
     _paged_decode_attention_kernel,
@@ -84,7 +82,6 @@ VARIANTS = [
         flags=("positions", "lens", "window", "soft_cap", "sinks", "alibi"),
     ),
     Variant("parts-gqa4-128", kernel="parts"),
-    Variant("merge-128-bf16", kernel="merge"),
     Variant("store-gqa4-128-bf16", kernel="store"),
     Variant("store-gqa4-128-fp8", kernel="store", kv_dtype=FP8, flags=("scales",)),
 ]
@@ -133,10 +130,6 @@ def launch_arguments(
     scales = numbers[:kv_heads] if "scales" in variant.flags else None
     if variant.kernel == "parts":
         return _merge_parts_kernel, merge_parts_arguments(plan, out, lse)
-    if variant.kernel == "merge":
-        outs, lses = out.expand(16, *out.shape), lse.expand(16, *lse.shape)
-        outs, lses = outs.contiguous(), lses.contiguous()
-        return _merge_attn_states_kernel, merge_states_arguments(outs, lses, out, lse)
     if variant.kernel == "store":
         slots = torch.zeros(variant.query_len, dtype=torch.int64)
         new = query[:, :kv_heads].contiguous()

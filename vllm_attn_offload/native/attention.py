@@ -150,7 +150,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ao_isa_names": (c_char_p, []),
     "ao_pool_create": (c_void_p, [c_int32, c_void_p, c_int64]),
     "ao_pool_destroy": (None, [c_void_p]),
-    "ao_pin_current_thread": (c_int32, [c_int32]),
     "ao_cache_create": (c_int32, [POINTER(_GeometryInput), c_char_p, c_void_p]),
     "ao_cache_destroy": (None, [c_void_p]),
     "ao_cache_isa": (c_char_p, [c_void_p]),
@@ -194,7 +193,7 @@ class CpuKernelLibrary:
         Args:
             num_threads: Threads that work on a job.
             cpu_ids: One CPU per thread. Workers are pinned to all but the first, which
-                is for the caller: see `pin_current_thread`. None pins nothing.
+                is for the caller. None pins nothing.
             spin_us: How long a worker spins for the next job while jobs follow each
                 other that closely. Use 0 where cores are oversubscribed.
 
@@ -212,14 +211,6 @@ class CpuKernelLibrary:
 
     def destroy_pool(self, pool: int) -> None:
         self._c.ao_pool_destroy(pool)
-
-    def pin_current_thread(self, cpu_id: int) -> None:
-        """Pin the calling thread; raises ValueError for a CPU that is not usable."""
-        if not self._c.ao_pin_current_thread(cpu_id):
-            raise ValueError(
-                f"cpu_id={cpu_id} cannot be used by this process. Allowed are the CPUs "
-                "of its affinity mask. Check `taskset -p` and the CPU list."
-            )
 
     def create_cache(
         self,

@@ -119,7 +119,6 @@ AO_EXPORT const char* ao_isa_names();
 AO_EXPORT AoPool* ao_pool_create(int32_t num_threads, const int32_t* cpu_ids,
                                  int64_t spin_ns);
 AO_EXPORT void ao_pool_destroy(AoPool* pool);
-AO_EXPORT int32_t ao_pin_current_thread(int32_t cpu_id);
 
 // isa: null picks the best that runs here.
 AO_EXPORT int32_t ao_cache_create(const AoGeometryInput* input, const char* isa,

@@ -12,12 +12,12 @@ int64_t now_ns() {
   return int64_t{t.tv_sec} * 1000000000 + t.tv_nsec;
 }
 
-bool pin_current_thread(int32_t cpu_id) {
-  if (cpu_id < 0 || cpu_id >= CPU_SETSIZE) return false;
+void pin_current_thread(int32_t cpu_id) {
+  if (cpu_id < 0 || cpu_id >= CPU_SETSIZE) return;
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu_id, &set);
-  return sched_setaffinity(0, sizeof set, &set) == 0;
+  sched_setaffinity(0, sizeof set, &set);
 }
 
 }  // namespace attn_offload
@@ -121,8 +121,4 @@ AoPool* ao_pool_create(int32_t num_threads, const int32_t* cpu_ids, int64_t spin
 }
 
 void ao_pool_destroy(AoPool* pool) { delete pool; }
-
-int32_t ao_pin_current_thread(int32_t cpu_id) {
-  return attn_offload::pin_current_thread(cpu_id) ? 1 : 0;
-}
 }

@@ -55,7 +55,7 @@ struct AoPool {
 namespace attn_offload {
 
 int64_t now_ns();
-bool pin_current_thread(int32_t cpu_id);
+void pin_current_thread(int32_t cpu_id);
 
 inline void cpu_relax() {
 #if defined(__x86_64__)
