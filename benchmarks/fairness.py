@@ -26,14 +26,16 @@ from rich.table import Table
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.protocol.frames import FrameFlag
-from vllm_attn_offload.protocol.messages import (
-    AttachSession,
+from vllm_attn_offload.protocol.geometry import (
     KVGroup,
     LayerGeometry,
+    SessionGeometry,
+)
+from vllm_attn_offload.protocol.messages import (
+    AttachSession,
     OpenSession,
     ReserveCapacity,
     SessionCounters,
-    SessionGeometry,
     Shard,
 )
 from vllm_attn_offload.protocol.step import (

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.trust import Credentials
+from vllm_attn_offload.transport.trust import Credentials, check_complete
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,7 +63,7 @@ class AttentionOffloadConfig:
     Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
     auth_token_file: str = ""
     """File with the token of the memory nodes' --auth-token-file. Only its path is part
-    of the configuration; every process of the engine reads the file."""
+    of the configuration; it is read for every connection."""
     tls_cert: str = ""
     """Certificate of this host (PEM), for memory nodes with --tls-cert."""
     tls_key: str = ""
@@ -81,21 +81,14 @@ class AttentionOffloadConfig:
                 f"memory_nodes and standby_nodes name {', '.join(twice)} more than "
                 "once. Allowed: every node once. Remove the repetition."
             )
-        tls = (self.tls_cert, self.tls_key, self.tls_ca)
-        if any(tls) and not all(tls):
-            raise ValueError(
-                "only some of tls_cert, tls_key and tls_ca were given. Allowed: all "
-                "three, or none. Give the missing ones."
-            )
+        names = ("tls_cert", "tls_key", "tls_ca")
+        check_complete({name: getattr(self, name) for name in names})
         return self
 
-    def load_credentials(self) -> Credentials:
-        """Read this process's token and certificates; they stay out of the options.
-
-        Raises:
-            ValueError: A file is missing, open to others, or cannot be used.
-        """
-        return Credentials.of_compute_node(
+    @property
+    def credentials(self) -> Credentials:
+        """Files with the token and certificates; every connection reads them anew."""
+        return Credentials(
             self.auth_token_file, self.tls_cert, self.tls_key, self.tls_ca
         )
 

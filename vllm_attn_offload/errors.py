@@ -17,6 +17,17 @@ class MemoryNodeError(RuntimeError):
         self.node = node
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type[MemoryNodeError], tuple[str, str]]:
+        """Give pickle the arguments; it would call the class with the message."""
+        return type(self), (self.node, self.cause)
+
+
+class MemoryNodeDefect(MemoryNodeError):
+    """A memory node answers, but with a refusal or with what the protocol forbids.
+
+    The same work gets the same answer again, on a node that is started again, too.
+    """
+
 
 class ProtocolError(RuntimeError):
     """A peer sent something that the protocol does not allow."""

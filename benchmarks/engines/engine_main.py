@@ -211,7 +211,7 @@ class Engine:
         from vllm_attn_offload.transport.trust import Credentials
 
         token_file = self._offload_options.get("auth_token_file", "")
-        credentials = Credentials.of_compute_node(token_file, "", "", "")
+        credentials = Credentials(token_file)
         node = ControlClient(address, timeout_s=10, credentials=credentials)
         (session,) = node.stats().sessions
         node.close()

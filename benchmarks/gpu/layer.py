@@ -18,13 +18,15 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.protocol.messages import (
-    AttachSession,
+from vllm_attn_offload.protocol.geometry import (
     KVGroup,
     LayerGeometry,
+    SessionGeometry,
+)
+from vllm_attn_offload.protocol.messages import (
+    AttachSession,
     OpenSession,
     ReserveCapacity,
-    SessionGeometry,
     Shard,
 )
 from vllm_attn_offload.protocol.step import StepMetadata

@@ -20,14 +20,12 @@ import psutil
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol.messages import (
+from vllm_attn_offload.protocol.geometry import (
     KVGroup,
     LayerGeometry,
-    OpenSession,
-    ReserveCapacity,
     SessionGeometry,
-    Shard,
 )
+from vllm_attn_offload.protocol.messages import OpenSession, ReserveCapacity, Shard
 from vllm_attn_offload.transport.address import Address
 
 _SYS_PIDFD_GETFD = 438

@@ -30,7 +30,7 @@ from vllm_attn_offload.client.partition import (
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.step_partition import partition_step
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 NUM_BLOCKS = 60
 GEOMETRY = make_geometry()

@@ -13,15 +13,17 @@ import torch
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
-from vllm_attn_offload.protocol.messages import (
-    Attached,
-    AttachSession,
+from vllm_attn_offload.protocol.geometry import (
     Dtype,
     KVGroup,
     LayerGeometry,
+    SessionGeometry,
+)
+from vllm_attn_offload.protocol.messages import (
+    Attached,
+    AttachSession,
     OpenSession,
     ReserveCapacity,
-    SessionGeometry,
     SessionOpened,
     Shard,
 )

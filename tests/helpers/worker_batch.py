@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from paged_batch import Qkv, random_tokens
 
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 

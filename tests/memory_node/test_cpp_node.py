@@ -33,8 +33,8 @@ from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.native.attention import load_cpu_library
+from vllm_attn_offload.protocol.geometry import Dtype, SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
-from vllm_attn_offload.protocol.messages import Dtype, SessionGeometry
 
 ROOT = Path(__file__).parents[2]
 NUM_BLOCKS = 64

@@ -10,7 +10,7 @@ from paged_batch import PagedBatch
 from raw_session import make_geometry
 
 from vllm_attn_offload.memory_node.decode_attention.kernel_plan import KernelPlan
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 64

@@ -26,12 +26,12 @@ from raw_session import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.protocol.geometry import KVGroup
 from vllm_attn_offload.protocol.messages import (
     PROTOCOL_VERSION,
     Attached,
     AttachSession,
     Hello,
-    KVGroup,
     NodeInfo,
     OpenSession,
     Ping,

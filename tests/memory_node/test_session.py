@@ -21,7 +21,7 @@ from raw_session import RawSession, encode_step, make_geometry
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 NUM_BLOCKS = 40
 # Tokens that each of three requests adds per step.

@@ -18,7 +18,7 @@ from paged_batch import TORCH_DTYPES, PagedBatch, max_error
 from raw_session import RawSession, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.protocol.messages import Dtype, SessionGeometry
+from vllm_attn_offload.protocol.geometry import Dtype, SessionGeometry
 
 NUM_BLOCKS = 8
 # Tokens that each of two requests adds per step. The kernel takes 16 rows at once:

@@ -24,13 +24,19 @@ from vllm_attn_offload.protocol.messages import (
     compatibility_hash,
 )
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.authentication import Role, is_proof, new_nonce, prove
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
+from vllm_attn_offload.transport.trust import (
+    NO_CREDENTIALS,
+    Credentials,
+    Role,
+    is_proof,
+    new_nonce,
+    prove,
+)
 
 _ReplyT = TypeVar("_ReplyT", bound=msgspec.Struct)
 _decoder = message_decoder(Reply)
@@ -44,17 +50,21 @@ def connect(
     Args:
         address: The node, as the user wrote it.
         timeout_s: Deadline for the connection and for every answer, each.
-        credentials: What to show the node, and to ask of it. On a Unix socket the
-            node's user is compared instead, there is no TLS, and the token is used
+        credentials: What to show the node, and to ask of it; read now. On a Unix socket
+            the node's user is compared instead, there is no TLS, and the token is used
             only where the node asks for it.
 
     Raises:
-        MemoryNodeError: Nobody answers, the versions differ, or one side does not
-            trust the other.
+        MemoryNodeError: Nobody answers, the versions differ, one side does not trust
+            the other, or the credentials cannot be read.
     """
     parsed = Address.parse(address)
     try:
+        token = credentials.read_token()
+        tls = None if parsed.path else credentials.compute_context()
         sock = parsed.connect(timeout_s)
+    except ValueError as error:
+        raise MemoryNodeError(address, f"here, {error}") from error
     except OSError as error:
         raise MemoryNodeError(
             address,
@@ -62,9 +72,9 @@ def connect(
             f"there with vllm-attn-offload {__version__}.",
         ) from error
     try:
-        if credentials.tls and not parsed.path:
-            sock = _encrypted(sock, parsed.host, address, timeout_s, credentials.tls)
-        return sock, _greet(sock, address, timeout_s, credentials)
+        if tls is not None:
+            sock = _encrypted(sock, parsed.host, address, timeout_s, tls)
+        return sock, _greet(sock, address, timeout_s, token)
     except MemoryNodeError:
         sock.close()
         raise
@@ -106,7 +116,7 @@ def call(
 
 
 def _greet(
-    sock: socket.socket, address: str, timeout_s: float, credentials: Credentials
+    sock: socket.socket, address: str, timeout_s: float, token: bytes
 ) -> NodeInfo:
     hello = Hello(
         PROTOCOL_VERSION, compatibility_hash(), f"vllm-attn-offload {__version__}"
@@ -114,8 +124,8 @@ def _greet(
     allowed: tuple[type[NodeInfo | Challenge], ...] = (NodeInfo, Challenge)
     answer = call(sock, address, hello, allowed, timeout_s)
     if isinstance(answer, Challenge):
-        return _authenticate(sock, address, timeout_s, credentials.token, answer.nonce)
-    if credentials.token and sock.family != socket.AF_UNIX:
+        return _authenticate(sock, address, timeout_s, token, answer.nonce)
+    if token and sock.family != socket.AF_UNIX:
         # Whoever listens there may be anybody.
         raise MemoryNodeError(
             address,

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 PartitionKind = Literal["heads", "blocks"]
 PARTITION_OPTIONS = ("heads", "blocks", "auto")

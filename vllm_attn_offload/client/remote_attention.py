@@ -22,7 +22,8 @@ from vllm_attn_offload.client.partition import (
 from vllm_attn_offload.client.step_partition import StepPartition, partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.frames import FrameFlag
-from vllm_attn_offload.protocol.messages import AttachSession, SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.messages import AttachSession
 from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.shared_device import SharedDevice
 from vllm_attn_offload.transport.trust import Credentials

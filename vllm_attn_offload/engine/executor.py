@@ -22,7 +22,7 @@ from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.protocol.messages import SessionGeometry
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             config,
             f"{self.vllm_config.instance_id}-{self.parallel_config.data_parallel_index}",
             local_nodes(self.vllm_config, config),
-            functools.partial(ControlClient, credentials=config.load_credentials()),
+            functools.partial(ControlClient, credentials=config.credentials),
         )
         self._recovery = self._new_recovery(config)
         try:

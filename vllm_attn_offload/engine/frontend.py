@@ -41,7 +41,7 @@ class NodeStatsReader:
 
     Args:
         addresses: Memory nodes of the engine.
-        credentials: Token and certificates of this process.
+        credentials: Files with the token and certificates.
     """
 
     def __init__(self, addresses: list[str], credentials: Credentials) -> None:
@@ -82,7 +82,7 @@ def export_node_metrics(
     global _collector
     if _collector is not None:
         REGISTRY.unregister(_collector)
-    reader = NodeStatsReader(_addresses(vllm_config, config), config.load_credentials())
+    reader = NodeStatsReader(_addresses(vllm_config, config), config.credentials)
     _collector = StatsCollector(reader.read)
     REGISTRY.register(_collector)
 

@@ -8,10 +8,9 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 
-import msgspec
-
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import Attachment
+from vllm_attn_offload.engine.rank_share import RankShare
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import (
@@ -39,26 +38,6 @@ class SessionLimits:
     max_blocks_per_req: int
 
 
-@dataclasses.dataclass(slots=True)
-class _RankShare:
-    """Memory of a node for one rank; ``request`` is what to ask for next time."""
-
-    request: ReserveCapacity
-    reservation: str = ""
-    num_reserved: int = 0
-    num_opened: int = 0
-
-    def limit(self, num_blocks: int) -> None:
-        """Ask for no more memory than the blocks in use need."""
-        self.num_opened = num_blocks
-        needed = min(num_blocks, self.num_reserved)
-        self.ask(self.request.kv_bytes * needed // self.num_reserved)
-
-    def ask(self, kv_bytes: int) -> None:
-        """Change what is asked for the next time."""
-        self.request = msgspec.structs.replace(self.request, kv_bytes=kv_bytes)
-
-
 class NodeHandle:
     """A memory node that the engine starts, or one that runs already.
 
@@ -83,8 +62,9 @@ class NodeHandle:
         # Watcher and recovery may find a node lost at the same time.
         self._lock = threading.Lock()
         self._process: MemoryNodeProcess | None = None
+        self._killed: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None
-        self._shares: list[_RankShare] = []
+        self._shares: list[RankShare] = []
         self._reservations: list[str] = []
         self._total_gib: float | None = None
 
@@ -122,6 +102,7 @@ class NodeHandle:
         A node that is started again gets the same budget.
         """
         with self._lock:
+            self._end_killed()
             if not isinstance(self.source, str) and self._process is None:
                 self._process = self.source(self._total_gib)
                 self.address = self._process.address
@@ -132,7 +113,7 @@ class NodeHandle:
 
     def reserve(self, requests: Iterable[ReserveCapacity]) -> None:
         """Reserve memory for each rank until ``close``, or until the node is lost."""
-        self._shares = [_RankShare(request) for request in requests]
+        self._shares = [RankShare(request) for request in requests]
         self._reserve()
 
     def limit_blocks(self, num_blocks: Iterable[int]) -> None:
@@ -152,21 +133,32 @@ class NodeHandle:
 
     def renew(self) -> None:
         """Give back everything and reserve the same again; data channels end."""
-        while self._reservations:
-            self._channel().close_session(self._reservations.pop())
+        # Not the list itself, which a loss empties at any time.
+        held, self._reservations = self._reservations, []
+        for reservation in held:
+            self._channel().close_session(reservation)
         self._reserve()
 
-    def rejoin(self, timeout_s: float) -> None:
+    def rejoin(
+        self, timeout_s: float, on_loss: Callable[[MemoryNodeError], None] | None
+    ) -> None:
         """Start or connect to a lost node again and reserve the same memory.
 
+        Args:
+            timeout_s: Deadline for the connection.
+            on_loss: As in ``watch``; None: nobody watches.
+
         Raises:
-            MemoryNodeError: It is not back, or holds less than before; it stays lost.
+            MemoryNodeError: It is not back, or holds less than before. After this or
+                any other exception it stays lost, and nothing of it is left.
         """
         try:
             self.join(timeout_s)
             self._reserve()
             self._check_size()
-        except MemoryNodeError:
+            if on_loss is not None:
+                self.watch(on_loss)
+        except BaseException:
             self.lose()
             raise
 
@@ -221,9 +213,10 @@ class NodeHandle:
             if self._control is not None:
                 self._control.close()
                 self._control = None
-            if self._process is not None:
-                self._process.kill()
-                self._process = None
+            self._killed, self._process = self._process or self._killed, None
+            # A process that the kernel has not ended yet does not hide the loss.
+            with contextlib.suppress(MemoryNodeError):
+                self._end_killed()
             return True
 
     def request_stop(self) -> None:
@@ -238,7 +231,14 @@ class NodeHandle:
         if control is not None:
             control.close()
         if self._process is not None:
-            self._process.stop()
+            with contextlib.suppress(MemoryNodeError):  # it was killed
+                self._process.stop()
+
+    def _end_killed(self) -> None:
+        """End a lost process before another one takes its memory and its address."""
+        if self._killed is not None:
+            self._killed.kill()
+            self._killed = None
 
     def _reserve(self) -> None:
         for share in self._shares:
@@ -259,7 +259,7 @@ class NodeHandle:
             )
 
     def _open(
-        self, share: _RankShare, generation: int, limits: SessionLimits
+        self, share: RankShare, generation: int, limits: SessionLimits
     ) -> Attachment:
         opened = self._channel().open_session(
             OpenSession(

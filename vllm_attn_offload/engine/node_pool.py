@@ -22,12 +22,8 @@ from vllm_attn_offload.engine.node_handle import (
 )
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.protocol.messages import (
-    GIB,
-    ReserveCapacity,
-    SessionGeometry,
-    Shard,
-)
+from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.messages import GIB, ReserveCapacity, Shard
 
 logger = get_logger(__name__)
 
@@ -61,6 +57,7 @@ class NodePool:
         self._nodes = [self._node(each) for each in config.memory_nodes or local]
         self._on_loss: Callable[[MemoryNodeError], None] | None = None
         self._limits: SessionLimits | None = None
+        self._is_closed = False
 
     def join(self) -> None:
         """Start or connect to all nodes at once.
@@ -162,15 +159,19 @@ class NodePool:
             MemoryNodeError: A node is not back, or holds less than before.
         """
         self.generation += 1
-        for node in self._nodes:
-            node.check()
-        self._restart_local()
-        for node in list(self._nodes):
-            if node.is_lost:
-                self._bring_back(node, use_standby=use_standby)
-            else:
-                node.renew()
-        return self._open()
+        try:
+            for node in self._nodes:
+                node.check()
+            self._restart_local()
+            for node in list(self._nodes):
+                if node.is_lost:
+                    self._bring_back(node, use_standby=use_standby)
+                else:
+                    self._renew(node)
+            return self._open()
+        finally:
+            if self._is_closed:
+                self.close()  # What was started and joined meanwhile.
 
     def check_health(self) -> None:
         """Ask every node for its free memory.
@@ -188,6 +189,7 @@ class NodePool:
 
     def close(self) -> None:
         """Leave all nodes; local ones end. Safe to call twice."""
+        self._is_closed = True
         for node in self._nodes:
             node.close()
 
@@ -224,6 +226,14 @@ class NodePool:
                 if node.is_lost:
                     threads.submit(node.start)
 
+    def _renew(self, node: NodeHandle) -> None:
+        try:
+            node.renew()
+        except Exception:
+            # Nobody knows what it still holds: it frees everything with the connection.
+            node.lose()
+            raise
+
     def _bring_back(self, lost: NodeHandle, *, use_standby: bool) -> None:
         """Restart or reconnect a lost node, or let a standby take its place.
 
@@ -231,7 +241,7 @@ class NodePool:
             MemoryNodeError: Neither is possible now; names the lost node.
         """
         try:
-            self._take_in(lost)
+            lost.rejoin(_REJOIN_TIMEOUT_S, self._on_loss)
         except MemoryNodeError:
             if not use_standby or not self._replace(lost):
                 raise
@@ -241,7 +251,7 @@ class NodePool:
             spare = self._node(address)
             spare.take_over(lost)
             try:
-                self._take_in(spare)
+                spare.rejoin(_REJOIN_TIMEOUT_S, self._on_loss)
             except MemoryNodeError as error:
                 logger.warning("Attention offload: a standby is no help. %s", error)
                 continue
@@ -256,11 +266,6 @@ class NodePool:
             )
             return True
         return False
-
-    def _take_in(self, node: NodeHandle) -> None:
-        node.rejoin(_REJOIN_TIMEOUT_S)
-        if self._on_loss is not None:
-            node.watch(self._on_loss)
 
     def _log_capacity(self, reason: str) -> None:
         for node in self._nodes:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
-from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.engine.outage_notice import OutageNotice
+from vllm_attn_offload.errors import MemoryNodeDefect, MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ logger = get_logger(__name__)
 
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 5.0
-#: Losses in a row without a token in between; the requests may be what kills nodes.
+#: Losses in a row without a decoded token; the requests may be what kills nodes.
 _MAX_FRUITLESS = 5
 
 
@@ -30,13 +31,15 @@ class Recovery:
     Blocks belong to a *generation* of sessions. A loss of the generation in use makes
     recovery pending: a thread brings the nodes back and opens the next generation; the
     engine's own thread drops all computed tokens, then calls ``finish``, which gives
-    the new sessions to the workers. In between, no computed result is used.
+    the new sessions to the workers. In between, no computed result is used. A node that
+    answers but refuses its work would refuse it again: that ends the engine.
 
     Args:
         pool: The engine's memory nodes.
         attach: Gives sessions to all workers; returns each worker's failure, if any.
         timeout_s: Deadline from a loss to ``finish``.
-        give_up: Called once if the deadline cannot be met.
+        give_up: Called if the engine cannot go on.
+        notice: Shows that nodes are away.
     """
 
     _of_engine: ClassVar[dict[str, Recovery]] = {}
@@ -47,21 +50,29 @@ class Recovery:
         attach: Callable[[list[list[Attachment]]], list[NodeFailure | None]],
         timeout_s: float,
         give_up: Callable[[MemoryNodeError], None],
+        notice: OutageNotice,
     ) -> None:
         self._pool = pool
         self._attach = attach
         self._timeout_s = timeout_s
         self._give_up = give_up
+        self._notice = notice
         self._changed = threading.Condition()
         self._attached = 0
         self._lost = -1
         self._is_reopening = False
         self._is_closed = False
         self._reopened: list[list[Attachment]] = []
-        self._started_s = 0.0
-        self._reopened_s = 0.0
+        self._started_s = self._reopened_s = self._finished_s = 0.0
         self._error: MemoryNodeError | None = None
+        self._end: MemoryNodeError | None = None
+        self._num_attempts = 0
+        self._logged: set[str] = set()
         self._num_fruitless = 0
+        # Now: where a loss is noticed, there may be no room for a thread.
+        threading.Thread(
+            target=self._run, name="MemoryNodeRecovery", daemon=True
+        ).start()
 
     @classmethod
     def of_engine(cls, vllm_config: VllmConfig) -> Recovery:
@@ -95,39 +106,49 @@ class Recovery:
                 generation = self._pool.generation
             if generation <= self._lost or self._is_closed:
                 return
-            logger.error("Attention offload: %s What it held is computed again.", error)
             self._lost, self._error = generation, error
-            if self.is_pending and not self._is_reopening:
-                self._is_reopening = True
-                self._started_s = time.monotonic()
-                threading.Thread(
-                    target=self._reopen, name="MemoryNodeRecovery", daemon=True
-                ).start()
+            if isinstance(error, MemoryNodeDefect):
+                self._end_with(error)
+            elif self.is_pending and not self._is_reopening:
+                logger.error(
+                    "Attention offload: %s What it held is computed again.", error
+                )
+                self._begin(error)
+
+    @property
+    def is_on_trial(self) -> bool:
+        """True from a recovery until ``note_progress``."""
+        return self._num_fruitless > 0
 
     def note_progress(self) -> None:
-        """Record that a token was produced since the last loss."""
+        """Record that a step decoded a token since the last loss."""
         self._num_fruitless = 0
 
     def finish(self) -> None:
         """Wait for new sessions and give them to the workers; in the engine's thread.
 
         Raises:
-            MemoryNodeError: The nodes are not back in time, or are lost repeatedly.
+            MemoryNodeError: The nodes are not back in time, are lost repeatedly, or
+                refuse their work.
         """
         dropped_s = time.monotonic()
+        if self._started_s - self._finished_s > self._timeout_s:
+            self._num_fruitless = 0  # Nodes that served for long are no row of losses.
         while self.is_pending:
-            self._num_fruitless += 1
             attachments = self._wait_for_sessions()
             generation = attachments[0][0].generation
             problems = [problem for problem in self._attach(attachments) if problem]
+            if problems:
+                self._try_again(MemoryNodeError(*problems[0]), generation)
+                continue
+            self._num_fruitless += 1
             with self._changed:
                 self._attached = generation
-            for problem in problems:
-                self.report_loss(MemoryNodeError(*problem), generation)
+        self._finished_s = time.monotonic()
         logger.info(
             "Attention offload: the memory nodes are back after %.2f s (generation %d; "
             "the step in flight ended after %.2f s, the pool was open after %.2f s)",
-            time.monotonic() - self._started_s,
+            self._finished_s - self._started_s,
             self._attached,
             dropped_s - self._started_s,
             self._reopened_s - self._started_s,
@@ -137,6 +158,7 @@ class Recovery:
         """Stop; later losses are ignored."""
         for engine in [e for e, mine in self._of_engine.items() if mine is self]:
             del self._of_engine[engine]
+        self._notice.close()
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -144,52 +166,107 @@ class Recovery:
     def _wait_for_sessions(self) -> list[list[Attachment]]:
         with self._changed:
             self._changed.wait_for(
-                lambda: not self._is_reopening or self._is_closed,
+                lambda: not self._is_reopening or self._is_closed or self._end,
                 max(0.0, self._remaining_s()),
             )
+            if self._end is not None:
+                raise self._end
             if self._is_reopening or self._is_closed:
-                raise self._failed("it was not back in time.")
-            if self._num_fruitless > _MAX_FRUITLESS:
+                raise self._late()
+            if self._num_fruitless >= _MAX_FRUITLESS:
                 raise self._failed(
-                    f"nodes were lost {self._num_fruitless} times in a row without a "
-                    "token in between."
+                    f"nodes were lost {self._num_fruitless + 1} times in a row without "
+                    "a decoded token in between."
                 )
             return self._reopened
+
+    def _begin(self, error: MemoryNodeError) -> None:
+        self._is_reopening = True
+        self._started_s = time.monotonic()
+        self._num_attempts = 0
+        self._logged.clear()
+        self._notice.begin(error)
+        self._changed.notify_all()
+
+    def _try_again(self, error: MemoryNodeError, generation: int) -> None:
+        """Open another generation, because a worker cannot use this one."""
+        self._note_failure(error)
+        with self._changed:
+            if generation > self._lost:
+                self._lost = generation
+                self._is_reopening = True
+                self._changed.notify_all()
+
+    def _end_with(self, error: MemoryNodeError) -> None:
+        with self._changed:
+            if self._end is not None:
+                return
+            self._end = error
+            self._changed.notify_all()
+        self._notice.give_up(error)
+        self._give_up(error)
 
     def _remaining_s(self) -> float:
         return self._started_s + self._timeout_s - time.monotonic()
 
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_reopening or self._is_closed)
+                if self._is_closed or self._end is not None:
+                    return
+            self._reopen()
+
     def _reopen(self) -> None:
         """Retry until a new generation is open that was not reported as lost."""
-        attempt, delay_s = 0, 0.0
-        while self._may_try_after(delay_s):
+        while self._may_try():
             try:
-                attachments = self._pool.reopen(use_standby=attempt > 0)
-            except MemoryNodeError as error:
-                attempt += 1
-                delay_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2**attempt)
-                logger.warning(
-                    "Attention offload: attempt %d to bring the memory nodes back "
-                    "failed. %s",
-                    attempt,
-                    error,
-                )
+                attachments = self._pool.reopen(use_standby=self._num_attempts > 0)
+            except Exception as error:
+                # Not only of nodes: descriptors, processes or memory may be short.
+                self._note_failure(error)
                 continue
             with self._changed:
                 if self._lost < self._pool.generation:
                     self._reopened, self._is_reopening = attachments, False
                     self._reopened_s = time.monotonic()
+                    self._notice.end()
                     self._changed.notify_all()
                     return
 
-    def _may_try_after(self, delay_s: float) -> bool:
+    def _note_failure(self, error: Exception) -> None:
+        self._num_attempts += 1
+        text = (
+            str(error)
+            if isinstance(error, MemoryNodeError)
+            else f"{type(error).__name__}: {error}"
+        )
+        if text not in self._logged:
+            self._logged.add(text)
+            logger.warning(
+                "Attention offload: attempt %d to bring the memory nodes back failed. "
+                "%s",
+                self._num_attempts,
+                text,
+            )
+
+    def _may_try(self) -> bool:
+        """Wait before another attempt; False where there is to be none."""
+        attempts = self._num_attempts
+        delay_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2**attempts) if attempts else 0.0
         with self._changed:
-            if self._changed.wait_for(lambda: self._is_closed, delay_s):
+            if self._changed.wait_for(
+                lambda: self._is_closed or self._end is not None,
+                min(delay_s, max(0.0, self._remaining_s())),
+            ):
                 return False
         if self._remaining_s() > 0:
             return True
-        self._give_up(self._failed("it was not back in time."))
+        self._end_with(self._late())
         return False
+
+    def _late(self) -> MemoryNodeError:
+        return self._failed("it was not back in time.")
 
     def _failed(self, why: str) -> MemoryNodeError:
         assert self._error is not None

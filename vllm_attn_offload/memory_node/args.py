@@ -10,6 +10,7 @@ import re
 from vllm_attn_offload import __version__
 from vllm_attn_offload.memory_node.decode_attention import KERNELS
 from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.trust import check_complete
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,13 +98,17 @@ def _add_trust_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _trust_problem(options: argparse.Namespace) -> str:
-    tls = [options.tls_cert, options.tls_key, options.tls_ca]
-    if any(tls) and not all(tls):
-        return (
-            "only some of --tls-cert, --tls-key and --tls-ca were given. Allowed: all "
-            "three, or none. Give the missing ones."
+    try:
+        check_complete(
+            {
+                "--tls-cert": options.tls_cert,
+                "--tls-key": options.tls_key,
+                "--tls-ca": options.tls_ca,
+            }
         )
-    if any(tls) and options.listen.path:
+    except ValueError as error:
+        return str(error)
+    if options.tls_cert and options.listen.path:
         return (
             f"TLS was asked for on {options.listen}, which no other host reaches. "
             "Allowed: TLS on HOST:PORT. Leave the --tls options out."

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
-from vllm_attn_offload.protocol.messages import OpenSession, SessionGeometry
+from vllm_attn_offload.protocol.messages import OpenSession
 from vllm_attn_offload.protocol.step import StepLimits
 from vllm_attn_offload.transport.shared_device import DeviceRows, SharedDevice
 

@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from vllm_attn_offload.protocol.messages import (
     HANDSHAKE_BYTES,
@@ -19,14 +20,20 @@ from vllm_attn_offload.protocol.messages import (
     compatibility_hash,
     version_mismatch,
 )
-from vllm_attn_offload.transport.authentication import Role, is_proof, new_nonce, prove
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.trust import Credentials
+from vllm_attn_offload.transport.trust import (
+    Credentials,
+    Role,
+    is_proof,
+    new_nonce,
+    prove,
+)
 
+_ValueT = TypeVar("_ValueT")
 _hello_decoder = message_decoder(Hello)
 _authenticate_decoder = message_decoder(Authenticate)
 
@@ -38,6 +45,9 @@ class RefusedError(RuntimeError):
 class Handshake:
     """Admits one peer within a deadline that no trickle of bytes moves.
 
+    Token and certificates are read when they are needed, so that renewed ones hold for
+    the next peer without a restart.
+
     Args:
         credentials: The node's own.
         timeout_s: For everything from the first byte of TLS to the last message.
@@ -48,10 +58,17 @@ class Handshake:
         self._deadline = time.monotonic() + timeout_s
 
     def wrap(self, sock: socket.socket) -> socket.socket:
-        """The socket to talk over: ``sock`` itself, or an encrypted one around it."""
-        if self._credentials.tls is None or sock.family == socket.AF_UNIX:
+        """Return the socket to talk over: ``sock``, or an encrypted one around it.
+
+        Raises:
+            RefusedError: The node's certificate cannot be used any more.
+        """
+        if sock.family == socket.AF_UNIX:
             return sock
-        return self._credentials.tls.wrap_socket(
+        context = _read(self._credentials.node_context)
+        if context is None:
+            return sock
+        return context.wrap_socket(
             sock, server_side=True, do_handshake_on_connect=False
         )
 
@@ -63,7 +80,8 @@ class Handshake:
             info: What to tell an admitted peer.
 
         Raises:
-            RefusedError: Another version, or the peer does not know the token.
+            RefusedError: Another version, the peer does not know the token, or the
+                node's own cannot be read any more.
             ProtocolError: The peer speaks something else.
             OSError: The peer is gone, too slow, or shows no good certificate.
         """
@@ -78,8 +96,8 @@ class Handshake:
         )
         if hello.compatibility_hash != compatibility_hash():
             self._refuse(sock, version_mismatch("this memory node", hello))
-        if self._credentials.token:
-            proof = self._challenge(sock, self._credentials.token)
+        if token := _read(self._credentials.read_token):
+            proof = self._challenge(sock, token)
             send_message(sock, Authenticated(proof, info()), self._remaining_s())
         else:
             send_message(sock, info(), self._remaining_s())
@@ -111,3 +129,11 @@ class Handshake:
         if remaining_s <= 0:
             raise TimeoutError("the handshake took too long")
         return remaining_s
+
+
+def _read(read: Callable[[], _ValueT]) -> _ValueT:
+    """Call a reader of `Credentials`; a peer is never admitted where it fails."""
+    try:
+        return read()
+    except ValueError as error:
+        raise RefusedError(f"here, {error}") from error

@@ -11,7 +11,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
     Region,
 )
-from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 
 #: With this variable set, new blocks hold NaN: what reads them by mistake shows it.
 POISON_VARIABLE = "ATTN_OFFLOAD_POISON_KV"

@@ -123,12 +123,16 @@ def _credentials(options: argparse.Namespace) -> Credentials:
             "listen in",
             options.listen,
         )
+    credentials = Credentials(
+        options.auth_token_file, options.tls_cert, options.tls_key, options.tls_ca
+    )
     try:
-        return Credentials.of_memory_node(
-            options.auth_token_file, options.tls_cert, options.tls_key, options.tls_ca
-        )
+        # Every connection reads them; what is wrong now is said now.
+        credentials.read_token()
+        credentials.node_context()
     except ValueError as error:
         raise _StartError(str(error)) from error
+    return credentials
 
 
 def _kv_bytes(options: argparse.Namespace) -> int:

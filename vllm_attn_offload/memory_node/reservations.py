@@ -15,6 +15,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.fair_lock import FairLock
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
 from vllm_attn_offload.protocol.messages import (
     GIB,
@@ -22,7 +23,6 @@ from vllm_attn_offload.protocol.messages import (
     CapacityReserved,
     OpenSession,
     ReserveCapacity,
-    SessionGeometry,
     SessionOpened,
     SessionStats,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_attn_offload.protocol.messages import LayerGeometry
+from vllm_attn_offload.protocol.geometry import LayerGeometry
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compute and memory nodes say to each other: control messages and frame headers.
+"""Messages between compute and memory nodes, and the version of the protocol.
 
 Control messages are msgpack structs behind a 4-byte length. Tensors travel in frames:
 a 32-byte header, then raw bytes. Nothing is ever unpickled.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -19,6 +19,7 @@ from vllm_attn_offload.protocol.frames import (
     FrameFlag,
     FrameKind,
 )
+from vllm_attn_offload.protocol.geometry import Index, Name, SessionGeometry
 
 #: One line per version: what changed on the wire.
 PROTOCOL_HISTORY = (
@@ -36,16 +37,13 @@ NONCE_BYTES = 32
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 # Names reach logs and metrics: printable ASCII, so that none of them forges a line.
 Token = Annotated[
     str, msgspec.Meta(min_length=1, max_length=128, pattern=r"\A[ -~]+\Z")
 ]
-Name = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[ -~]*\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Message(
@@ -93,41 +91,6 @@ class Authenticated(_Message, frozen=True, tag="authenticated"):
 
     proof: Proof
     node: NodeInfo
-
-
-class KVGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Layers that share one block table (vLLM: KVCacheGroupSpec)."""
-
-    block_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-
-
-class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One attention layer as a memory node sees it.
-
-    ``storage`` names the pool that holds the layer's blocks: layers of different
-    groups may alias one (vLLM: ``KVCacheTensor.layers``).
-    """
-
-    name: Name
-    group: Index
-    storage: Index
-    num_query_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    num_kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    head_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    v_head_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    softmax_scale: float
-
-
-class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shapes of one worker's attention layers; q, k, v, out and KV share a dtype."""
-
-    dtype: Dtype
-    groups: Annotated[list[KVGroup], msgspec.Meta(min_length=1, max_length=64)]
-    layers: Annotated[list[LayerGeometry], msgspec.Meta(min_length=1, max_length=4096)]
-
-    def digest(self) -> str:
-        """Hash that worker and node compare before a tensor is exchanged."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

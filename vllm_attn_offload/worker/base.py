@@ -24,7 +24,7 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.compatibility import check_layers
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol.messages import (
+from vllm_attn_offload.protocol.geometry import (
     Dtype,
     KVGroup,
     LayerGeometry,
@@ -112,7 +112,7 @@ class AttentionOffloadWorker(_WorkerBase):
                 kind,
                 self.session_geometry(),
                 timeout_s=config.request_timeout_s,
-                credentials=config.load_credentials(),
+                credentials=config.credentials,
                 tolerate_loss=config.on_node_loss == "recover",
                 worker_kv_bytes=self.kv_stub_bytes(),
                 device=self._shared_device(),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import msgspec
 
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
-from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.shared_device import SharedDevice
 

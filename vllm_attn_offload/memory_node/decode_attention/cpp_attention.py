@@ -30,8 +30,8 @@ from vllm_attn_offload.native.attention import (
     PlanInput,
     StoreInput,
 )
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
-from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50

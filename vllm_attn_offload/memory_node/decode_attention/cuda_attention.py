@@ -27,8 +27,8 @@ from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
     attend_rows,
     store_rows,
 )
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
-from vllm_attn_offload.protocol.messages import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.transport.cuda_memory import CudaDevice
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_attn_offload.protocol.geometry import LayerGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout, StridedRows
-from vllm_attn_offload.protocol.messages import LayerGeometry
 
 
 def payload_views(

@@ -16,8 +16,8 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     LayerCall,
 )
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES
-from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _TORCH_DTYPES = {

@@ -22,8 +22,8 @@ from vllm_attn_offload.memory_node.decode_attention.kernel_plan import (
     KernelPlan,
 )
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
-from vllm_attn_offload.protocol.messages import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.triton_kernels import paged_decode_attention, store_kv
 from vllm_attn_offload.triton_kernels.tiles import split_head_size

@@ -6,13 +6,14 @@
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 3
+#define AO_ABI_VERSION 4
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };
 
 enum AoStatus {
   AO_OK = 0,
+  AO_UNFINISHED = 1,  // of ao_attend: call again
   AO_NO_MEMORY = -1,
   AO_BAD_GEOMETRY = -2,
   AO_BAD_BLOCK = -3,
@@ -135,8 +136,12 @@ AO_EXPORT AoPlan* ao_plan_create(const AoCache* cache);
 AO_EXPORT void ao_plan_destroy(AoPlan* plan);
 AO_EXPORT int32_t ao_plan_step(AoPlan* plan, const AoPool* pool,
                                const AoPlanInput* input);
-// One attend at a time per plan; different plans may run on different threads.
-AO_EXPORT int32_t ao_attend(AoPool* pool, AoPlan* plan, const AoAttendInput* input);
+// One attend at a time per plan; different plans may run on different threads. Stops
+// soon after budget_ns (0: never), never without progress, and then returns
+// AO_UNFINISHED: the next call with the same input goes on, to the same result.
+// ao_plan_step and ao_plan_destroy abandon a layer that is not finished.
+AO_EXPORT int32_t ao_attend(AoPool* pool, AoPlan* plan, const AoAttendInput* input,
+                            int64_t budget_ns);
 
 // Seconds to read `bytes` once with all threads of the pool.
 AO_EXPORT double ao_read_seconds(AoPool* pool, const void* data, int64_t bytes);

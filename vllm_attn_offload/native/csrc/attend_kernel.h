@@ -25,30 +25,46 @@ class AttendKernel {
   static constexpr int kPacked = F::kPairs ? 2 : 1;
 
  public:
-  static void run(const Job& job, int32_t piece_begin, int32_t piece_end,
-                  Scratch* scratch) {
-    TileCursor cursor(job, piece_begin, piece_end);
+  static void run(const Job& job, int64_t work, Span* span, Scratch* scratch) {
+    TileCursor cursor(job, *span);
     MacroTile macros[2];
     int current = 0;
-    bool is_first = true;
+    bool is_begun = span->is_begun;
+    if (span->state != nullptr) {
+      begin_rows(job, job.pieces[span->piece].rows, F::kPairs, scratch);
+      restore_rows(job, job.pieces[span->piece].rows, span->state, scratch);
+    }
     for (bool more = cursor.next(&macros[0]); more; current ^= 1) {
       const MacroTile& macro = macros[current];
       MacroTile& next = macros[current ^ 1];
       more = cursor.next(&next);
       if (!more) next.count = 0;
       const Piece& piece = job.pieces[macro.piece];
-      if (is_first) begin_rows(job, piece.rows, F::kPairs, scratch);
+      if (!is_begun) begin_rows(job, piece.rows, F::kPairs, scratch);
       if (macro.count > 0) AttendKernel(job, piece.rows, scratch).attend(macro, next);
       if (macro.is_last && piece.partial >= 0) {
-        save_partial(job, piece, scratch);
+        save_rows(job, piece.rows, scratch, partial_at(job, piece.partial));
       } else if (macro.is_last) {
         finish_rows(job, piece.rows, scratch);
       }
-      is_first = macro.is_last;
+      is_begun = !macro.is_last;
+      work -= macro_work(job, macro);
+      if (work <= 0 && more) {
+        *span = {next.piece, span->piece_end, is_begun, next.block, next.token, nullptr};
+        return;
+      }
     }
+    span->piece = span->piece_end;
   }
 
  private:
+  // Two rows more for loading the tiles, a tile more for reading and writing the rows.
+  static int64_t macro_work(const Job& job, const MacroTile& macro) {
+    const int64_t rows = job.pieces[macro.piece].rows.row_count + 2;
+    return rows * (macro.count + 1) * kTile *
+           (job.geometry->head_size + job.geometry->v_columns);
+  }
+
   AttendKernel(const Job& job, const Rows& rows, Scratch* scratch)
       : job_(job), rows_(rows), scratch_(scratch) {}
 
@@ -117,7 +133,8 @@ class AttendKernel {
   }
 
   template <int M, int P>
-  __attribute__((noinline)) void score_tiles(int first, const MacroTile& macro, const MacroTile& next, int t) {
+  __attribute__((noinline)) void score_tiles(int first, const MacroTile& macro,
+                                             const MacroTile& next, int t) {
     const int stride = job_.geometry->head_size / kPacked;
     const char* panels[P];
     const char* ahead[P];
@@ -151,7 +168,8 @@ class AttendKernel {
 
   // out[rows][P panels of columns from panel c] of every tile.
   template <int M, int P>
-  __attribute__((noinline)) void add_columns(int first, const MacroTile& macro, const MacroTile& next, int c) {
+  __attribute__((noinline)) void add_columns(int first, const MacroTile& macro,
+                                             const MacroTile& next, int c) {
     const int columns = job_.geometry->v_columns;
     float* out = scratch_->out + int64_t{first} * columns + c * kTile;
     Vec sum[M][P * kVectors];
@@ -221,19 +239,18 @@ static float read_all(const char* data, int64_t bytes) {
 // One ISA's entry points; bf16 pairs only where the query is bf16 already, so that it
 // is never rounded.
 template <class I, bool kUsePairs>
-static void run_kernel(const Job& job, int32_t piece_begin, int32_t piece_end,
-                       Scratch* scratch) {
+static void run_kernel(const Job& job, int64_t work, Span* span, Scratch* scratch) {
   switch (job.geometry->dtype) {
     case AO_BF16:
       if constexpr (kUsePairs) {
         if (job.input->query_dtype == AO_BF16)
-          return AttendKernel<I, Bf16Pairs>::run(job, piece_begin, piece_end, scratch);
+          return AttendKernel<I, Bf16Pairs>::run(job, work, span, scratch);
       }
-      return AttendKernel<I, Bf16Widened>::run(job, piece_begin, piece_end, scratch);
+      return AttendKernel<I, Bf16Widened>::run(job, work, span, scratch);
     case AO_FP16:
-      return AttendKernel<I, Fp16>::run(job, piece_begin, piece_end, scratch);
+      return AttendKernel<I, Fp16>::run(job, work, span, scratch);
     default:
-      return AttendKernel<I, Fp32>::run(job, piece_begin, piece_end, scratch);
+      return AttendKernel<I, Fp32>::run(job, work, span, scratch);
   }
 }
 

@@ -14,7 +14,7 @@ namespace attn_offload {
 
 const KernelTable* avx512_kernels() {
   static const KernelTable table = {"avx512", run_kernel<Avx512, false>,
-                                    merge_partials, read_all<Avx512>};
+                                    save_rows, merge_partials, read_all<Avx512>};
   return &table;
 }
 

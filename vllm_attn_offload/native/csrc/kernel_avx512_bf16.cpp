@@ -15,7 +15,7 @@ namespace attn_offload {
 
 const KernelTable* avx512_bf16_kernels() {
   static const KernelTable table = {"avx512-bf16", run_kernel<Avx512, true>,
-                                    merge_partials, read_all<Avx512>};
+                                    save_rows, merge_partials, read_all<Avx512>};
   return &table;
 }
 

@@ -7,13 +7,13 @@ namespace attn_offload {
 
 const KernelTable* portable_kernels() {
   static const KernelTable table = {"portable", run_kernel<Portable, false>,
-                                    merge_partials, read_all<Portable>};
+                                    save_rows, merge_partials, read_all<Portable>};
   return &table;
 }
 
 const KernelTable* portable_pairs_kernels() {
   static const KernelTable table = {"portable-pairs", run_kernel<Portable, true>,
-                                    merge_partials, read_all<Portable>};
+                                    save_rows, merge_partials, read_all<Portable>};
   return &table;
 }
 

@@ -144,19 +144,26 @@ static inline void finish_rows(const Job& job, const Rows& rows,
   }
 }
 
-// A partial is row_max, row_sum and the unnormalised output of kMaxRows rows at most.
 static inline float* partial_at(const Job& job, int32_t index) {
   return job.partials + int64_t{index} * job.partial_stride;
 }
 
-static inline void save_partial(const Job& job, const Piece& piece,
-                                const Scratch* scratch) {
-  const int32_t count = piece.rows.row_count;
-  float* partial = partial_at(job, piece.partial);
-  memcpy(partial, scratch->row_max, size_t(count) * sizeof(float));
-  memcpy(partial + kMaxRows, scratch->row_sum, size_t(count) * sizeof(float));
-  memcpy(partial + 2 * kMaxRows, scratch->out,
-         size_t(count) * job.geometry->v_columns * sizeof(float));
+static void save_rows(const Job& job, const Rows& rows, const Scratch* scratch,
+                      float* state) {
+  const size_t count = size_t(rows.row_count);
+  memcpy(state, scratch->row_max, count * sizeof(float));
+  memcpy(state + kMaxRows, scratch->row_sum, count * sizeof(float));
+  memcpy(state + 2 * kMaxRows, scratch->out,
+         count * job.geometry->v_columns * sizeof(float));
+}
+
+static inline void restore_rows(const Job& job, const Rows& rows, const float* state,
+                                Scratch* scratch) {
+  const size_t count = size_t(rows.row_count);
+  memcpy(scratch->row_max, state, count * sizeof(float));
+  memcpy(scratch->row_sum, state + kMaxRows, count * sizeof(float));
+  memcpy(scratch->out, state + 2 * kMaxRows,
+         count * job.geometry->v_columns * sizeof(float));
 }
 
 static void merge_partials(const Job& job, const Merge& merge, Scratch* scratch) {

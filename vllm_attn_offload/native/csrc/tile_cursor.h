@@ -21,19 +21,26 @@ struct MacroTile {
   Tile tiles[kMacroTiles];
   int32_t count;
   int32_t piece;
+  int32_t block;  // where the cursor was before: a span may go on from there
+  int32_t token;
   bool is_last;  // of its piece; a piece without visible keys has one empty macro tile
 };
 
 class TileCursor {
  public:
-  TileCursor(const Job& job, int32_t piece_begin, int32_t piece_end)
-      : job_(job), piece_(piece_begin), piece_end_(piece_end) {
+  TileCursor(const Job& job, const Span& span)
+      : job_(job), piece_(span.piece), piece_end_(span.piece_end) {
     open();
+    if (!span.is_begun) return;
+    block_ = span.block;
+    token_ = span.token;
   }
 
   bool next(MacroTile* macro) {
     if (piece_ == piece_end_) return false;
     macro->piece = piece_;
+    macro->block = block_;
+    macro->token = token_;
     macro->count = 0;
     while (macro->count < kMacroTiles && find()) {
       macro->tiles[macro->count++] = tile();
@@ -82,7 +89,8 @@ class TileCursor {
     const char* k = static_cast<const char*>(job_.input->cache) +
                     ref.block * g.block_bytes + head * g.head_bytes;
     const char* v = k + g.k_head_bytes;
-    return {k + index * g.k_tile_bytes, v + index * g.v_tile_bytes, ref.position + token_, clamp(begin_ - token_, 0, kTile),
+    return {k + index * g.k_tile_bytes, v + index * g.v_tile_bytes,
+            ref.position + token_, clamp(begin_ - token_, 0, kTile),
             clamp(end_ - token_, 0, kTile)};
   }
 

@@ -62,6 +62,16 @@ struct Piece {
   int32_t merge;    // the merge it takes part in, else -1
 };
 
+// Pieces [piece, piece_end) that one thread works on, and where it is.
+struct Span {
+  int32_t piece;
+  int32_t piece_end;
+  bool is_begun;  // `piece` goes on at `block`, `token`: its state is in the scratch
+  int32_t block;
+  int32_t token;
+  const float* state;  // of a begun piece that left the scratch, else null
+};
+
 struct Merge {
   Rows rows;
   int32_t first_partial;
@@ -95,8 +105,11 @@ struct alignas(64) Scratch {
 
 struct KernelTable {
   const char* name;
-  void (*run)(const Job& job, int32_t piece_begin, int32_t piece_end,
-              Scratch* scratch);
+  // Works on the span until its end, or until about `work` (cache elements times rows)
+  // is done. It is finished when span->piece == span->piece_end.
+  void (*run)(const Job& job, int64_t work, Span* span, Scratch* scratch);
+  // Copies the rows' state, state_floats() at most, out of the scratch.
+  void (*save)(const Job& job, const Rows& rows, const Scratch* scratch, float* state);
   void (*merge)(const Job& job, const Merge& merge, Scratch* scratch);
   float (*read)(const char* data, int64_t bytes);
 };
@@ -114,6 +127,11 @@ static inline int32_t element_bytes(int32_t dtype) { return dtype == AO_FP32 ? 4
 
 static inline int32_t clamp(int32_t x, int32_t low, int32_t high) {
   return x < low ? low : x > high ? high : x;
+}
+
+// A row's maximum, sum and unnormalised output, for kMaxRows rows.
+static inline int64_t state_floats(const Geometry& geometry) {
+  return int64_t{kMaxRows} * (geometry.v_columns + 2);
 }
 
 // Keys that row `row` of a request may see: logical positions [begin, end).

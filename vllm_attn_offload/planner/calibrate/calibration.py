@@ -36,7 +36,7 @@ from vllm_attn_offload.planner.calibrate.probes import (
 )
 from vllm_attn_offload.planner.hardware import Device, Network
 from vllm_attn_offload.planner.model.shape import ModelShape
-from vllm_attn_offload.protocol.messages import Dtype
+from vllm_attn_offload.protocol.geometry import Dtype
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 HEADER = "# Written by vllm-attn-offload calibrate; running it again replaces it."
@@ -128,7 +128,7 @@ class Calibration:
     def _credentials(self) -> Credentials:
         if not self.trust:
             return NO_CREDENTIALS
-        return Credentials.of_compute_node(**self.trust)
+        return Credentials(**self.trust)
 
     def _engine_probe(self, results: Sequence[ProbeResult]) -> EngineProbe:
         assert self.engine_model is not None

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
+from vllm_attn_offload.transport.trust import check_complete
 
 CALIBRATE_HELP = "measure this machine and write a hardware TOML that plan uses"
 CALIBRATE_EPILOG = """examples:
@@ -113,12 +114,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
 def _trust(args: argparse.Namespace) -> dict[str, str]:
     """The engine's options of the same names, where one is given."""
     given = {name: getattr(args, name) for name in TRUST_OPTIONS}
-    tls = [given[name] for name in ("tls_cert", "tls_key", "tls_ca")]
-    if any(tls) and not all(tls):
-        raise ValueError(
-            "Only some of --tls-cert, --tls-key and --tls-ca were given. Allowed: all "
-            "three, or none. Give the missing ones."
-        )
+    names = ("tls_cert", "tls_key", "tls_ca")
+    check_complete({f"--{name.replace('_', '-')}": given[name] for name in names})
     return given if any(given.values()) else {}
 
 

@@ -14,7 +14,7 @@ from vllm_attn_offload.client.partition import choose_partition
 from vllm_attn_offload.planner.calibrate.node_session import LayerTime, NodeSession
 from vllm_attn_offload.planner.calibrate.probes import Entry, ProbeResult
 from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
-from vllm_attn_offload.protocol.messages import (
+from vllm_attn_offload.protocol.geometry import (
     Dtype,
     KVGroup,
     LayerGeometry,

@@ -22,11 +22,11 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
     ReserveCapacity,
-    SessionGeometry,
     Shard,
 )
 from vllm_attn_offload.protocol.step import StepMetadata

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of a worker's attention layers, as both sides must see them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+
+Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+# Names reach logs and metrics: printable ASCII, so that none of them forges a line.
+Name = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[ -~]*\Z")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+NumHeads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+HeadSize = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
+class KVGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers that share one block table (vLLM: KVCacheGroupSpec)."""
+
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One attention layer as a memory node sees it.
+
+    ``storage`` names the pool that holds the layer's blocks: layers of different
+    groups may alias one (vLLM: ``KVCacheTensor.layers``).
+    """
+
+    name: Name
+    group: Index
+    storage: Index
+    num_query_heads: NumHeads
+    num_kv_heads: NumHeads
+    head_size: HeadSize
+    v_head_size: HeadSize
+    softmax_scale: float
+
+
+class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shapes of one worker's attention layers; q, k, v, out and KV share a dtype."""
+
+    dtype: Dtype
+    groups: Annotated[list[KVGroup], msgspec.Meta(min_length=1, max_length=64)]
+    layers: Annotated[list[LayerGeometry], msgspec.Meta(min_length=1, max_length=4096)]
+
+    def digest(self) -> str:
+        """Hash that worker and node compare before a tensor is exchanged."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
