@@ -45,6 +45,15 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token that no node knows."""
+    path = tmp_path_factory.mktemp("other-token") / "token"
+    path.touch(mode=0o600)
+    path.write_text("f" * 64)
+    return path
+
+
+@pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """The one that nodes and engines of a test trust."""
     if shutil.which("openssl") is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,19 +19,13 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.trust import (
-    NO_CREDENTIALS,
-    Credentials,
-    read_token,
-)
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
-OTHER_TOKEN = b"f" * 64
+StartNode = Callable[..., NodeProcess]
 
 
 def credentials_of(identity: Identity, token_file: str = "") -> Credentials:
-    return Credentials.of_compute_node(
-        token_file, identity.cert, identity.key, identity.ca
-    )
+    return Credentials(token_file, identity.cert, identity.key, identity.ca)
 
 
 def connect(node: NodeProcess, credentials: Credentials) -> None:
@@ -39,12 +34,40 @@ def connect(node: NodeProcess, credentials: Credentials) -> None:
 
 
 def test_tls(
-    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+    node_with_tls: NodeProcess,
+    authority: Authority,
+    token_file: Path,
+    other_token_file: Path,
 ) -> None:
     engine = authority.sign("engine", "DNS:engine")
     connect(node_with_tls, credentials_of(engine, str(token_file)))
     with pytest.raises(MemoryNodeError, match="the token is not the one"):
-        connect(node_with_tls, Credentials(OTHER_TOKEN, credentials_of(engine).tls))
+        connect(node_with_tls, credentials_of(engine, str(other_token_file)))
+
+
+@pytest.mark.usefixtures("authority")
+def test_renewed_certificates(start_node: StartNode, tmp_path: Path) -> None:
+    """Both sides follow another authority without a restart, or say what is amiss."""
+    old = Authority(tmp_path)
+    node_files = old.sign("node", "IP:127.0.0.1")
+    engine_files = old.sign("engine", "DNS:engine")
+    node = start_node("127.0.0.1:0", *node_files.options)
+    credentials = credentials_of(engine_files)
+    with closing(ControlClient(node.address, 5, credentials)) as before:
+        new = Authority(tmp_path)  # the same names of files
+        new.sign("node", "IP:127.0.0.1")
+        with pytest.raises(MemoryNodeError, match="TLS was not agreed"):
+            connect(node, credentials)
+        new.sign("engine", "DNS:engine")
+        connect(node, credentials)
+        before.ping(5)
+    Path(node_files.key).unlink()
+    with pytest.raises(MemoryNodeError):
+        connect(node, credentials)
+    assert eventually(lambda: "refused a connection of 127.0.0.1: here" in node.log())
+    Path(engine_files.key).unlink()
+    with pytest.raises(MemoryNodeError, match="here, tls_key .* is not a file"):
+        connect(node, credentials)
 
 
 def test_silent_peer_of_a_node_with_tls(node_with_tls: NodeProcess) -> None:
@@ -65,11 +88,11 @@ def test_options_of_an_engine(authority: Authority, token_file: Path) -> None:
         tls_key=identity.key,
         tls_ca=identity.ca,
     )
-    credentials = config.load_credentials()
-    assert credentials.token == read_token(str(token_file))
-    assert credentials.tls is not None
-    assert credentials.token.decode() not in repr(config)
-    assert AttentionOffloadConfig().load_credentials() == NO_CREDENTIALS
+    token = config.credentials.read_token()
+    assert token == token_file.read_bytes().strip()
+    assert config.credentials.compute_context() is not None
+    assert token.decode() not in repr(config)
+    assert AttentionOffloadConfig().credentials == NO_CREDENTIALS
     with pytest.raises(ValueError, match="only some of tls_cert, tls_key and tls_ca"):
         AttentionOffloadConfig(tls_cert=identity.cert)
 
@@ -135,6 +158,6 @@ def test_tls_on_one_side(
 def test_tls_files(authority: Authority, tmp_path: Path) -> None:
     one, other = (authority.sign(name, "DNS:a") for name in ("one", "other"))
     with pytest.raises(ValueError, match="Check that the key belongs"):
-        credentials_of(Identity(one.cert, other.key, one.ca))
+        credentials_of(Identity(one.cert, other.key, one.ca)).compute_context()
     with pytest.raises(ValueError, match=r"tls_key '/nowhere' is not a file"):
-        credentials_of(Identity(one.cert, "/nowhere", one.ca))
+        credentials_of(Identity(one.cert, "/nowhere", one.ca)).compute_context()

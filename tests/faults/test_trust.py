@@ -30,7 +30,6 @@ from vllm_attn_offload.protocol.messages import (
     compatibility_hash,
 )
 from vllm_attn_offload.transport.address import Address
-from vllm_attn_offload.transport.authentication import Role, is_proof, new_nonce, prove
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
@@ -39,17 +38,19 @@ from vllm_attn_offload.transport.control import (
 from vllm_attn_offload.transport.trust import (
     NO_CREDENTIALS,
     Credentials,
-    read_token,
+    Role,
+    is_proof,
+    new_nonce,
+    prove,
 )
 
 StartNode = Callable[..., NodeProcess]
 LOOPBACK = "127.0.0.1:0"
 HELLO = Hello(PROTOCOL_VERSION, compatibility_hash(), "a test")
-OTHER_TOKEN = b"f" * 64
 
 
 def token_of(path: Path) -> Credentials:
-    return Credentials.of_compute_node(str(path), "", "", "")
+    return Credentials(str(path))
 
 
 def connect(node: NodeProcess, credentials: Credentials) -> None:
@@ -61,34 +62,55 @@ def test_token(node_with_token: NodeProcess, token_file: Path) -> None:
     connect(node_with_token, token_of(token_file))
 
 
-@pytest.mark.parametrize(
-    ("credentials", "message"),
-    [
-        (Credentials(OTHER_TOKEN), "the token is not the one of this memory node"),
-        (NO_CREDENTIALS, "it asks for a token, and none was given. Set auth_token"),
-    ],
-    ids=["wrong", "none"],
-)
-def test_token_refused(
-    node_with_token: NodeProcess, credentials: Credentials, message: str
-) -> None:
+def test_wrong_token(node_with_token: NodeProcess, other_token_file: Path) -> None:
+    with pytest.raises(MemoryNodeError, match="the token is not the one of this mem"):
+        connect(node_with_token, token_of(other_token_file))
+
+
+def test_no_token(node_with_token: NodeProcess) -> None:
+    message = "it asks for a token, and none was given. Set auth_token"
     with pytest.raises(MemoryNodeError, match=message):
-        connect(node_with_token, credentials)
+        connect(node_with_token, NO_CREDENTIALS)
 
 
-def test_no_token_in_the_log(node_with_token: NodeProcess, token_file: Path) -> None:
+def test_renewed_token(start_node: StartNode, tmp_path: Path) -> None:
+    """Both sides read it per connection; what cannot be read admits nobody."""
+    theirs, ours = tmp_path / "node-token", tmp_path / "engine-token"
+    for path in (theirs, ours):
+        path.touch(mode=0o600)
+        path.write_text("a" * 64)
+    node = start_node(LOOPBACK, "--auth-token-file", str(theirs))
+    with closing(ControlClient(node.address, 5, token_of(ours))) as before:
+        theirs.write_text("b" * 64)
+        with pytest.raises(MemoryNodeError, match="the token is not the one"):
+            connect(node, token_of(ours))
+        ours.write_text("b" * 64)
+        connect(node, token_of(ours))
+        before.ping(5)
+    theirs.unlink()
+    with pytest.raises(MemoryNodeError, match="the connection broke"):
+        connect(node, token_of(ours))
+    refusal = f"refused a connection of 127.0.0.1: here, auth_token_file '{theirs}'"
+    assert eventually(lambda: refusal in node.log())
+    ours.chmod(0o644)
+    with pytest.raises(MemoryNodeError, match="here, auth_token_file .* has mode 0644"):
+        connect(node, token_of(ours))
+
+
+def test_no_token_in_the_log(
+    node_with_token: NodeProcess, token_file: Path, other_token_file: Path
+) -> None:
     with pytest.raises(MemoryNodeError):
-        connect(node_with_token, Credentials(OTHER_TOKEN))
+        connect(node_with_token, token_of(other_token_file))
     refusal = "refused a connection of 127.0.0.1: the token is not the one"
     assert eventually(lambda: refusal in node_with_token.log())
-    assert OTHER_TOKEN.decode() not in node_with_token.log()
+    assert other_token_file.read_text() not in node_with_token.log()
     assert token_file.read_text().strip() not in node_with_token.log()
-    assert OTHER_TOKEN.decode() not in repr(Credentials(OTHER_TOKEN))
 
 
 def test_replayed_handshake(node_with_token: NodeProcess, token_file: Path) -> None:
     """What was overheard on one connection opens no other."""
-    token = read_token(str(token_file))
+    token = token_of(token_file).read_token()
     address = Address.parse(node_with_token.address)
     with address.connect(5) as first, address.connect(5) as second:
         theirs = call(first, "node", HELLO, Challenge, 5).nonce
@@ -134,7 +156,7 @@ def test_nothing_secret_travels(node_with_token: NodeProcess, token_file: Path) 
     heard = bytearray()
     address = overhear(node_with_token, heard)
     ControlClient(address, 5, token_of(token_file)).close()
-    token = read_token(str(token_file))
+    token = token_of(token_file).read_token()
     assert len(heard) > 200
     assert token not in heard
     assert bytes.fromhex(token.decode()) not in heard
@@ -167,10 +189,10 @@ def test_impostor(node_with_token: NodeProcess, token_file: Path) -> None:
         ControlClient(address, 5, credentials)
 
 
-def test_node_without_a_token(node: NodeProcess) -> None:
+def test_node_without_a_token(node: NodeProcess, other_token_file: Path) -> None:
     """Where the engine has a token, whoever listens on a port must prove it."""
     with pytest.raises(MemoryNodeError, match="it asks for no token, and auth_token"):
-        connect(node, Credentials(OTHER_TOKEN))
+        connect(node, token_of(other_token_file))
 
 
 def test_insecure_warns(start_node: StartNode) -> None:
@@ -219,7 +241,7 @@ def test_token_file(
         path.write_text(content)
         path.chmod(mode)
     with pytest.raises(ValueError, match=message) as error:
-        read_token(str(path))
+        token_of(path).read_token()
     assert "xxx" not in str(error.value)
     options = ("--kv-cache-gib", "0.1", "--auth-token-file", str(path))
     ended = subprocess.run(

@@ -18,7 +18,7 @@ from vllm_attn_offload.transport.negotiate import (
 )
 from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 from vllm_attn_offload.transport.socket_transport import SocketTransport
-from vllm_attn_offload.transport.tls import compute_context, node_context
+from vllm_attn_offload.transport.trust import Credentials
 
 STALL_TIMEOUT_S = 0.6
 SLOT_BYTES = 8 << 20
@@ -49,15 +49,14 @@ def tls_pair(directory: Path) -> Sockets:
             check=True,
             capture_output=True,
         )
-    files = (str(cert), str(key), str(cert))
+    files = Credentials("", str(cert), str(key), str(cert))
+    node, compute = files.node_context(), files.compute_context()
+    assert node is not None
+    assert compute is not None
     ours, theirs = tcp_pair()
     with ThreadPoolExecutor() as executor:
-        accepted = executor.submit(
-            node_context(*files).wrap_socket, theirs, server_side=True
-        )
-        connected = compute_context(*files).wrap_socket(
-            ours, server_hostname="127.0.0.1"
-        )
+        accepted = executor.submit(node.wrap_socket, theirs, server_side=True)
+        connected = compute.wrap_socket(ours, server_hostname="127.0.0.1")
         return connected, accepted.result(5)
 
 

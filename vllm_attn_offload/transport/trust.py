@@ -1,68 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one side shows another host: a shared token, and a certificate for TLS."""
+"""Trust between both sides of a connection: a shared token, and certificates for TLS.
+
+The token never travels. Either side answers a fresh nonce of the other with an
+HMAC-SHA-256 (RFC 2104) over its role, the protocol hash and both nonces: an answer
+serves one connection and one side.
+"""
 
 from __future__ import annotations
 
+import hmac
 import os
+import secrets
 import ssl
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 
-from vllm_attn_offload.transport.tls import compute_context, node_context
+from vllm_attn_offload.protocol.messages import NONCE_BYTES, compatibility_hash
 
 MIN_TOKEN_BYTES = 32
 _MAX_TOKEN_BYTES = 4096
 
 
+class Role(Enum):
+    """The side that proves; a proof of one side is none of the other."""
+
+    COMPUTE_NODE = b"compute node"
+    MEMORY_NODE = b"memory node"
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Secrets and certificates of one side; none where peers need not be known.
+    """Files of one side, read again for every connection.
 
-    ``token`` is what both sides must know; empty: none is asked for. ``tls`` encrypts
-    TCP connections; None: they are plain.
+    A token or certificate that was renewed therefore holds for the next connection.
+
+    Attributes:
+        auth_token_file: Token that both sides must know; empty: none is asked for.
+        tls_cert: Certificate (PEM) for encrypted TCP connections; empty: they are
+            plain, and so are the next two.
+        tls_key: Private key (PEM) of ``tls_cert``, without a password.
+        tls_ca: Authority (PEM) that signed the certificates of both sides.
     """
 
-    token: bytes = field(default=b"", repr=False)
-    tls: ssl.SSLContext | None = None
+    auth_token_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
 
-    @classmethod
-    def of_compute_node(
-        cls, auth_token_file: str, tls_cert: str, tls_key: str, tls_ca: str
-    ) -> Credentials:
-        """Read the files of an engine or worker; empty names stand for none.
+    def read_token(self) -> bytes:
+        """Read the token; blanks around it are not part of it.
 
-        Raises:
-            ValueError: A file is missing, open to others, or cannot be used.
-        """
-        token = read_token(auth_token_file) if auth_token_file else b""
-        if not any((tls_cert, tls_key, tls_ca)):
-            return cls(token)
-        return cls(token, compute_context(tls_cert, tls_key, tls_ca))
-
-    @classmethod
-    def of_memory_node(
-        cls, auth_token_file: str, tls_cert: str, tls_key: str, tls_ca: str
-    ) -> Credentials:
-        """Read the files of a memory node; empty names stand for none.
+        Returns:
+            ``MIN_TOKEN_BYTES`` or more; none where no file is named.
 
         Raises:
-            ValueError: A file is missing, open to others, or cannot be used.
+            ValueError: The file is missing, readable by others, or the token too short.
         """
-        token = read_token(auth_token_file) if auth_token_file else b""
-        if not any((tls_cert, tls_key, tls_ca)):
-            return cls(token)
-        return cls(token, node_context(tls_cert, tls_key, tls_ca))
+        return _read_token(self.auth_token_file) if self.auth_token_file else b""
+
+    def compute_context(self) -> ssl.SSLContext | None:
+        """Context of a compute node, which also compares the node's name or address.
+
+        Raises:
+            ValueError: A file is missing or cannot be used.
+        """
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def node_context(self) -> ssl.SSLContext | None:
+        """Context of a memory node, which asks every peer for a certificate.
+
+        Raises:
+            ValueError: A file is missing or cannot be used.
+        """
+        return self._context(ssl.PROTOCOL_TLS_SERVER)
+
+    def _context(self, protocol: int) -> ssl.SSLContext | None:
+        names = ("tls_cert", "tls_key", "tls_ca")
+        files = {name: str(getattr(self, name)) for name in names}
+        check_complete(files)
+        if not self.tls_cert:
+            return None
+        for name, path in files.items():
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"{name} {path!r} is not a file. Allowed: a readable file in PEM "
+                    "format. Give all three of tls_cert, tls_key and tls_ca, or none."
+                )
+        try:
+            return _context_of(protocol, **files)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the TLS files {', '.join(map(repr, files.values()))} cannot be used "
+                f"({error}). Allowed: a certificate, its private key without a "
+                "password, and the certificate of the authority that signed both "
+                "sides, all in PEM format. Check that the key belongs to the "
+                "certificate."
+            ) from error
 
 
 NO_CREDENTIALS = Credentials()
 
 
-def read_token(path: str) -> bytes:
-    """Read a token; blanks around it are not part of it.
+def check_complete(tls_options: Mapping[str, str]) -> None:
+    """Check that all TLS files are named, or none.
+
+    Args:
+        tls_options: Files by option, as the user spells it: certificate, key,
+            authority.
 
     Raises:
-        ValueError: The file is missing, readable by others, or the token too short.
+        ValueError: Only some are named.
     """
+    missing = [name for name, path in tls_options.items() if not path]
+    if missing and len(missing) < len(tls_options):
+        *first, last = tls_options
+        raise ValueError(
+            f"only some of {', '.join(first)} and {last} were given. Allowed: all "
+            f"three, or none. Give the missing ones: {', '.join(missing)}."
+        )
+
+
+def new_nonce() -> bytes:
+    """Return ``NONCE_BYTES`` random bytes that no connection had before."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def prove(token: bytes, role: Role, node_nonce: bytes, compute_nonce: bytes) -> bytes:
+    """Compute from the two nonces what only a holder of ``token`` can.
+
+    Returns:
+        32 bytes.
+    """
+    parts = (role.value, compatibility_hash().encode(), node_nonce, compute_nonce)
+    # Lengths in front: no two lists of parts give the same bytes.
+    message = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+    return hmac.digest(token, message, "sha256")
+
+
+def is_proof(
+    proof: bytes, token: bytes, role: Role, node_nonce: bytes, compute_nonce: bytes
+) -> bool:
+    """Compare ``proof`` with that of ``role``, in constant time."""
+    expected = prove(token, role, node_nonce, compute_nonce)
+    return hmac.compare_digest(proof, expected)
+
+
+def _read_token(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -85,3 +170,23 @@ def read_token(path: str) -> bytes:
             "openssl rand -hex 32"
         )
     return token
+
+
+def _context_of(
+    protocol: int, tls_cert: str, tls_key: str, tls_ca: str
+) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        # Connections are never resumed, and a ticket would lie in the socket as if
+        # the node had something to say.
+        context.num_tickets = 0
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(tls_cert, tls_key, password=_no_password)
+    context.load_verify_locations(tls_ca)
+    return context
+
+
+def _no_password() -> str:
+    # Asked only for an encrypted key; OpenSSL's own prompt would wait for a terminal.
+    raise ValueError("the private key is encrypted")
