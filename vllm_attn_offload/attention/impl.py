@@ -11,6 +11,11 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_attn_offload.attention.layer_exchange import LayerExchange
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
+_FUSED_QUANTISATION = (
+    "Attention offloading does not support fused output quantisation. Allowed: "
+    "unquantised attention output. Disable fuse_attn_quant."
+)
+
 
 class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
     """Attention of a layer whose KV blocks live on memory nodes.
@@ -88,8 +93,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             attn_metadata: The step, or None in most profiling and warm-up runs.
             output: ``[num_tokens, num_heads, v_head_size]``, filled in place; rows
                 that only pad the batch stay as they are.
-            output_scale: Fused output quantisation, refused.
-            output_block_scale: Fused output quantisation, refused.
+            output_scale: Fused output quantisation, refused as its block scale is.
 
         Returns:
             ``output``.
@@ -102,10 +106,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         if attn_metadata is None or exchange is None:
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
-            raise ValueError(
-                "Attention offloading does not support fused output quantisation. "
-                "Allowed: unquantised attention output. Disable fuse_attn_quant."
-            )
+            raise ValueError(_FUSED_QUANTISATION)
         qkv, out = (query, key, value), output
         num_tokens = attn_metadata.num_tokens
         if query.shape[0] != num_tokens:

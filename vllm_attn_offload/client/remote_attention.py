@@ -11,22 +11,15 @@ import torch
 
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.loss_guard import LossGuard
-from vllm_attn_offload.client.node_client import Attachment, NodeClient
+from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.node_exchange import NodeExchange
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
-from vllm_attn_offload.client.partition import (
-    Partition,
-    PartitionKind,
-    shard_geometry,
-)
+from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.step_partition import StepPartition, partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import SessionGeometry
-from vllm_attn_offload.protocol.messages import AttachSession
 from vllm_attn_offload.protocol.step import StepMetadata
-from vllm_attn_offload.transport.shared_device import SharedDevice
-from vllm_attn_offload.transport.trust import Credentials
 
 #: Attention is allowed to read KV at this rate before its node counts as lost.
 _SLOWEST_BYTES_PER_S = 50e6
@@ -82,58 +75,6 @@ class RemoteAttention:
         self._exchanges: list[list[NodeExchange]] = []
         self._times = ExchangeTimes()
         self._step = 0
-
-    @classmethod
-    def connect(
-        cls,
-        attachments: Sequence[Attachment],
-        kind: PartitionKind,
-        geometry: SessionGeometry,
-        *,
-        timeout_s: float,
-        credentials: Credentials,
-        tolerate_loss: bool,
-        worker_kv_bytes: int,
-        device: SharedDevice | None = None,
-    ) -> RemoteAttention:
-        """Open a data channel to every node.
-
-        Args:
-            attachments: The worker's session on each node.
-            kind: What is divided between the nodes.
-            geometry: The worker's layers, undivided.
-            timeout_s: Deadline for every answer of a node.
-            credentials: Token and certificates.
-            tolerate_loss: As in the constructor.
-            worker_kv_bytes: KV cache that the worker holds itself, for the nodes'
-                counters.
-            device: Device of the layers, where memory of a node can be mapped there.
-
-        Raises:
-            MemoryNodeError: A node is gone or refuses the session.
-        """
-        digest = shard_geometry(geometry, kind, len(attachments)).digest()
-        # Parts of several nodes are cut, and merged, on the host.
-        device = device if len(attachments) == 1 else None
-        clients: list[NodeClient] = []
-        try:
-            for each in attachments:
-                request = AttachSession(
-                    each.session,
-                    each.attach_token,
-                    each.generation,
-                    digest,
-                    worker_kv_bytes,
-                )
-                clients.append(
-                    NodeClient(each.address, request, timeout_s, credentials, device)
-                )
-        except MemoryNodeError:
-            for client in clients:
-                client.close()
-            raise
-        partition = Partition(kind, tuple(each.num_blocks for each in attachments))
-        return cls(clients, partition, geometry, tolerate_loss=tolerate_loss)
 
     @property
     def loss(self) -> MemoryNodeError | None:

@@ -18,6 +18,7 @@ from vllm_attn_offload.attention.micro_batch.runner import (
     MicroBatchRunner,
     wrap_model,
 )
+from vllm_attn_offload.client.connect import connect_nodes
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.client.partition import PartitionKind
 from vllm_attn_offload.client.remote_attention import RemoteAttention
@@ -107,7 +108,7 @@ class AttentionOffloadWorker(_WorkerBase):
             self._nodes.close()
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         try:
-            self._nodes = RemoteAttention.connect(
+            self._nodes = connect_nodes(
                 attachments[self.rank],
                 kind,
                 self.session_geometry(),

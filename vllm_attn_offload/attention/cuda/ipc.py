@@ -48,6 +48,26 @@ class SharedRows:
         Raises:
             MemoryNodeError: The node is gone, too slow, or refused the layer.
         """
+        if not self._post(step, layer, qkv):
+            return False
+        metadata.let_others_compute()
+
+        def use(reply: torch.Tensor) -> Callable[[], None]:
+            source = reply.view(output.dtype).view(output.shape)
+            self._streams.launch(lambda: output.copy_(source))
+            return self._reached()
+
+        num_bytes = output.numel() * output.element_size()
+        if not self._nodes.collect_rows(step, layer, num_bytes, use):
+            self._streams.launch(output.zero_)
+        return True
+
+    def _post(
+        self,
+        step: SentStep,
+        layer: int,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> bool:
         query = qkv[0]
         num_bytes = sum(part.numel() for part in qkv) * query.element_size()
         buffer = self._nodes.rows_buffer(step, num_bytes)
@@ -59,16 +79,6 @@ class SharedRows:
         # Micro-batches share the next slot: nobody else may send until this is.
         self._reached()()
         self._nodes.post_rows(step, layer, num_bytes)
-        metadata.let_others_compute()
-
-        def use(reply: torch.Tensor) -> Callable[[], None]:
-            source = reply.view(output.dtype).view(output.shape)
-            self._streams.launch(lambda: output.copy_(source))
-            return self._reached()
-
-        num_bytes = output.numel() * output.element_size()
-        if not self._nodes.collect_rows(step, layer, num_bytes, use):
-            self._streams.launch(output.zero_)
         return True
 
     def _reached(self) -> Callable[[], None]:
