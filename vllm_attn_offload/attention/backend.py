@@ -55,7 +55,7 @@ class AttentionOffloadBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        """As FlashAttention."""
+        """Same as FlashAttention."""
         return capability >= _MIN_CAPABILITY
 
     @classmethod

@@ -70,7 +70,7 @@ class ControlClient:
         return self._call(GetStats(), Stats)
 
     def refresh_info(self) -> NodeInfo:
-        """What the node is and how much of it is free now."""
+        """Description of the node, and how much of it is free now."""
         self.info = self.stats().node
         return self.info
 

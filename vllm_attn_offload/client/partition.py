@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an engine's KV blocks are divided between its memory nodes."""
+"""Division of an engine's KV blocks between its memory nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTITION_OPTIONS = ("heads", "blocks", "auto")
 
 @dataclass(frozen=True)
 class Partition:
-    """Which node holds what.
+    """Division of the blocks, or of the heads, between nodes.
 
     ``heads``: node *j* holds KV heads ``[j * H / N, (j + 1) * H / N)`` of every block.
     ``blocks``: every block lies on one node, by a fixed table in which nodes alternate

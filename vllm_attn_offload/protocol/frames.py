@@ -9,7 +9,7 @@ from enum import IntEnum, IntFlag
 
 
 class FrameKind(IntEnum):
-    """What a frame carries."""
+    """Content of a frame."""
 
     STEP = 1
     LAYER = 2
@@ -57,7 +57,7 @@ class FrameHeader:
     num_bytes: int = 0
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
-        """Write the header to the front of ``buffer``."""
+        """Write the header to ``buffer[:32]``."""
         FRAME_HEADER.pack_into(
             buffer,
             0,
@@ -72,7 +72,7 @@ class FrameHeader:
         )
 
     def unpack_from(self, buffer: bytes | bytearray | memoryview) -> bool:
-        """Read the header from the front of ``buffer``; False if it is not one."""
+        """Read the header from ``buffer[:32]``; False if it is not one."""
         (
             magic,
             self.kind,

@@ -94,7 +94,7 @@ class Authenticated(_Message, frozen=True, tag="authenticated"):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which part of an engine's attention a session serves."""
+    """Part of an engine's attention that a session serves."""
 
     tp_rank: Index = 0
     tp_size: Count = 1
@@ -138,7 +138,7 @@ class SessionOpened(_Message, frozen=True, tag="session_opened"):
 
 
 class ChannelOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a worker brings to a data channel: CPUs, busy threads, shared memory.
+    """Resources of a worker for a data channel: CPUs, busy threads, shared memory.
 
     ``device`` names the GPU that it can map memory on; "": none.
     """
@@ -227,7 +227,7 @@ class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one session holds, and its counters."""
+    """Memory of one session, and its counters."""
 
     engine: str
     tp_rank: int

@@ -110,7 +110,7 @@ class RemoteRows:
         self._device_lse: torch.Tensor | None = None
 
     def host_out(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory of the host for rows of a device tensor."""
+        """Host tensor of the shape ``[num_rows, ...]`` and dtype of ``like``."""
         host, _ = self._pair("out", tuple(like.shape), like.dtype)
         return host
 

@@ -24,7 +24,7 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
 
 
 class _MicroBatchBuffers:
-    """What one micro-batch has of its own: a copy stream, rows out, rows back."""
+    """Buffers of one micro-batch: a copy stream, rows out, rows back."""
 
     def __init__(self, nodes: RemoteAttention, streams: DeviceStreams) -> None:
         self.streams = streams

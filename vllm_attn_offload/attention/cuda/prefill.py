@@ -14,7 +14,7 @@ from vllm_attn_offload.attention.cuda.metadata import CudaStep
 
 @dataclass(frozen=True, slots=True)
 class RemotePart:
-    """What nodes attended, on the device.
+    """Attention output of the nodes, on the device.
 
     Args:
         out: ``[num_rows, num_heads, v_head_size]``.
@@ -54,11 +54,11 @@ class LocalAttention(Protocol):
     def merge(
         self, output: torch.Tensor, lse: torch.Tensor, remote: RemotePart
     ) -> None:
-        """Complete ``output`` by what nodes attended.
+        """Merge the nodes' part of the attention into ``output``.
 
         Args:
-            output: As `attend` filled it.
-            lse: Result of `attend`.
+            output: ``[num_tokens, num_heads, v_head_size]``, as `attend` filled it.
+            lse: ``[num_heads, num_tokens]`` fp32, result of `attend`.
             remote: The other part.
         """
 
@@ -97,7 +97,7 @@ class FlashPrefill:
         step: CudaStep,
         softmax_scale: float,
     ) -> torch.Tensor:
-        """Causal attention of every request over its own rows of this step.
+        """Attend as `LocalAttention.attend`; shapes ``[num_tokens, heads, size]``.
 
         Requests with one row come along: leaving them out costs more than they do.
         """
@@ -121,12 +121,12 @@ class FlashPrefill:
     def merge(
         self, output: torch.Tensor, lse: torch.Tensor, remote: RemotePart
     ) -> None:
-        """Complete ``output`` by what nodes attended."""
+        """Merge into ``output`` ``[num_tokens, num_heads, v_head_size]``."""
         merge_remote(output, lse, remote)
 
 
 def merge_remote(output: torch.Tensor, lse: torch.Tensor, remote: RemotePart) -> None:
-    """Complete local attention by what nodes attended, on any device.
+    """Merge the nodes' part into local attention, on any device.
 
     Args:
         output: ``[num_tokens, num_heads, v_head_size]``, the local part.

@@ -36,7 +36,12 @@ class LayerStores:
         layer: int,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
-        """Take a layer's rows; q is not sent.
+        """Copy out a layer's rows and send k and v in the background.
+
+        Args:
+            step: Result of ``begin_step``.
+            layer: Index of the layer in the session's geometry.
+            qkv: ``[num_tokens, heads, size]`` each, on the device; q is not sent.
 
         Raises:
             MemoryNodeError: An earlier layer could not be sent.

@@ -29,7 +29,10 @@ class DeviceStreams(Protocol):
         """Let later copies wait for what the compute stream holds now."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue on the copy stream; one side is a dense tensor of `host_buffer`."""
+        """Copy ``source`` to ``target``, ``[...]`` alike, on the copy stream.
+
+        One side is a dense tensor of `host_buffer`.
+        """
 
     def mark(self) -> Mark:
         """The end of what the copy stream holds now."""
@@ -70,7 +73,7 @@ class CudaStreams:
         self._copies.wait_event(self._forked)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy between pinned and device memory."""
+        """Copy between pinned and device memory, ``[...]`` alike."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 

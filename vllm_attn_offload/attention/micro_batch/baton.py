@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of two micro-batches computes: the one that holds the baton."""
+"""The micro-batch that holds the baton computes; the other one waits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a decode step is worth two micro-batches, by the times of earlier steps."""
+"""Chooses one or two micro-batches for a decode step, by the times of earlier steps."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class _Regime:
 
     @property
     def wait_share(self) -> float:
-        """Of a whole step."""
+        """Share of a whole step that is spent waiting."""
         return sum(self.wait_s) / sum(self.whole_s)
 
     def wants_cut(self) -> bool:
-        """Of the next step."""
+        """True if the next step should be split."""
         return self.is_cut if self.is_decided else len(self.whole_s) >= NUM_SAMPLES
 
     def add(self, is_cut: bool, step_s: float, wait_s: float) -> bool:
@@ -115,7 +115,7 @@ class MicroBatchChoice:
 
     @property
     def may_cut(self) -> bool:
-        """Whether any step may be cut."""
+        """True if any step may be split."""
         return self._option != 1
 
     def wants_cut(self, num_rows: int, num_tokens: int) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which LoRA adapters the rows of a micro-batch use."""
+"""LoRA adapters of the rows of a micro-batch."""
 
 from __future__ import annotations
 

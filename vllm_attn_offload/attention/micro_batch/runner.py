@@ -220,7 +220,7 @@ def _step_of(inputs: Inputs) -> AttentionOffloadMetadata | None:
 
 
 def _num_rows(inputs: Inputs) -> int:
-    """Of a batch that may be padded to a captured graph's size."""
+    """Rows of a batch that may be padded to a captured graph's size."""
     return next(
         value.shape[-1 if name in _ROWS_LAST else 0]
         for name, value in inputs.items()

@@ -12,7 +12,7 @@ from vllm_attn_offload.protocol.step import StepMetadata
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """What a step's parts are predicted to take, in any unit of time.
+    """Predicted times of a step's parts, in any unit of time.
 
     Args:
         row: Compute of one row in all layers.
@@ -57,7 +57,7 @@ def choose_cut(batch: StepMetadata, block_size: int, costs: StepCosts) -> int | 
 
 
 def shares_written(batch: StepMetadata, block_size: int) -> bool:
-    """Whether a request of a decode step reads a block that another one completes.
+    """True if a request of a decode step reads a block that another one completes.
 
     vLLM caches a block when the step that fills it is scheduled
     (`KVCacheManager.allocate_slots`, running requests first), and a waiting request
