@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,3 +110,51 @@ def test_node_is_late(tmp_path: Path) -> None:
             tmp_path / "run", kv_cache_gib=0.1, cpus="", startup_timeout_s=0.01
         )
     assert not (tmp_path / "run").exists()
+    assert psutil.Process().children() == []
+
+
+def test_no_descriptors_are_left(tmp_path: Path) -> None:
+    """Wherever the start fails for it, nothing stays: no process, pipe or directory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = sorted(os.listdir("/proc/self/fd"))
+    started = 0
+    for num_free in range(10):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free() + num_free, hard))
+        try:
+            with contextlib.suppress(MemoryNodeError):
+                node = MemoryNodeProcess(
+                    tmp_path / "run", kv_cache_gib=0.1, cpus="", startup_timeout_s=30
+                )
+                started += 1
+                node.stop()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert psutil.Process().children() == []
+        assert not (tmp_path / "run").exists()
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    assert 0 < started < 10
+
+
+def first_free() -> int:
+    """The lowest descriptor that is not in use: as a limit, it leaves none."""
+    with open(os.devnull, "rb") as file:
+        return file.fileno()
+
+
+def test_many_descriptors_are_open(tmp_path: Path) -> None:
+    """Pipes get numbers that select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"only {hard} descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(1100):
+                opened.enter_context(open(os.devnull, "rb"))
+            node = MemoryNodeProcess(
+                tmp_path / "run", kv_cache_gib=0.1, cpus="", startup_timeout_s=30
+            )
+            node.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert is_gone(node.pid)

@@ -6,19 +6,20 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from vllm_attn_offload.errors import MemoryNodeError
 
+_MODULE = "vllm_attn_offload.memory_node.main"
+_SOCKET = "node.sock"
 _STOP_TIMEOUT_S = 5.0
 
 
 def local_address(directory: Path) -> str:
     """Address of the node that ``MemoryNodeProcess`` starts in a directory."""
-    return f"unix:{directory / 'node.sock'}"
+    return f"unix:{directory / _SOCKET}"
 
 
 class MemoryNodeProcess:
@@ -35,7 +36,8 @@ class MemoryNodeProcess:
         device: What holds the blocks, as ``--device`` takes it.
 
     Raises:
-        MemoryNodeError: The node ended or did not announce itself in time.
+        MemoryNodeError: The node could not be started, ended, or did not announce
+            itself in time; nothing of it is left.
     """
 
     def __init__(
@@ -48,63 +50,44 @@ class MemoryNodeProcess:
         device: str = "cpu",
     ) -> None:
         self._directory = directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.address = local_address(directory)
-        ready_read, ready_write = os.pipe()
-        parent_read, self._parent_write = os.pipe()
-        command = [
-            # -P: a checkout in the current directory is not what was installed.
-            *(sys.executable, "-P", "-m", "vllm_attn_offload.memory_node.main"),
-            *("--listen", self.address),
-            *("--device", device),
-            *("--ready-fd", str(ready_write)),
-            *("--parent-fd", str(parent_read)),
-        ]
+        self._parent_write = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        options = ["--listen", self.address, "--device", device]
         if kv_cache_gib is not None:
             # All digits: a node that replaces another must hold the same to the byte.
-            command += ["--kv-cache-gib", repr(kv_cache_gib)]
+            options += ["--kv-cache-gib", repr(kv_cache_gib)]
         if cpus:
-            command += ["--cpus", cpus]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            pass_fds=(ready_write, parent_read),
-            # A Ctrl-C in the terminal must reach the engine only: it stops the node.
-            start_new_session=True,
-        )
-        os.close(ready_write)
-        os.close(parent_read)
+            options += ["--cpus", cpus]
         try:
-            self._wait_until_ready(ready_read, startup_timeout_s)
-        except MemoryNodeError:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._start(options, startup_timeout_s)
+        except OSError as error:
+            self.stop()
+            raise MemoryNodeError(
+                self.address,
+                f"it could not be started ({error}). A node needs a directory, a "
+                "process and a few file descriptors. Free or allow more of what is "
+                "missing (ulimit -a).",
+            ) from error
+        except BaseException:
             self.stop()
             raise
-        finally:
-            os.close(ready_read)
 
     @property
     def pid(self) -> int:
         """Process id of the node."""
+        assert self._process is not None
         return self._process.pid
 
-    def _wait_until_ready(self, ready_fd: int, timeout_s: float) -> None:
-        readable, _, _ = select.select([ready_fd], [], [], timeout_s)
-        if not readable:
-            raise MemoryNodeError(
-                self.address,
-                f"it was not ready within {timeout_s:g} s. Raise startup_timeout_s.",
-            )
-        if not os.read(ready_fd, 4096):
-            code = self._process.wait(_STOP_TIMEOUT_S)
-            raise MemoryNodeError(
-                self.address,
-                f"it ended at start with exit code {code}. Its message is above; "
-                "check kv_cache_gib and local_node_cpus.",
-            )
-
     def kill(self) -> None:
-        """End the node at once, also where it is stopped or hangs."""
-        self._process.kill()
+        """End the node at once, also where it is stopped or hangs.
+
+        Raises:
+            MemoryNodeError: As ``stop``.
+        """
+        if self._process is not None:
+            self._process.kill()
         self.stop()
 
     def request_stop(self) -> None:
@@ -114,13 +97,72 @@ class MemoryNodeProcess:
             self._parent_write = -1
 
     def stop(self) -> None:
-        """End the node and remove its directory. Safe to call twice."""
+        """End the node and remove its directory. Safe to call twice.
+
+        Raises:
+            MemoryNodeError: It was killed, and the kernel has not ended it yet.
+        """
         self.request_stop()
-        with contextlib.suppress(ProcessLookupError):
+        if self._process is not None:
             self._process.terminate()
+            self._end(self._process)
+        # Not rmtree, which needs a descriptor.
+        with contextlib.suppress(OSError):
+            (self._directory / _SOCKET).unlink(missing_ok=True)
+            self._directory.rmdir()
+
+    def _start(self, options: list[str], timeout_s: float) -> None:
+        parent_read, self._parent_write = os.pipe()
+        with os.fdopen(parent_read, "rb"):
+            ready_read, ready_write = os.pipe()
+            with os.fdopen(ready_read, "rb"):
+                with os.fdopen(ready_write, "wb"):
+                    self._process = subprocess.Popen(
+                        [
+                            # -P: a checkout in the current directory is not what was
+                            # installed.
+                            *(sys.executable, "-P", "-m", _MODULE),
+                            *options,
+                            *("--ready-fd", str(ready_write)),
+                            *("--parent-fd", str(parent_read)),
+                        ],
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=(ready_write, parent_read),
+                        # A Ctrl-C in the terminal must reach the engine only: it stops
+                        # the node.
+                        start_new_session=True,
+                    )
+                self._wait_until_ready(self._process, ready_read, timeout_s)
+
+    def _wait_until_ready(
+        self, process: subprocess.Popen[bytes], ready_fd: int, timeout_s: float
+    ) -> None:
+        # Not select: it takes no descriptor from 1,024 on.
+        poller = select.poll()
+        poller.register(ready_fd, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            raise MemoryNodeError(
+                self.address,
+                f"it was not ready within {timeout_s:g} s. Raise startup_timeout_s.",
+            )
+        if not os.read(ready_fd, 4096):
+            code = self._end(process)
+            raise MemoryNodeError(
+                self.address,
+                f"it ended at start with exit code {code}. Its message is above; "
+                "check kv_cache_gib and local_node_cpus.",
+            )
+
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
+        """Return the exit code of the node, which is ended if it does not end."""
         try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_STOP_TIMEOUT_S)
-        shutil.rmtree(self._directory, ignore_errors=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_STOP_TIMEOUT_S)
+            process.kill()
+            return process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise MemoryNodeError(
+                self.address,
+                f"process {process.pid} was killed and has not ended within "
+                f"{_STOP_TIMEOUT_S:g} s. Its memory is not free before.",
+            ) from error
