@@ -30,7 +30,7 @@ from vllm_attn_offload.native.library import check_version, find_library
 #: Codes of ``abi.h``.
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 
-_OK = 0
+_OK, _UNFINISHED = 0, 1
 _ADVICE = {
     -1: "Lower the batch size or the context length, or add memory.",
     -2: "Use head sizes that are multiples of 8 up to 576, and at least one block, one "
@@ -158,7 +158,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ao_plan_create": (c_void_p, [c_void_p]),
     "ao_plan_destroy": (None, [c_void_p]),
     "ao_plan_step": (c_int32, [c_void_p, c_void_p, POINTER(PlanInput)]),
-    "ao_attend": (c_int32, [c_void_p, c_void_p, POINTER(AttendInput)]),
+    "ao_attend": (c_int32, [c_void_p, c_void_p, POINTER(AttendInput), c_int64]),
     "ao_read_seconds": (c_double, [c_void_p, c_void_p, c_int64]),
 }
 
@@ -275,11 +275,28 @@ class CpuKernelLibrary:
         if status != _OK:
             self._raise(status, "plan_step")
 
-    def attend(self, pool: int, plan: int, call: AttendInput) -> None:
-        """Run the planned attention of one layer; rows without a visible key get 0."""
-        status = self._c.ao_attend(pool, plan, call)
-        if status != _OK:
+    def attend(
+        self, pool: int, plan: int, call: AttendInput, budget_us: int = 0
+    ) -> bool:
+        """Run the planned attention of one layer, or a slice of it.
+
+        Rows without a visible key get 0 and an LSE of -inf. The result does not depend
+        on the slices. `plan_step` and `destroy_plan` abandon an unfinished layer.
+
+        Args:
+            call: The same, with the same contents, for every slice of a layer.
+            budget_us: Stop soon after this; each call makes progress. 0 for no limit.
+
+        Returns:
+            True once the layer is finished; False where the next call goes on.
+
+        Raises:
+            ValueError: A dtype that is not supported.
+        """
+        status = self._c.ao_attend(pool, plan, call, budget_us * 1000)
+        if status not in (_OK, _UNFINISHED):
             self._raise(status, "attend")
+        return status == _OK
 
     def read_seconds(self, pool: int, address: int, num_bytes: int) -> float:
         """Seconds that all threads of the pool take to read the memory once."""

@@ -43,7 +43,10 @@ class Signal(Structure):
 
 
 class Receive(Structure):
-    """A buffer to be filled from a socket, and how far an unfinished call is."""
+    """A buffer to be filled from a socket, and how far an unfinished call is.
+
+    ``error`` is ETIMEDOUT where bytes came until the deadline of the whole buffer.
+    """
 
     _fields_ = [
         ("data", c_void_p),
@@ -54,6 +57,7 @@ class Receive(Structure):
         ("socket", c_int32),
         ("stall_ms", c_int32),
         ("error", c_int32),
+        ("deadline_ns", c_int64),
     ]
 
 

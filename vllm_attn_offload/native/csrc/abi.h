@@ -103,7 +103,8 @@ struct AoReceive {
   int64_t last_wait_ns;
   int32_t socket;
   int32_t stall_ms;  // longest pause after the first byte
-  int32_t error;     // errno of AO_WAIT_FAILED
+  int32_t error;     // errno of AO_WAIT_FAILED; ETIMEDOUT where bytes came too slowly
+  int64_t deadline_ns;  // of all bytes, while a call is interrupted; 0 at first
 };
 
 struct AoPool;
@@ -150,7 +151,8 @@ AO_EXPORT double ao_read_seconds(AoPool* pool, const void* data, int64_t bytes);
 // arguments, because each one that Python converts costs more than the call.
 // What was posted before the peer closed its socket is READY first.
 AO_EXPORT int32_t ao_signal_wait(AoSignal* signal, int32_t timeout_ms);
-// Fills data. timeout_ms is for the first byte.
+// Fills data within timeout_ms and 1 us per byte; where it is negative, within stall_ms
+// and 1 us per byte from the first one on.
 AO_EXPORT int32_t ao_receive(AoReceive* call, int32_t timeout_ms);
 // Raises the counter by one. What was written before is visible to a waiter that sees
 // it. Never blocks.

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cache.h"
@@ -18,10 +19,15 @@ struct AoPlan {
 
   // Copies what it needs of `input`. The plan is empty after an error.
   int32_t build(const AoPlanInput& input, int num_threads);
-  int32_t attend(AoPool* pool, const AoAttendInput& input);
+  int32_t attend(AoPool* pool, const AoAttendInput& input, int64_t budget_ns);
 
  private:
-  struct Work;
+  struct Slice;
+  // What a thread was at when the time of its slice was over.
+  struct Paused {
+    attn_offload::Span span;
+    std::unique_ptr<float[]> state;  // of a begun piece
+  };
 
   void clear();
   int32_t read_sequences(const AoPlanInput& input);
@@ -35,7 +41,14 @@ struct AoPlan {
   int32_t block_tiles(const attn_offload::BlockRef& block,
                       const attn_offload::Rows& rows, int32_t window) const;
   int32_t tile_cost(const attn_offload::Rows& rows) const;
-  void work(Work& work, attn_offload::Scratch* scratch);
+  void begin_layer();
+  int32_t num_chunks() const { return int32_t(chunk_begin_.size()) - 1; }
+  void work(Slice& slice, attn_offload::Scratch* scratch);
+  bool take(const Slice& slice, Paused* task);
+  bool pause(const Slice& slice, const attn_offload::Span& span,
+             const attn_offload::Scratch* scratch);
+  void merge_finished(const Slice& slice, int32_t begin, int32_t end,
+                      attn_offload::Scratch* scratch);
 
   const AoCache* const cache_;
   int32_t num_query_heads_ = 0;
@@ -54,6 +67,11 @@ struct AoPlan {
   std::vector<float> partials_;
   std::unique_ptr<std::atomic<int32_t>[]> pending_;  // partials a merge waits for
   size_t pending_size_ = 0;
+  // Of the layer that is being attended, kept between its slices.
+  bool is_running_ = false;
+  std::atomic<int32_t> next_chunk_{0};
+  std::mutex mutex_;  // guards paused_
+  std::vector<Paused> paused_;
 };
 
 #endif  // ATTN_OFFLOAD_PLAN_H_

@@ -15,6 +15,8 @@
 namespace attn_offload {
 namespace {
 
+// A peer that is slower than 1 MB/s on average is as good as silent; as in streams.py.
+constexpr int64_t kSlowestNsPerByte = 1000;
 constexpr short kSocketEvents = POLLIN | POLLRDHUP;
 
 // Poll's milliseconds, rounded up so that a deadline is never polled for in a loop.
@@ -59,8 +61,8 @@ int32_t block_on_signal(AoSignal* signal, int64_t deadline_ns) {
     if (polled[1].revents) return AO_WAIT_CLOSED;
     if (polled[0].revents & ~POLLIN) return AO_WAIT_CLOSED;
     if (polled[0].revents) drain(signal->doorbell);
-    if (count == 0 && timeout_ms >= 0 && remaining_ms(deadline_ns) == 0)
-      return AO_WAIT_TIMED_OUT;
+    // Also where the peer rings without end.
+    if (timeout_ms >= 0 && remaining_ms(deadline_ns) == 0) return AO_WAIT_TIMED_OUT;
   }
 }
 
@@ -83,6 +85,9 @@ int32_t take(AoReceive* call) {
   return AO_WAIT_READY;
 }
 
+// Of two deadlines; a negative one never comes.
+int64_t earlier(int64_t a, int64_t b) { return a < 0 || (b >= 0 && b < a) ? b : a; }
+
 int32_t block_on_socket(AoReceive* call, int64_t deadline_ns) {
   pollfd polled = {call->socket, POLLIN, 0};
   const int timeout_ms = remaining_ms(deadline_ns);
@@ -91,6 +96,42 @@ int32_t block_on_socket(AoReceive* call, int64_t deadline_ns) {
   if (count == 0) return AO_WAIT_TIMED_OUT;
   call->error = errno;
   return errno == EINTR ? AO_WAIT_INTERRUPTED : AO_WAIT_FAILED;
+}
+
+int32_t receive(AoReceive* call, int32_t timeout_ms) {
+  const int64_t started = now_ns();
+  const int64_t transfer_ns = call->num_bytes * kSlowestNsPerByte;
+  int64_t pause_end = deadline_of(started, call->received ? call->stall_ms : timeout_ms);
+  if (call->deadline_ns == 0 && timeout_ms >= 0)
+    call->deadline_ns = deadline_of(started, timeout_ms) + transfer_ns;
+  int64_t spin_ns = spin_for(call->spin_ns, call->last_wait_ns);
+  while (true) {
+    const int64_t before = call->received;
+    int32_t status = AO_WAIT_TIMED_OUT;
+    spin_until(spin_ns, [&] {
+      status = take(call);
+      return status != AO_WAIT_TIMED_OUT || call->received > before;
+    });
+    const bool has_progress = status == AO_WAIT_READY || call->received > before;
+    if (has_progress) {
+      const int64_t now = now_ns();
+      // The wait is for the first bytes; what follows shows the link's speed.
+      if (before == 0) call->last_wait_ns = now - started;
+      pause_end = deadline_of(now, call->stall_ms);
+      if (call->deadline_ns == 0) call->deadline_ns = pause_end + transfer_ns;
+    }
+    if (status != AO_WAIT_TIMED_OUT) return status;
+    const int64_t whole_end = call->deadline_ns == 0 ? -1 : call->deadline_ns;
+    if (call->received > 0 && remaining_ms(whole_end) == 0) {
+      call->error = ETIMEDOUT;
+      return AO_WAIT_TIMED_OUT;
+    }
+    if (has_progress && spin_ns > 0) continue;
+    status = block_on_socket(call, earlier(pause_end, whole_end));
+    if (status == AO_WAIT_TIMED_OUT && remaining_ms(pause_end) != 0) continue;
+    if (status != AO_WAIT_READY) return status;
+    spin_ns = 0;
+  }
 }
 
 }  // namespace
@@ -114,29 +155,10 @@ int32_t ao_signal_wait(AoSignal* signal, int32_t timeout_ms) {
 }
 
 int32_t ao_receive(AoReceive* call, int32_t timeout_ms) {
-  const int64_t started = now_ns();
-  int64_t deadline = deadline_of(started, call->received ? call->stall_ms : timeout_ms);
-  int64_t spin_ns = spin_for(call->spin_ns, call->last_wait_ns);
-  while (true) {
-    const int64_t before = call->received;
-    int32_t status = AO_WAIT_TIMED_OUT;
-    spin_until(spin_ns, [&] {
-      status = take(call);
-      return status != AO_WAIT_TIMED_OUT || call->received > before;
-    });
-    const bool has_progress = status == AO_WAIT_READY || call->received > before;
-    if (has_progress) {
-      const int64_t now = now_ns();
-      // The wait is for the first bytes; what follows shows the link's speed.
-      if (before == 0) call->last_wait_ns = now - started;
-      deadline = deadline_of(now, call->stall_ms);
-    }
-    if (status != AO_WAIT_TIMED_OUT) return status;
-    if (has_progress && spin_ns > 0) continue;
-    status = block_on_socket(call, deadline);
-    if (status != AO_WAIT_READY) return status;
-    spin_ns = 0;
-  }
+  call->error = 0;
+  const int32_t status = receive(call, timeout_ms);
+  if (status != AO_WAIT_INTERRUPTED) call->deadline_ns = 0;
+  return status;
 }
 
 void ao_signal_post(AoSignal* signal) {
