@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -246,6 +247,34 @@ def test_hostile_worker_frees_what_was_not_sent(waits: NativeWaits) -> None:
     node.close()
     memory.close()
     theirs.close()
+
+
+def test_hostile_worker_rings_without_end(waits: NativeWaits) -> None:
+    """Its doorbell does not move the deadline of what never comes."""
+    ours, theirs = socket.socketpair()
+    node = open_channel(ours, is_node=True)
+    receive_attached(theirs)
+    memory = ChannelMemory.receive(theirs, LAYOUT, 5)
+    doorbell = memory.signal(0, theirs, 0).doorbell
+    is_over = threading.Event()
+
+    def ring() -> None:
+        end = time.monotonic() + 60
+        while not is_over.is_set() and time.monotonic() < end:
+            os.eventfd_write(doorbell, 1)
+
+    thread = threading.Thread(target=ring)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError, match="nothing received"):
+            node.receive_header(FrameHeader(), 0.3)
+        assert thread.is_alive()
+    finally:
+        is_over.set()
+        thread.join()
+        node.close()
+        memory.close()
+        theirs.close()
 
 
 def small_file() -> list[int]:

@@ -15,10 +15,9 @@ from channel_pairs import Sockets, pattern, tcp_pair, tls_pair
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES, FrameHeader, FrameKind
-from vllm_attn_offload.transport.byte_stream import ByteStream
 from vllm_attn_offload.transport.native_stream import NativeStream
 from vllm_attn_offload.transport.socket_transport import SocketTransport
-from vllm_attn_offload.transport.streams import BlockingStream
+from vllm_attn_offload.transport.streams import BlockingStream, ByteStream
 from vllm_attn_offload.transport.tls_stream import TlsStream
 
 STALL_TIMEOUT_S = 0.5
@@ -85,6 +84,57 @@ def test_stream_receive_peer_stalls(stream: tuple[ByteStream, socket.socket]) ->
     with pytest.raises(TimeoutError, match=r"nothing received for 0\.5 s"):
         ours.receive_into(memoryview(bytearray(6)), None)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("timeout_s", [1.0, None])
+def test_stream_receive_trickle(
+    stream: tuple[ByteStream, socket.socket], timeout_s: float | None
+) -> None:
+    """A peer that sends a byte now and then does not move the deadline of the whole."""
+    ours, theirs = stream
+    num_bytes, num_sent, is_over = 10_000, 0, threading.Event()
+
+    def trickle() -> None:
+        nonlocal num_sent
+        while num_sent < num_bytes and not is_over.wait(0.02):  # 200 s
+            theirs.sendall(b"x")
+            num_sent += 1
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError, match="only a part was received in time"):
+            ours.receive_into(memoryview(bytearray(num_bytes)), timeout_s)
+        assert thread.is_alive()
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_sent < num_bytes / 2
+
+
+def test_stream_send_to_a_slow_peer(stream: tuple[ByteStream, socket.socket]) -> None:
+    """Nor does one that takes a little now and then."""
+    ours, theirs = stream
+    num_bytes, num_taken, is_over = 1 << 20, 0, threading.Event()
+
+    def sip() -> None:
+        nonlocal num_taken
+        while not is_over.wait(0.02):
+            num_taken += len(theirs.recv(1 << 10))
+
+    def send_all() -> None:
+        for _ in range(64):  # more than the kernel holds
+            ours.send([memoryview(bytes(num_bytes))])
+
+    thread = threading.Thread(target=sip)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError, match="takes no data, or too slowly"):
+            send_all()
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_taken < 32 * num_bytes
 
 
 def test_stream_receive_peer_closed(stream: tuple[ByteStream, socket.socket]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import socket
 import threading
-import time
 
 from vllm_attn_offload.native.waits import (
     CLOSED,
@@ -18,7 +18,7 @@ from vllm_attn_offload.native.waits import (
     Receive,
     milliseconds,
 )
-from vllm_attn_offload.transport.streams import BlockingStream
+from vllm_attn_offload.transport.streams import PART_RECEIVED, BlockingStream
 
 
 class NativeStream(BlockingStream):
@@ -59,9 +59,10 @@ class NativeStream(BlockingStream):
         try:
             if self._is_closed:
                 raise ConnectionResetError("the connection was closed")
-            status = self._receive(call.reference, milliseconds(timeout_s))
-            if status == INTERRUPTED:
-                status = self._resume(call, timeout_s)
+            status = INTERRUPTED
+            while status == INTERRUPTED and not self._is_closed:
+                # Signal handlers have run here, and one may have closed this.
+                status = self._receive(call.reference, milliseconds(timeout_s))
         finally:
             self._is_receiving = False
             if self._is_closed:
@@ -80,16 +81,6 @@ class NativeStream(BlockingStream):
             with self._release_lock:
                 self._sock.close()
 
-    def _resume(self, call: _Call, timeout_s: float | None) -> int:
-        """Go on after signals; their handlers have run and may have closed this."""
-        started = time.monotonic()
-        left_s, status = timeout_s, INTERRUPTED
-        while status == INTERRUPTED and not self._is_closed:
-            status = self._receive(call.reference, milliseconds(left_s))
-            if timeout_s is not None:
-                left_s = max(0.0, timeout_s - (time.monotonic() - started))
-        return status
-
     def _new_call(self, view: memoryview) -> _Call:
         return _Call(
             view,
@@ -103,6 +94,8 @@ class NativeStream(BlockingStream):
             return ConnectionResetError("the peer closed the connection")
         if status == FAILED:
             return OSError(call.progress.error, "receiving from the peer failed")
+        if call.progress.error == errno.ETIMEDOUT:
+            return TimeoutError(PART_RECEIVED)
         if call.progress.received or timeout_s is None:
             timeout_s = self._stall_timeout_s
         return TimeoutError(f"nothing received for {timeout_s:.1f} s")

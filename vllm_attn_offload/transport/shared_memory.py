@@ -210,10 +210,10 @@ class SharedMemoryTransport(Transport):
     ) -> None:
         signal.target = target
         reference: Any = ctypes.byref(signal)
+        started = time.monotonic()
         status = self._wait_for(reference, milliseconds(timeout_s))
         if status == READY:
             return
-        started = time.monotonic()
         while status == INTERRUPTED and not self._is_closed:
             # Signal handlers have run here, and one may have closed the channel.
             left_s = timeout_s

@@ -10,9 +10,8 @@ from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES, FrameHeader
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.byte_stream import ByteStream
 from vllm_attn_offload.transport.native_stream import NativeStream
-from vllm_attn_offload.transport.streams import BlockingStream
+from vllm_attn_offload.transport.streams import BlockingStream, ByteStream
 from vllm_attn_offload.transport.tls_stream import TlsStream
 
 

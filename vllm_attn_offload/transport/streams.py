@@ -1,22 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream socket that blocks in the kernel: one system call per send and receive."""
+"""Connected stream sockets with deadlines, and the one that needs no C library."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
-
-from vllm_attn_offload.transport.byte_stream import ByteStream
+from abc import ABC, abstractmethod
 
 # Kernel time-outs keep a call at one system call (settimeout adds a poll); a deadline
 # is looked at once per tick.
 _TICK_S = 0.5
 _SOCKET_BUFFER_BYTES = 4 << 20
+# A peer that is slower than this on average is as good as silent; as in wait.cpp.
+_SLOWEST_BYTES_PER_S = 1e6
+
+#: A receive ended while bytes still came.
+PART_RECEIVED = "only a part was received in time: the peer sends too slowly"
+SENT_TOO_SLOWLY = "the peer takes no data, or too slowly"
+
+
+class ByteStream(ABC):
+    """Bytes in both directions.
+
+    One thread sends and one thread receives at a time; they may be different threads.
+    Every call has a deadline for all of its bytes, which a peer that sends or takes
+    them one at a time does not move.
+
+    Args:
+        sock: Connected stream socket; owned from here on.
+        stall_timeout_s: Longest pause of the peer once bytes move, in seconds.
+    """
+
+    def __init__(self, sock: socket.socket, stall_timeout_s: float) -> None:
+        self._sock = sock
+        self._stall_timeout_s = stall_timeout_s
+
+    @abstractmethod
+    def send(self, buffers: list[memoryview]) -> None:
+        """Send all bytes of the buffers, within the stall timeout and 1 s per MB.
+
+        Args:
+            buffers: Contiguous bytes; the list is used up.
+
+        Raises:
+            OSError: The peer is gone, or did not take the bytes in time.
+        """
+
+    @abstractmethod
+    def receive_into(self, view: memoryview, timeout_s: float | None) -> None:
+        """Fill a view, within ``timeout_s`` and 1 s per MB.
+
+        Args:
+            view: Contiguous bytes.
+            timeout_s: Seconds to wait; None waits for ever for the first byte, and for
+                the stall timeout from then on.
+
+        Raises:
+            ConnectionError: The peer closed the connection.
+            TimeoutError: Nothing came in time, nothing more for the stall timeout, or
+                not all in time.
+        """
+
+    def close(self) -> None:
+        """End the connection; wakes threads that wait in it."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+class TransferDeadline:
+    """End of one transfer: of the whole, and of each pause of the peer in it.
+
+    Args:
+        num_bytes: Bytes to transfer.
+        timeout_s: Seconds until bytes move; None: any number, and the stall timeout is
+            for the whole once they do.
+        stall_timeout_s: Longest pause once bytes move, in seconds.
+    """
+
+    def __init__(
+        self, num_bytes: int, timeout_s: float | None, stall_timeout_s: float
+    ) -> None:
+        self._transfer_s = num_bytes / _SLOWEST_BYTES_PER_S
+        self._pause_s, self._stall_timeout_s = timeout_s, stall_timeout_s
+        self._whole = self._pause_end = float("inf")
+        if timeout_s is not None:
+            self._pause_end = time.monotonic() + timeout_s
+            self._whole = self._pause_end + self._transfer_s
+
+    def note_progress(self) -> None:
+        """Note that bytes just moved."""
+        self._pause_s = self._stall_timeout_s
+        self._pause_end = time.monotonic() + self._stall_timeout_s
+        if self._whole == float("inf"):
+            self._whole = self._pause_end + self._transfer_s
+
+    def remaining_s(self) -> float | None:
+        """Return the seconds that are left, 0 at least; None if any number."""
+        end = min(self._whole, self._pause_end)
+        return None if end == float("inf") else max(0.0, end - time.monotonic())
+
+    def receive_error(self) -> TimeoutError:
+        """Say what did not come in time."""
+        if self._whole < self._pause_end:
+            return TimeoutError(PART_RECEIVED)
+        return TimeoutError(f"nothing received for {self._pause_s:.1f} s")
 
 
 class BlockingStream(ByteStream):
-    """Waits in ``sendmsg`` and ``recv_into``; needs no C library."""
+    """Waits in ``sendmsg`` and ``recv_into``: one system call per send and receive."""
 
     def __init__(self, sock: socket.socket, stall_timeout_s: float) -> None:
         super().__init__(sock, stall_timeout_s)
@@ -29,41 +123,38 @@ class BlockingStream(ByteStream):
                 sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
 
     def send(self, buffers: list[memoryview]) -> None:
-        while buffers:
-            sent = self._send_some(buffers)
-            while buffers and sent >= buffers[0].nbytes:
-                sent -= buffers.pop(0).nbytes
-            if sent:
-                buffers[0] = buffers[0][sent:]
-
-    def _send_some(self, buffers: list[memoryview]) -> int:
         deadline = None
         while True:
             try:
-                return self._sock.sendmsg(buffers)
+                sent = self._sock.sendmsg(buffers)
             except BlockingIOError:
-                now = time.monotonic()
-                deadline = deadline or now + self._stall_timeout_s - _TICK_S
-                if now >= deadline:
-                    raise TimeoutError("the peer takes no data") from None
+                sent = 0
+            has_progress = sent > 0
+            while buffers and sent >= buffers[0].nbytes:
+                sent -= buffers.pop(0).nbytes
+            if not buffers:
+                return
+            buffers[0] = buffers[0][sent:]
+            if deadline is None:  # not before: most sends need none
+                num_bytes = sum(buffer.nbytes for buffer in buffers)
+                stall_s = self._stall_timeout_s
+                deadline = TransferDeadline(num_bytes, stall_s - _TICK_S, stall_s)
+            if has_progress:
+                deadline.note_progress()
+            if deadline.remaining_s() == 0:
+                raise TimeoutError(SENT_TOO_SLOWLY)
 
     def receive_into(self, view: memoryview, timeout_s: float | None) -> None:
+        deadline = TransferDeadline(view.nbytes, timeout_s, self._stall_timeout_s)
         received = 0
-        deadline = None
         while received < view.nbytes:
             try:
                 count = self._sock.recv_into(view[received:], 0, socket.MSG_WAITALL)
+                if count == 0:
+                    raise ConnectionResetError("the peer closed the connection")
+                received += count
+                deadline.note_progress()
             except BlockingIOError:
-                now = time.monotonic()
-                if deadline is None and timeout_s is not None:
-                    deadline = now + timeout_s - _TICK_S
-                if deadline is not None and now >= deadline:
-                    raise TimeoutError(
-                        f"nothing received for {timeout_s:.1f} s"
-                    ) from None
-                continue
-            if count == 0:
-                raise ConnectionResetError("the peer closed the connection")
-            received += count
-            if received < view.nbytes:
-                timeout_s, deadline = self._stall_timeout_s, None
+                pass
+            if received < view.nbytes and deadline.remaining_s() == 0:
+                raise deadline.receive_error()

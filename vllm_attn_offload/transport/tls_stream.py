@@ -8,9 +8,12 @@ import select
 import socket
 import ssl
 import threading
-import time
 
-from vllm_attn_offload.transport.byte_stream import ByteStream
+from vllm_attn_offload.transport.streams import (
+    SENT_TOO_SLOWLY,
+    ByteStream,
+    TransferDeadline,
+)
 
 _RECORD_BYTES = 16 << 10
 
@@ -32,44 +35,48 @@ class TlsStream(ByteStream):
         sock.setblocking(False)
 
     def send(self, buffers: list[memoryview]) -> None:
-        if sum(buffer.nbytes for buffer in buffers) <= _RECORD_BYTES:
+        num_bytes = sum(buffer.nbytes for buffer in buffers)
+        if num_bytes <= _RECORD_BYTES:
             buffers = [memoryview(b"".join(buffers))]
+        stall_s = self._stall_timeout_s
+        deadline = TransferDeadline(num_bytes, stall_s, stall_s)
         for buffer in buffers:
-            self._send_all(buffer)
+            self._send_all(buffer, deadline)
 
-    def _send_all(self, view: memoryview) -> None:
-        deadline = time.monotonic() + self._stall_timeout_s
+    def _send_all(self, view: memoryview, deadline: TransferDeadline) -> None:
         while view.nbytes:
             try:
                 with self._lock:
                     sent = self._tls.send(view)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
                 if not self._is_ready(want, deadline):
-                    raise TimeoutError("the peer takes no data") from None
+                    raise TimeoutError(SENT_TOO_SLOWLY) from None
                 continue
             except ssl.SSLError as error:
                 raise ConnectionResetError(f"TLS failed: {error}") from error
             view = view[sent:]
-            deadline = time.monotonic() + self._stall_timeout_s
+            deadline.note_progress()
+            if view.nbytes and deadline.remaining_s() == 0:
+                raise TimeoutError(SENT_TOO_SLOWLY)
 
     def receive_into(self, view: memoryview, timeout_s: float | None) -> None:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = TransferDeadline(view.nbytes, timeout_s, self._stall_timeout_s)
         while view.nbytes:
             try:
                 with self._lock:
                     count = self._tls.recv_into(view)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
                 if not self._is_ready(want, deadline):
-                    raise TimeoutError(
-                        f"nothing received for {timeout_s:.1f} s"
-                    ) from None
+                    raise deadline.receive_error() from None
                 continue
             except ssl.SSLError as error:
                 raise ConnectionResetError(f"TLS failed: {error}") from error
             if not count:
                 raise ConnectionResetError("the peer closed the connection")
-            view, timeout_s = view[count:], self._stall_timeout_s
-            deadline = time.monotonic() + timeout_s
+            view = view[count:]
+            deadline.note_progress()
+            if view.nbytes and deadline.remaining_s() == 0:
+                raise deadline.receive_error()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -78,11 +85,12 @@ class TlsStream(ByteStream):
         with self._lock:
             self._tls.close()
 
-    def _is_ready(self, want: ssl.SSLError, deadline: float | None) -> bool:
+    def _is_ready(self, want: ssl.SSLError, deadline: TransferDeadline) -> bool:
         """Wait for what TLS wants; False when the deadline passed."""
+        remaining_s = deadline.remaining_s()
+        if remaining_s == 0:
+            return False
         poll = select.poll()
         is_read = isinstance(want, ssl.SSLWantReadError)
         poll.register(self._tls, select.POLLIN if is_read else select.POLLOUT)
-        if deadline is None:
-            return bool(poll.poll())
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        return bool(poll.poll(None if remaining_s is None else remaining_s * 1000))
