@@ -158,3 +158,17 @@ def test_many_descriptors_are_open(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert is_gone(node.pid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner needs root")
+def test_directory_of_another_user(tmp_path: Path) -> None:
+    """No node starts in it, and nothing in it is touched."""
+    theirs = tmp_path / "run" / "theirs"
+    theirs.parent.mkdir(mode=0o700)
+    theirs.touch()
+    os.chown(theirs.parent, 12345, -1)
+    with pytest.raises(MemoryNodeError, match=r"belongs to uid 12345\. Allowed: .*Use"):
+        MemoryNodeProcess(
+            theirs.parent, kv_cache_gib=0.1, cpus="", startup_timeout_s=30
+        )
+    assert theirs.exists()

@@ -99,7 +99,7 @@ def test_listen_unix_is_private(tmp_path: Path) -> None:
 def test_connect_to_another_user(tmp_path: Path) -> None:
     """Whoever listens on a Unix socket must be this user or root."""
     address = Address(path=str(tmp_path / "node.sock"))
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o1777)
     for directory in list(tmp_path.parents)[:-2]:
         directory.chmod(directory.stat().st_mode | 0o011)
     os.seteuid(65534)
@@ -109,6 +109,35 @@ def test_connect_to_another_user(tmp_path: Path) -> None:
         os.seteuid(0)
     with listener, pytest.raises(PermissionError, match="runs as uid 65534. Allowed"):
         address.connect(timeout_s=5)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o707])
+def test_directory_that_others_write_to(tmp_path: Path, mode: int) -> None:
+    """Whoever may write there can put a socket in place of the node's."""
+    address = Address(path=str(tmp_path / "node.sock"))
+    with address.listen():
+        tmp_path.chmod(mode)
+        problem = (
+            rf"{tmp_path} of the socket has mode 0{mode:o}\. Allowed: .* chmod go-w"
+        )
+        with pytest.raises(PermissionError, match=problem):
+            address.connect(timeout_s=5)
+        with pytest.raises(PermissionError, match=problem):
+            address.listen()
+        tmp_path.chmod(mode | 0o1000)
+        address.connect(timeout_s=5).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner needs root")
+def test_directory_of_another_user(tmp_path: Path) -> None:
+    address = Address(path=str(tmp_path / "node.sock"))
+    with address.listen():
+        os.chown(tmp_path, 12345, -1)
+        problem = "of the socket belongs to uid 12345. Allowed: one of uid 0 or root"
+        with pytest.raises(PermissionError, match=problem):
+            address.connect(timeout_s=5)
+        with pytest.raises(PermissionError, match=problem):
+            address.listen()
 
 
 def test_listen_taken(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.transport.address import check_directory
 
 _MODULE = "vllm_attn_offload.memory_node.main"
 _SOCKET = "node.sock"
@@ -61,6 +62,7 @@ class MemoryNodeProcess:
             options += ["--cpus", cpus]
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_directory(directory)
             self._start(options, startup_timeout_s)
         except OSError as error:
             self.stop()

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,10 @@ class Address:
 
         Raises:
             OSError: Nobody listens there, or not within ``timeout_s`` seconds.
-            PermissionError: Another user listens on the Unix socket.
+            PermissionError: Another user listens on the Unix socket, or could.
         """
         if self.path:
+            check_directory(Path(self.path).parent)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.settimeout(timeout_s)
@@ -87,6 +89,7 @@ class Address:
 
         Raises:
             OSError: The port or path is taken, or cannot be bound here.
+            PermissionError: Another user could take the path.
         """
         if self.path:
             return self._listen_unix(backlog)
@@ -98,6 +101,7 @@ class Address:
         )
 
     def _listen_unix(self, backlog: int) -> socket.socket:
+        check_directory(Path(self.path).parent)
         self._remove_stale_socket()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
@@ -121,6 +125,31 @@ class Address:
             Path(self.path).unlink(missing_ok=True)
         else:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def check_directory(directory: Path) -> None:
+    """Check that no other user can put a socket in place of one in a directory.
+
+    Sticky directories such as /tmp pass: what lies there only its owner replaces.
+
+    Raises:
+        OSError: There is no such directory.
+        PermissionError: It belongs to another user, or others may write to it.
+    """
+    status = directory.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in (os.geteuid(), 0):
+        problem = f"belongs to uid {status.st_uid}"
+    elif mode & 0o022 and not mode & stat.S_ISVTX:
+        problem = f"has mode {mode:04o}"
+    else:
+        return
+    raise PermissionError(
+        errno.EPERM,
+        f"the directory {directory} of the socket {problem}. Allowed: one of uid "
+        f"{os.geteuid()} or root that group and others cannot write to. Use another "
+        f"one, or run: chmod go-w {directory}",
+    )
 
 
 def set_tcp_options(sock: socket.socket) -> None:
