@@ -61,6 +61,10 @@ class AttentionOffloadConfig:
     recovery_timeout_s: float = Field(default=120.0, gt=0)
     """Deadline for a lost memory node to be back or replaced; then the engine stops.
     Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
+    unavailable_grace_s: float = Field(default=10.0, ge=0)
+    """Time that the pool may be without a lost memory node before new requests are
+    refused with status 503 and Retry-After; running ones wait. /health answers 503 at
+    once."""
     auth_token_file: str = ""
     """File with the token of the memory nodes' --auth-token-file. Only its path is part
     of the configuration; it is read for every connection."""

@@ -22,7 +22,7 @@ class MemoryNodeError(RuntimeError):
         return type(self), (self.node, self.cause)
 
 
-class MemoryNodeDefect(MemoryNodeError):
+class NodeDefectError(MemoryNodeError):
     """A memory node answers, but with a refusal or with what the protocol forbids.
 
     The same work gets the same answer again, on a node that is started again, too.

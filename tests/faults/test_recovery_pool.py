@@ -5,26 +5,34 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import queue
+import re
+import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from node_process import NodeProcess, eventually
 from raw_session import make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import Attachment
+from vllm_attn_offload.client.node_client import Attachment, NodeClient, NodeFailure
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool
+from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.recovery import Recovery
-from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.protocol.messages import GIB
+from vllm_attn_offload.protocol.messages import GIB, AttachSession
+from vllm_attn_offload.worker.lost_step import LostStep
 
 StartNode = Callable[..., NodeProcess]
 GEOMETRY = make_geometry()
@@ -44,10 +52,11 @@ def opened_pool(
     directory: Path,
     num_blocks: int = 100,
     num_opened: int | None = None,
+    start: Callable[..., MemoryNodeProcess] | None = None,
 ) -> Iterator[tuple[NodePool, Losses, list[Attachment]]]:
     """A pool with one worker's sessions, watched."""
     launches = [
-        functools.partial(_start, directory / f"local-{index}", config)
+        functools.partial(start or _start, directory / f"local-{index}", config)
         for index in range(config.num_local_nodes)
     ]
     pool = NodePool(config, "engine", launches, ControlClient)
@@ -71,6 +80,11 @@ def _start(
         cpus=CPUS,
         startup_timeout_s=config.startup_timeout_s,
     )
+
+
+def quiet(timeout_s: float) -> OutageNotice:
+    """Tells nobody that nodes are away."""
+    return OutageNotice(lambda outage: None, timeout_s, grace_s=10.0)
 
 
 def options(**given: Any) -> AttentionOffloadConfig:
@@ -165,7 +179,7 @@ def test_recovery_gives_new_sessions_to_the_workers(tmp_path: Path) -> None:
         return [("node", "gone again")] if len(given) == 1 else [None]
 
     with opened_pool(options(), tmp_path) as (pool, losses, before):
-        recovery = Recovery(pool, attach, 60.0, losses.put)
+        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0))
         assert not recovery.is_pending
         os.kill(ControlClient(before[0].address, 5).info.pid, signal.SIGKILL)
         recovery.report_loss(losses.get(timeout=10))
@@ -182,7 +196,7 @@ def test_recovery_gives_new_sessions_to_the_workers(tmp_path: Path) -> None:
 def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
     node = start_node("127.0.0.1:0")
     with opened_pool(options(memory_nodes=(node.address,)), tmp_path) as (pool, got, _):
-        recovery = Recovery(pool, lambda _: [None], 1.0, got.put)
+        recovery = Recovery(pool, lambda _: [None], 1.0, got.put, quiet(1.0))
         node.kill()
         recovery.report_loss(got.get(timeout=10))
         with pytest.raises(MemoryNodeError, match=r"Within 1 s \(recovery_timeout_s\)"):
@@ -191,9 +205,9 @@ def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
 
 
 def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
-    """It ends, unless a token comes out in between."""
+    """It ends, unless a token is decoded in between."""
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put)
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
 
         def lose_and_recover() -> None:
             recovery.report_loss(MemoryNodeError("node", "poison"))
@@ -206,3 +220,92 @@ def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
             lose_and_recover()
         with pytest.raises(MemoryNodeError, match="lost 6 times in a row without"):
             lose_and_recover()
+
+
+def test_recovery_outlives_a_shortage_of_descriptors(tmp_path: Path) -> None:
+    """Nothing can be started, and the loss stays visible; then all is well."""
+    shown: list[Outage | None] = []
+    with opened_pool(options(), tmp_path) as (pool, losses, before):
+        notice = OutageNotice(shown.append, 60.0, grace_s=10.0)
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, notice)
+        with closing(ControlClient(before[0].address, 5)) as victim:
+            os.kill(victim.info.pid, signal.SIGKILL)
+        error = losses.get(timeout=10)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            recovery.report_loss(error)
+            time.sleep(1.0)
+            assert [outage and outage.node for outage in shown] == [error.node]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        recovery.finish()
+        assert shown[-1] is None
+        recovery.close()
+        assert losses.empty()
+
+
+def test_leaving_while_a_node_is_started_again(tmp_path: Path) -> None:
+    """What comes up too late is stopped."""
+    reached, left = threading.Event(), threading.Event()
+    pids: list[int] = []
+
+    def start(*arguments: Any) -> MemoryNodeProcess:
+        process = _start(*arguments)
+        pids.append(process.pid)
+        if len(pids) > 1:
+            reached.set()
+            assert left.wait(30)
+        return process
+
+    with opened_pool(options(), tmp_path, start=start) as (pool, losses, _):
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        os.kill(pids[0], signal.SIGKILL)
+        recovery.report_loss(losses.get(timeout=10))
+        assert reached.wait(30)
+        recovery.close()
+        pool.request_stop()
+        pool.close()
+        left.set()
+        assert eventually(lambda: not psutil.pid_exists(pids[1]), 20)
+        assert eventually(lambda: not (tmp_path / "local-0").exists())
+
+
+def test_a_node_that_refuses_its_work_ends_the_engine(tmp_path: Path) -> None:
+    """With its own sentence and at once: asked again, it would refuse again."""
+    with opened_pool(options(), tmp_path) as (pool, losses, (attachment,)):
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        request = AttachSession(
+            attachment.session,
+            attachment.attach_token,
+            attachment.generation,
+            GEOMETRY.digest(),
+            worker_kv_bytes=0,
+        )
+        with closing(NodeClient(attachment.address, request, 5.0)) as client:
+            client.post_layer(7, 0, 0, 0, memoryview(bytes(64)), has_queries=True)
+            with pytest.raises(NodeDefectError) as refusal:
+                client.receive_out(0, memoryview(bytearray(64)))
+        reported = pickle.loads(pickle.dumps(LostStep(None, 0, refusal.value)))
+        recovery.report_loss(reported.error, reported.generation)
+        with pytest.raises(NodeDefectError, match=re.escape(refusal.value.cause)):
+            recovery.finish()
+        assert losses.get(timeout=10).cause == refusal.value.cause
+        assert pool.generation == 0
+        recovery.close()
+
+
+def test_workers_that_cannot_attach_for_a_while(tmp_path: Path) -> None:
+    """More failures than losses are allowed: sessions nobody used are no losses."""
+    failures = [NodeFailure("node", "no descriptor is free")] * 6
+
+    def attach(attachments: list[list[Attachment]]) -> list[NodeFailure | None]:
+        return [failures.pop() if failures else None]
+
+    with opened_pool(options(), tmp_path) as (pool, losses, _):
+        recovery = Recovery(pool, attach, 120.0, losses.put, quiet(120.0))
+        recovery.report_loss(MemoryNodeError("node", "gone"))
+        recovery.finish()
+        assert not recovery.is_pending
+        recovery.close()
+        assert losses.empty()

@@ -11,13 +11,13 @@ import msgspec
 import torch
 
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
+from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError, ProtocolError
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.messages import Attached, AttachSession
 from vllm_attn_offload.transport.base import Transport
+from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
-from vllm_attn_offload.transport.shared_device import SharedDevice
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 _MAX_ERROR_BYTES = 1 << 16
@@ -92,13 +92,23 @@ class NodeClient:
 
     @property
     def transport_name(self) -> str:
-        """What carries the frames, as shown to users."""
+        """Name of the transport, as shown to users."""
         return self._transport.name
 
     def post_step(
         self, step: int, micro_batch: int, group: int, payload: memoryview
     ) -> None:
-        """Send a step's metadata for one KV group; the node does not answer it."""
+        """Send a step's metadata for one KV group; the node does not answer it.
+
+        Args:
+            step: Number of the step; layers refer to it.
+            micro_batch: Index of the micro-batch.
+            group: Index of the KV cache group.
+            payload: Bytes ``[num_bytes]`` that ``write_step`` wrote.
+
+        Raises:
+            MemoryNodeError: The node is gone.
+        """
         header = self._header
         header.kind, header.step, header.group = FrameKind.STEP, step, group
         header.micro_batch = micro_batch
@@ -134,7 +144,7 @@ class NodeClient:
             micro_batch: The STEP's micro-batch.
             layer: Index of the layer in the session's geometry.
             flags: ``FrameFlag``.
-            payload: Rows of q, k and v, as ``flags`` says.
+            payload: Bytes ``[num_bytes]``: rows of q, k and v, as ``flags`` says.
             has_queries: Whether the node attends. What it only stores it acknowledges
                 now and then, so that a bounded amount is under way.
 
@@ -164,13 +174,14 @@ class NodeClient:
         """Wait for the attention output of a layer and read it into ``out``.
 
         Args:
-            layer: As posted.
-            out: Filled; empty for an acknowledgement.
+            layer: Index of the posted layer.
+            out: Bytes ``[num_bytes]``, filled; empty for an acknowledgement.
             allowance_s: Time that the work itself may take, beyond the deadline of an
                 answer: a slow node is not a lost one.
 
         Raises:
-            MemoryNodeError: The node is gone, too slow, or refused the layer.
+            MemoryNodeError: The node is gone or too slow.
+            NodeDefectError: It refused the layer, or answered with something else.
         """
         try:
             self._receive_out_header(layer, out.nbytes, allowance_s)
@@ -249,7 +260,7 @@ class NodeClient:
         header = self._reply_header
         self._transport.receive_header(header, self._timeout_s + allowance_s)
         if header.kind == FrameKind.ERROR:
-            raise MemoryNodeError(self.address, self._read_error(header))
+            raise NodeDefectError(self.address, self._read_error(header))
         if header.kind != FrameKind.OUT or header.layer != layer:
             raise ProtocolError(f"a frame of kind {header.kind} was not expected")
         if header.num_bytes != num_bytes:
@@ -270,7 +281,8 @@ class NodeClient:
         return bytes(payload).decode(errors="replace")
 
     def _lost(self, error: Exception) -> MemoryNodeError:
-        return MemoryNodeError(
+        kind = NodeDefectError if isinstance(error, ProtocolError) else MemoryNodeError
+        return kind(
             self.address,
             f"its session was lost ({error}). See the log of 'vllm-memory-node' there.",
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,8 @@ from vllm_attn_offload.engine.args import choose_scheduler, data_parallel_size
 from vllm_attn_offload.engine.frontend import end_with_frontend
 from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool
+from vllm_attn_offload.engine.outage_board import OutageBoard
+from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
@@ -147,11 +150,26 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             return None
         # Before the scheduler is made, from the same configuration.
         choose_scheduler(self.vllm_config, config.recovery_timeout_s)
+        notice = OutageNotice(
+            self._publish_outage(),
+            config.recovery_timeout_s,
+            config.unavailable_grace_s,
+        )
         recovery = Recovery(
-            self._pool, self._attach, config.recovery_timeout_s, self._give_up
+            self._pool, self._attach, config.recovery_timeout_s, self._give_up, notice
         )
         recovery.register(self.vllm_config)
         return recovery
+
+    def _publish_outage(self) -> Callable[[Outage | None], None]:
+        board = OutageBoard.find()
+        if board is None:  # No frontend of ours configured this engine.
+            return lambda outage: None
+        publish = functools.partial(
+            board.write, self.parallel_config.data_parallel_index
+        )
+        publish(None)
+        return publish
 
     def _attach(self, attachments: list[list[Attachment]]) -> list[NodeFailure | None]:
         """Give every worker its sessions; returns each worker's failure, if any.
@@ -165,9 +183,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
 
     def _report_lost_step(self, step: LostStep) -> None:
         assert self._recovery is not None
-        self._recovery.report_loss(
-            MemoryNodeError(step.node, step.cause), step.generation
-        )
+        self._recovery.report_loss(step.error, step.generation)
 
     def _give_up(self, error: MemoryNodeError) -> None:
         logger.error(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
-from vllm_attn_offload.errors import MemoryNodeDefect, MemoryNodeError
+from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _FIRST_DELAY_S = 0.2
-_MAX_DELAY_S = 5.0
+_MAX_DELAY_S = 2.0
 #: Losses in a row without a decoded token; the requests may be what kills nodes.
 _MAX_FRUITLESS = 5
 
@@ -107,7 +107,7 @@ class Recovery:
             if generation <= self._lost or self._is_closed:
                 return
             self._lost, self._error = generation, error
-            if isinstance(error, MemoryNodeDefect):
+            if isinstance(error, NodeDefectError):
                 self._end_with(error)
             elif self.is_pending and not self._is_reopening:
                 logger.error(

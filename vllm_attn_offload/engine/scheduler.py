@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.logger import get_logger
@@ -51,12 +52,18 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
-        """Take a step's tokens, unless KV blocks were lost before its end."""
-        if self._recovery.is_pending:
+        """Take a step's tokens, unless KV blocks were lost before its end.
+
+        A step that ended before the loss was noticed is valid, and its tokens were
+        drawn: dropped, a seeded request would draw the same token again, differently.
+        """
+        if self._recovery.is_pending and (
+            model_runner_output is EMPTY_MODEL_RUNNER_OUTPUT
+        ):
             # Before the base class sees the output: steps in flight become stale.
             self._drop_computed()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if any(each.outputs for each in outputs.values()):
+        if self._recovery.is_on_trial and _has_decoded(scheduler_output, outputs):
             self._recovery.note_progress()
         return outputs
 
@@ -69,6 +76,29 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
                 f"{num_tokens:,}",
             )
         self.reset_prefix_cache(reset_running_requests=True)
+
+
+def _has_decoded(
+    scheduler_output: SchedulerOutput, outputs: dict[int, EngineCoreOutputs]
+) -> bool:
+    """Tell whether the nodes attended for a token that came out.
+
+    After a loss every request is prefilled again: that yields a token, but proves
+    nothing about the step that failed.
+    """
+    cached = scheduler_output.scheduled_cached_reqs
+    decoding = {
+        request_id
+        for request_id, num_computed in zip(
+            cached.req_ids, cached.num_computed_tokens, strict=True
+        )
+        if num_computed and scheduler_output.num_scheduled_tokens[request_id] == 1
+    }
+    return any(
+        output.new_token_ids and output.request_id in decoding
+        for each in outputs.values()
+        for output in each.outputs
+    )
 
 
 class AttentionOffloadScheduler(AttentionOffloadSchedulerMixin, Scheduler):

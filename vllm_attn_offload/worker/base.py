@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every offloading worker adds to vLLM's: no KV cache, but a session per node."""
+"""Base of offloading workers: no KV cache, but a session on every memory node."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_attn_offload.protocol.geometry import (
     LayerGeometry,
     SessionGeometry,
 )
-from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.worker.lost_step import LostStep
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class AttentionOffloadWorker(_WorkerBase):
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             output = output.get_output()
-        return LostStep(output, self._generation, loss.node, loss.cause)
+        return LostStep(output, self._generation, loss)
 
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+from vllm_attn_offload.errors import MemoryNodeError
+
 
 @dataclass(frozen=True, slots=True)
 class LostStep:
@@ -17,8 +21,7 @@ class LostStep:
 
     output: Any
     generation: int
-    node: str
-    cause: str
+    error: MemoryNodeError
 
 
 class LossReader:
@@ -35,9 +38,11 @@ class LossReader:
         self._report = report
 
     def aggregate(self, outputs: list[Any], output_rank: int = 0) -> Any:
-        """The output of one rank, as vLLM expects it."""
-        for output in outputs:
-            if isinstance(output, LostStep):
-                self._report(output)
+        """The output of one rank; an empty one where any rank lost the step."""
+        lost = [output for output in outputs if isinstance(output, LostStep)]
+        for step in lost:
+            self._report(step)
         output = outputs[output_rank]
-        return output.output if isinstance(output, LostStep) else output
+        if isinstance(output, LostStep):
+            output = output.output
+        return EMPTY_MODEL_RUNNER_OUTPUT if lost and output is not None else output

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler with recovery, driven step by step without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from harness import tiny_llama
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.node_client import Attachment
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.node_pool import NodePool
+from vllm_attn_offload.engine.outage_notice import OutageNotice
+from vllm_attn_offload.engine.recovery import Recovery
+from vllm_attn_offload.engine.scheduler import AttentionOffloadScheduler
+from vllm_attn_offload.errors import MemoryNodeError
+
+BLOCK_SIZE = 16
+LOSS = MemoryNodeError("node", "it is gone.")
+
+
+class NoNodes(NodePool):
+    """A pool of no nodes: all of them are back at once, and hold one block."""
+
+    def __init__(self) -> None:
+        config = AttentionOffloadConfig(memory_nodes=("unix:/nowhere",))
+        super().__init__(config, "engine", [], ControlClient)
+        self._nodes = []
+
+    def _restart_local(self) -> None:
+        pass
+
+    def _open(self) -> list[list[Attachment]]:
+        return [[Attachment("node", "session", "token", self.generation, 1)]]
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
+    """That of a tiny model on a CPU, which is scheduled synchronously."""
+    model = tmp_path_factory.mktemp("model")
+    tiny_llama.save(model)
+    options = tiny_llama.engine_options() | {
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+    }
+    config = EngineArgs(str(model), **options).create_engine_config()
+    config.cache_config.num_gpu_blocks = 64
+    return config
+
+
+@pytest.fixture
+def recovery(vllm_config: VllmConfig) -> Iterator[Recovery]:
+    notice = OutageNotice(lambda outage: None, 60.0, 10.0)
+    recovery = Recovery(
+        NoNodes(), lambda attachments: [None], 60.0, lambda error: None, notice
+    )
+    recovery.register(vllm_config)
+    yield recovery
+    recovery.close()
+
+
+@pytest.fixture
+def scheduler(vllm_config: VllmConfig, recovery: Recovery) -> AttentionOffloadScheduler:
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=16, dtype=torch.float32
+    )
+    return AttentionOffloadScheduler(
+        vllm_config,
+        KVCacheConfig(64, [], [KVCacheGroupSpec(["layer"], spec)]),
+        StructuredOutputManager(vllm_config),
+        BLOCK_SIZE,
+    )
+
+
+def add(scheduler: AttentionOffloadScheduler, num_prompt_tokens: int = 5) -> Request:
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)
+    request = Request("r", list(range(num_prompt_tokens)), params, None)
+    scheduler.add_request(request)
+    return request
+
+
+def sample(step: SchedulerOutput, token: int) -> ModelRunnerOutput:
+    ids = list(step.num_scheduled_tokens)
+    assert ids
+    index = {request_id: index for index, request_id in enumerate(ids)}
+    return ModelRunnerOutput(ids, index, [[token] for _ in ids])
+
+
+def tokens(outputs: dict[int, EngineCoreOutputs]) -> list[int]:
+    return [
+        token
+        for each in outputs.values()
+        for output in each.outputs
+        for token in output.new_token_ids
+    ]
+
+
+def test_tokens_that_were_drawn_before_the_loss_are_delivered(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """The generator of a seeded request has moved; the step itself was whole."""
+    request = add(scheduler)
+    step = scheduler.schedule()
+    output = sample(step, 11)
+    recovery.report_loss(LOSS, 0)
+    assert tokens(scheduler.update_from_output(step, output)) == [11]
+    step = scheduler.schedule()
+    assert not recovery.is_pending
+    assert step.num_scheduled_tokens == {"r": 6}
+    assert tokens(scheduler.update_from_output(step, sample(step, 12))) == [12]
+    assert list(request.output_token_ids) == [11, 12]
+
+
+def test_a_lost_step_is_dropped(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """Nothing was drawn in it, and its request is computed again."""
+    request = add(scheduler)
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, sample(step, 11))
+    step = scheduler.schedule()
+    assert step.num_scheduled_tokens == {"r": 1}
+    recovery.report_loss(LOSS, 0)
+    assert tokens(scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)) == []
+    assert scheduler.schedule().num_scheduled_tokens == {"r": 6}
+    assert list(request.output_token_ids) == [11]
+
+
+def test_prefills_are_no_progress(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """Each recovery yields one token, and the next decode step loses the node again."""
+    add(scheduler)
+    for _ in range(5):
+        step = scheduler.schedule()
+        scheduler.update_from_output(step, sample(step, 11))
+        step = scheduler.schedule()
+        assert step.num_scheduled_tokens == {"r": 1}
+        recovery.report_loss(LOSS)
+        scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, sample(step, 11))
+    assert recovery.is_on_trial
+    recovery.report_loss(LOSS)
+    with pytest.raises(MemoryNodeError, match="6 times in a row without a decoded"):
+        scheduler.schedule()
+
+
+def test_a_decoded_token_is_progress(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    add(scheduler)
+    for _ in range(8):
+        recovery.report_loss(LOSS)
+        for _ in range(2):
+            step = scheduler.schedule()
+            scheduler.update_from_output(step, sample(step, 11))
+        assert not recovery.is_on_trial
