@@ -55,9 +55,22 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             engine_args.additional_config = with_options(
                 engine_args.additional_config, options or {}
             )
+            _add_middleware(args)
         return engine_args
 
     return from_cli_args
+
+
+def _add_middleware(args: argparse.Namespace) -> None:
+    """Add ours to those of ``--middleware``, which are loaded later.
+
+    Only the command lines of API servers have that option.
+    """
+    from vllm_attn_offload.engine.args import MIDDLEWARE
+
+    given = vars(args).get("middleware")
+    if given is not None and MIDDLEWARE not in given:
+        args.middleware = [*given, MIDDLEWARE]
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:

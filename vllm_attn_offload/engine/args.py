@@ -11,6 +11,8 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_attn_offload.engine.outage_board import OutageBoard
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -19,6 +21,7 @@ EXECUTOR_CLS = "vllm_attn_offload.engine.executor.AttentionOffloadExecutor"
 CPU_WORKER_CLS = "vllm_attn_offload.worker.cpu.CpuAttentionOffloadWorker"
 GPU_WORKER_CLS = "vllm_attn_offload.worker.gpu.GpuAttentionOffloadWorker"
 
+MIDDLEWARE = "vllm_attn_offload.engine.outage_middleware.OutageMiddleware"
 SCHEDULER_CLS = "vllm_attn_offload.engine.scheduler.AttentionOffloadScheduler"
 ASYNC_SCHEDULER_CLS = (
     "vllm_attn_offload.engine.scheduler.AsyncAttentionOffloadScheduler"
@@ -55,6 +58,7 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
         return  # One of several API servers; their parent process has done the rest.
     directory = _new_run_dir()
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
+    OutageBoard.create()
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
