@@ -81,7 +81,7 @@ class Step:
         self.alibi = torch.rand(num_heads) if case.has_alibi else None
         self.rows = torch.tensor([0, *rows]).cumsum(0).int()
         self.lens = torch.tensor(lens).int()
-        self._store()
+        self.store()
         self.plan_step()
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Step:
             readable &= position > total - rows - self.case.window
         return readable
 
-    def _store(self) -> None:
+    def store(self) -> None:
         # Keys and values as views into one row, as a fused projection leaves them.
         size, v_size = self.case.head_sizes
         heads = self.case.heads[1]

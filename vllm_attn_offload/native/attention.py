@@ -280,8 +280,8 @@ class CpuKernelLibrary:
     ) -> bool:
         """Run the planned attention of one layer, or a slice of it.
 
-        Rows without a visible key get 0 and an LSE of -inf. The result does not depend
-        on the slices. `plan_step` and `destroy_plan` abandon an unfinished layer.
+        Rows without a visible key get 0 and an LSE of -inf, rows that see a NaN get NaN
+        in both. The result does not depend on the slices. `plan_step` and `destroy_plan` abandon an unfinished layer.
 
         Args:
             call: The same, with the same contents, for every slice of a layer.

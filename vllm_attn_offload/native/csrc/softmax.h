@@ -115,9 +115,16 @@ static inline float exponentiate(float maximum, int count, float* scores) {
   return I::reduce_add(sum);
 }
 
+static inline bool has_nan(const float* scores, int count) {
+  bool found = false;
+  for (int i = 0; i < count; ++i) found |= scores[i] != scores[i];
+  return found;
+}
+
 template <class I>
 static __attribute__((noinline)) void softmax_rows(const Job& job, const Rows& rows,
-                                const MacroTile& macro, Scratch* scratch) {
+                                                   const MacroTile& macro,
+                                                   Scratch* scratch) {
   const int count = macro.count * kTile;
   for (int r = 0; r < rows.row_count; ++r) {
     float* scores = scratch->scores + r * kMacroTokens;
@@ -130,8 +137,12 @@ static __attribute__((noinline)) void softmax_rows(const Job& job, const Rows& r
       scratch->rescale[r] = expf(old_max - highest);
     }
     if (scratch->row_max[r] == -INFINITY) {
-      memset(scores, 0, size_t(count) * sizeof *scores);
-      continue;
+      // The maximum forgets a NaN that a masked score follows: not "no key seen".
+      if (!has_nan(scores, count)) {
+        memset(scores, 0, size_t(count) * sizeof *scores);
+        continue;
+      }
+      scratch->row_max[r] = NAN;
     }
     const float sum = exponentiate<I>(scratch->row_max[r], count, scores);
     scratch->row_sum[r] = scratch->row_sum[r] * scratch->rescale[r] + sum;
