@@ -54,7 +54,7 @@ setup(
         *(f"{PACKAGE}.{name}" for name in NESTED),
     ],
     package_dir={f"{PACKAGE}.{name}": name for name in NESTED},
-    package_data={PACKAGE: ["py.typed", "README.md", "planner/*.toml"]},
+    package_data={PACKAGE: ["py.typed", "README.md", "planner/hardware/*.toml"]},
     ext_modules=[native],
     cmdclass={"build_ext": BuildLibrary},
     install_requires=[

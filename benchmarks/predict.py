@@ -27,13 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.planner.estimate.deployment import (
-    Estimate,
-    Offload,
-    Workload,
-    evaluate_offload,
-)
-from vllm_attn_offload.planner.hardware import DeviceGroup, load_catalogue
+from vllm_attn_offload.planner.estimate.deployment import evaluate_offload
+from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.catalogue import load_catalogue
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.model.config import read_model_shape
 
 NAME = "here"
@@ -48,7 +47,7 @@ TABLE_COLUMNS = 120
 class Point(NamedTuple):
     """A decode step that is predicted and measured."""
 
-    num_batches: int
+    num_micro_batches: int
     batch: int
     context: int
 
@@ -171,7 +170,7 @@ def compare(
                     "context": point.context,
                     "steps": arguments.steps,
                 }
-                mode = EngineMode(engine, str(point.num_batches))
+                mode = EngineMode(engine, str(point.num_micro_batches))
                 answer = mode.ask(request)
                 if run >= 0:
                     measured[point].append(answer["step_s"])
@@ -210,8 +209,8 @@ def predict(
     shape = read_model_shape(model, dtype=arguments.dtype)
     name = next(n for n in catalogue.devices if f"{n}-node" in catalogue.devices)
     offload = Offload(
-        DeviceGroup(catalogue.device(name), 1),
-        DeviceGroup(catalogue.device(f"{name}-node"), arguments.nodes),
+        DeviceCount(catalogue.device(name), 1),
+        DeviceCount(catalogue.device(f"{name}-node"), arguments.nodes),
         catalogue.networks[name],
     )
     found = {}
@@ -220,7 +219,7 @@ def predict(
         load = Workload(
             grown, point.context, arguments.steps, "none", max_batch=point.batch
         )
-        estimate = evaluate_offload(shape, offload, load, None, point.num_batches)
+        estimate = evaluate_offload(shape, offload, load, None, point.num_micro_batches)
         assert estimate.batch == point.batch
         found[point] = estimate
     return found
@@ -237,7 +236,7 @@ def row(point: Point, predicted: Estimate, measured: list[float]) -> dict[str, A
     return {
         "batch": point.batch,
         "context": point.context,
-        "microbatches": point.num_batches,
+        "microbatches": point.num_micro_batches,
         "predicted_ms": predicted_ms,
         "measured_ms": measured_ms,
         "error": predicted_ms / measured_ms - 1,

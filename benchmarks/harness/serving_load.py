@@ -13,7 +13,7 @@ from typing import Any
 from harness.serve_process import VLLM
 from harness.serving_server import MeasuredServer
 
-from vllm_attn_offload.planner.simulate.traces import read_trace
+from vllm_attn_offload.planner.estimate.traces import read_trace
 
 CHUNK_TOKENS = 512
 BENCH_TIMEOUT_S = 3600.0

@@ -10,71 +10,70 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from lamina.conditions import NodeLoss, SimulationConfig
+from lamina.result import EngineStats
 
 from vllm_attn_offload.planner.estimate.cost_model import step_time
-from vllm_attn_offload.planner.simulate.failures import Failures, NodeLoss
-from vllm_attn_offload.planner.simulate.memory_pool import MemoryPool
-from vllm_attn_offload.planner.simulate.traces import Request
+from vllm_attn_offload.planner.estimate.traces import Request
 
 
 class StepModel(Protocol):
-    """Times of one engine, in seconds, without contention."""
+    """Seconds of one engine without contention, as EngineTimes gives them."""
 
-    num_batches: int
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that a step may be cut into."""
 
     def decode(
-        self, batch: int, context: float, num_batches: int
+        self, rows: float, context: float, num_micro_batches: int
     ) -> tuple[float, float, float]:
-        """Model, attention and wire time of one of `num_batches` micro-batches."""
+        """Model, attention and wire time of a micro-batch of `rows` requests."""
 
     def overhead(self, batch: int) -> float:
-        """What a step costs once, whatever the number of micro-batches."""
+        """Part of a step that no micro-batch hides."""
 
     def prefill(self, tokens: float, context: float) -> float:
-        """Prefill of `tokens` that see `context` on average; 0 if it runs elsewhere."""
+        """Prefill of `tokens` that attend to `context` tokens on average."""
 
 
-@dataclass(frozen=True, slots=True)
-class SimulationConfig:
-    """Limits as in vLLM, and what goes wrong.
+class MemoryPool:
+    """Attention demand of the engines that share one set of memory nodes.
 
-    `kv_tokens` is one engine's KV capacity on its `num_nodes` memory nodes.
+    Requests of different engines meet at a node at random, layer by layer, so an
+    engine that needs `a` seconds alone takes a / (1 - rho) with rho the others' load
+    (processor sharing), and never more than waiting for everybody once per step.
     """
 
-    kv_tokens: int
-    num_nodes: int = 1
-    max_num_seqs: int = 1 << 30
-    max_batched_tokens: int = 8192
-    failures: Failures = Failures()
-    seed: int = 0
-    max_chunk: int = 1024
+    def __init__(self) -> None:
+        self._demand: dict[int, tuple[float, float]] = {}
+        self._load = 0.0
+        self._work = 0.0
 
+    def stretch(self, engine: int, attention_s: float) -> float:
+        """Attention time of `engine` under the others' present load."""
+        work, load = self._demand.get(engine, (0.0, 0.0))
+        others = self._load - load
+        bound = attention_s + self._work - work
+        if others >= 1:
+            return bound
+        return min(attention_s / (1 - others), bound)
 
-@dataclass(slots=True)
-class EngineStats:
-    """What one engine did."""
-
-    generated: int = 0
-    finished: int = 0
-    preemptions: int = 0
-    refused: int = 0
-    busy_s: float = 0.0
-    batch_seconds: float = 0.0
-    kv_peak_tokens: int = 0
-    end_s: float = 0.0
-    loaded_s: float = 0.0
-    loaded_tokens: int = 0
-    tbt: list[tuple[float, int]] = field(default_factory=list)
-    ttft_s: list[float] = field(default_factory=list)
+    def report(self, engine: int, attention_s: float, step_s: float) -> None:
+        """Record the demand of the chunk `engine` runs now."""
+        work, load = self._demand.get(engine, (0.0, 0.0))
+        new = (attention_s, attention_s / step_s if step_s else 0.0)
+        self._demand[engine] = new
+        self._work += new[0] - work
+        self._load += new[1] - load
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request with its prompt and how much it has generated at `since_step`."""
+    """A request and the tokens it had generated at `since_step`."""
 
     index: int
     arrival_s: float
@@ -99,7 +98,6 @@ class Engine:
         self.index, self.model, self.config, self.pool = index, model, config, pool
         self.now = requests[0].arrival_s if requests else 0.0
         self.stats = EngineStats()
-        self.memory_busy_s = 0.0
         self._arrivals = deque(
             _Running(i, r.arrival_s, r.prompt, r.output) for i, r in enumerate(requests)
         )
@@ -171,10 +169,10 @@ class Engine:
         """Time of a step; micro-batches are used only where they help."""
         slower = self._straggling(steps) * self.config.num_nodes / self._nodes
         best_s, work_s = float("inf"), 0.0
-        for n in sorted({1, self.model.num_batches}):
+        for n in sorted({1, self.model.num_micro_batches}):
             if n > batch:
                 continue
-            model_s, attention_s, wire_s = self.model.decode(batch, context, n)
+            model_s, attention_s, wire_s = self.model.decode(batch / n, context, n)
             attention_s *= slower
             shared = self.pool.stretch(self.index, n * attention_s) / n
             step_s = step_time(model_s, shared, wire_s, n)
@@ -182,7 +180,7 @@ class Engine:
                 best_s, work_s = step_s, n * attention_s
         best_s += self.model.overhead(batch)
         self.pool.report(self.index, work_s, best_s)
-        self.memory_busy_s += work_s * steps
+        self.stats.memory_busy_s += work_s * steps
         return best_s
 
     def _straggling(self, steps: int) -> float:
@@ -236,14 +234,14 @@ class Engine:
         return self._finish[0][0] - self._step
 
     def _stale(self, at_step: int, index: int) -> bool:
-        """Whether a heap entry dates from before the request was preempted."""
+        """True for a heap entry from before the request was preempted."""
         r = self._running[index]
         return at_step != r.since_step + r.output - r.generated
 
     def _next_boundary(self) -> float | None:
-        """When arrivals or a node loss end the chunk; a full engine takes nobody."""
+        """Second at which an arrival or a node loss ends the chunk."""
         times = [self._losses[0].at_s] if self._losses else []
-        if self._arrivals and not self._waiting:
+        if self._arrivals and not self._waiting:  # a full engine takes nobody
             times.append(self._arrivals[0].arrival_s)
         return min(times, default=None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sections of paper.py share: models, hardware, traces, table type."""
+"""Models, hardware, traces and the table type of paper.py's sections."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vllm_attn_offload.planner.estimate.deployment import (
-    Estimate,
-    Offload,
-    Workload,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.hardware import (
-    Device,
-    DeviceGroup,
-    Network,
-    load_catalogue,
-    price_per_hour,
-)
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.traces import Request, read_trace, summarize
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.catalogue import load_catalogue
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
+from vllm_attn_offload.planner.hardware.network import Network
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
 from vllm_attn_offload.planner.report import format_table
-from vllm_attn_offload.planner.simulate.traces import Request, read_trace, summarize
 
 CATALOGUE = load_catalogue()
 H100, H20 = CATALOGUE.device("H100"), CATALOGUE.device("H20")
@@ -36,10 +33,15 @@ KNOWN_CONTEXTS = {"Azure-Conv": 1226.5, "Azure-Code": 2130.4, "Kimi-Conv": 13125
 
 
 def dense(
-    name: str, weights_gb: float, layers: int, hidden: int, heads: int, group: int = 1
+    name: str,
+    weights_gb: float,
+    layers: int,
+    hidden: int,
+    heads: int,
+    queries_per_kv: int = 1,
 ) -> ModelShape:
-    """A model of the paper: FP16, so half as many parameters as bytes (Table 3)."""
-    attention = (gqa_group(layers, heads, heads // group, hidden // heads),)
+    """A model of Table 3 in FP16: half as many parameters as bytes."""
+    attention = (gqa_layers(layers, heads, heads // queries_per_kv, hidden // heads),)
     return ModelShape(name, hidden, attention, weights_gb * 1e9 / 2, weights_gb * 1e9)
 
 
@@ -47,7 +49,7 @@ LLAMA_7B = dense("LLaMA-7B", 13.5, 32, 4096, 32)
 LLAMA_13B = dense("LLaMA-13B", 26.0, 40, 5120, 40)
 LLAMA_33B = dense("LLaMA-33B", 64.7, 60, 6656, 52)
 LLAMA_65B = dense("LLaMA-65B", 130.1, 80, 8192, 64)
-LLAMA3_70B = dense("LLaMA3-70B", 137.5, 80, 8192, 64, group=8)
+LLAMA3_70B = dense("LLaMA3-70B", 137.5, 80, 8192, 64, queries_per_kv=8)
 # Table 5: model, compute and memory devices, H100s of about the same cost.
 TABLE_5 = [(LLAMA_33B, 1, 2, 2), (LLAMA_65B, 2, 4, 4), (LLAMA3_70B, 2, 4, 4)]
 
@@ -72,7 +74,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace's name, decode-weighted context, and requests (none: only the mean)."""
+    """A trace: mean context, weighted by decode steps, and requests where known."""
 
     name: str
     context: float
@@ -81,7 +83,7 @@ class Trace:
 
 def usd(device: Device, count: int, prices: str = PAPER_PRICES) -> float:
     """USD per hour of `count` devices."""
-    return count * price_per_hour(device, prices)
+    return count * device.usd_per_hour(prices)
 
 
 def load_traces(paths: Sequence[Path]) -> list[Trace]:
@@ -99,10 +101,10 @@ def estimates(
     h100, h20 = (d.ideal() if is_ideal else d for d in (H100, H20))
     network = replace(FHBN, latency_us=0.0, gbps=1e9) if is_ideal else FHBN
     load = Workload(context, 1, 1, prefill="none")
-    offload = Offload(DeviceGroup(h100, a), DeviceGroup(h20, b), network)
+    offload = Offload(DeviceCount(h100, a), DeviceCount(h20, b), network)
     both = [
         evaluate_offload(model, offload, load, usd(H100, a) + usd(H20, b), n)
         for n in (1, 2)
     ]
-    homogeneous = evaluate_homogeneous(model, DeviceGroup(h100, t), load, usd(H100, t))
+    homogeneous = evaluate_homogeneous(model, DeviceCount(h100, t), load, usd(H100, t))
     return max(both, key=lambda e: e.tokens_per_s), homogeneous

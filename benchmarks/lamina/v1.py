@@ -22,13 +22,13 @@ from lamina.section import (
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
-    DoesNotFitError,
-    Offload,
-    Workload,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.hardware import DeviceGroup
+from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 
 
 def attention_share(_: Sequence[Trace]) -> Section:
@@ -130,15 +130,15 @@ def per_dollar_grid() -> tuple[list[tuple[float, str]], float]:
                 load = Workload(context, 1, 1, prefill="none")
                 for count in (2, 4, 8, 16, 32):
                     offload = Offload(
-                        DeviceGroup(device, 1), DeviceGroup(rtx, count), net
+                        DeviceCount(device, 1), DeviceCount(rtx, count), net
                     )
                     price = usd(device, 1, CLOUD_PRICES)
                     total = price + usd(rtx, count, CLOUD_PRICES)
                     label = f"{model.name}, {name} + {count}xRTX3090, l={context:,}"
                     try:
                         ours = evaluate_offload(model, offload, load, total, 2)
-                        group = DeviceGroup(device, 1)
-                        theirs = evaluate_homogeneous(model, group, load, price)
+                        alone = DeviceCount(device, 1)
+                        theirs = evaluate_homogeneous(model, alone, load, price)
                     except DoesNotFitError:
                         continue  # nothing to compare where a side holds no request
                     found.append((theirs.cost_per_token / ours.cost_per_token, label))

@@ -8,6 +8,10 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
+from lamina.scenario import (
+    simulate_homogeneous,
+    simulate_offload,
+)
 from lamina.section import (
     CATALOGUE,
     FHBN,
@@ -26,17 +30,13 @@ from lamina.section import (
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
-    Offload,
-    Workload,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.hardware import DeviceGroup
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.model.shape import ModelShape
-from vllm_attn_offload.planner.simulate.scenario import (
-    simulate_homogeneous,
-    simulate_offload,
-)
 
 
 def table_1(_: Sequence[Trace]) -> Section:
@@ -133,12 +133,12 @@ def simulated_gain(model: ModelShape, a: int, b: int, t: int, trace: Trace) -> s
         return "-"
     waiting = [replace(r, arrival_s=0.0) for r in trace.requests]
     load = Workload(trace.context, 1, 1, prefill="none")
-    offload = Offload(DeviceGroup(H100, a), DeviceGroup(H20, b), FHBN)
+    offload = Offload(DeviceCount(H100, a), DeviceCount(H20, b), FHBN)
     ours = max(
         simulate_offload(model, offload, load, waiting, n).loaded_tokens_per_s
         for n in (1, 2)
     )
-    theirs = simulate_homogeneous(model, DeviceGroup(H100, t), 1, load, waiting)
+    theirs = simulate_homogeneous(model, DeviceCount(H100, t), 1, load, waiting)
     return f"{ours / theirs.loaded_tokens_per_s - 1:+.0%}"
 
 
@@ -185,15 +185,15 @@ def throughput_v2(traces: Sequence[Trace]) -> Section:
 
 
 def h20_alone(traces: Sequence[Trace]) -> Section:
-    """What the paper does not compare: memory devices that run the whole model."""
+    """Memory devices that run the whole model, a comparison the paper lacks."""
     rows = []
     for trace in traces:
         load = Workload(trace.context, 1, 1, prefill="none")
         for model, a, b, t in TABLE_5:
             ours, theirs = estimates(model, a, b, t, trace.context, is_ideal=True)
             count = 4 if a == 1 else 8
-            group, price = DeviceGroup(H20.ideal(), count), usd(H20, count)
-            alone = evaluate_homogeneous(model, group, load, price)
+            devices, price = DeviceCount(H20.ideal(), count), usd(H20, count)
+            alone = evaluate_homogeneous(model, devices, load, price)
             found = (ours, theirs, alone)
             rows.append(
                 [trace.name, model.name, f"({a},{b})", f"{t}xH100", f"{count}xH20"]
@@ -218,7 +218,7 @@ def dop_sweep(traces: Sequence[Trace]) -> Section:
         for model in (LLAMA_65B, LLAMA3_70B):
             line = points.setdefault(f"{model.name}, {trace.name}", [])
             for a, b in dops:
-                offload = Offload(DeviceGroup(H100, a), DeviceGroup(H20, b), FHBN)
+                offload = Offload(DeviceCount(H100, a), DeviceCount(H20, b), FHBN)
                 price = usd(H100, a) + usd(H20, b)
                 found = [
                     evaluate_offload(model, offload, load, price, n) for n in (1, 2)
@@ -226,9 +226,8 @@ def dop_sweep(traces: Sequence[Trace]) -> Section:
                 best = max(e.tokens_per_s for e in found)
                 line.append((f"({a},{b})", price, best))
             for t in (4, 8):
-                group = DeviceGroup(H100, t)
                 price = usd(H100, t)
-                e = evaluate_homogeneous(model, group, load, price)
+                e = evaluate_homogeneous(model, DeviceCount(H100, t), load, price)
                 line.append((f"{t}xH100", price, e.tokens_per_s))
     rows = [
         [key, name, f"{price:.2f}", f"{speed:,.0f}", f"{price / speed / 3.6e-3:.2f}"]
@@ -255,7 +254,7 @@ def overlap_bound(_: Sequence[Trace]) -> Section:
     rows = []
     cases = [(LLAMA_65B, 2, 2, 25, "13.2"), (LLAMA3_70B, 2, 4, 100, "3.5")]
     for model, a, b, batch, published in cases:
-        g = model.groups[0]
+        g = model.layers[0]
         hidden, params = model.hidden_size, model.num_layers * g.kv_elements
         kv_params = hidden * params
         project = cost.linear_time(

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "paper.py"
 
-
-def test_paper_benchmark(tmp_path: Path) -> None:
+def test_paper_benchmark(root: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(tmp_path), "--no-plots"],
+        [
+            sys.executable,
+            str(root / "benchmarks/paper.py"),
+            "--output",
+            str(tmp_path),
+            "--no-plots",
+        ],
         capture_output=True,
         text=True,
         check=True,

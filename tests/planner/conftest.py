@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_attn_offload.planner.hardware import Catalogue, load_catalogue
+from vllm_attn_offload.planner.hardware.catalogue import Catalogue, load_catalogue
 from vllm_attn_offload.planner.model.config import read_configs, shape_from_config
 from vllm_attn_offload.planner.model.shape import ModelShape
 

@@ -30,8 +30,10 @@ from vllm_attn_offload.planner.calibrate.probes import (
 )
 from vllm_attn_offload.planner.cli import main
 from vllm_attn_offload.planner.estimate import cost_model as cost
-from vllm_attn_offload.planner.hardware import Device, Network, load_catalogue
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.hardware.catalogue import load_catalogue
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.network import Network
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).with_name("configs")
@@ -108,7 +110,7 @@ def test_node_probe_needs_room(addresses: list[str]) -> None:
 def test_engine_probe_splits_a_step() -> None:
     """Overheads and rates that were put in come out, and give the same step again."""
     layers, head = 0.9e9, 0.1e9
-    shape = ModelShape("m", 64, (gqa_group(10, 4, 2, 16),), 5e8, 1e9, head / 2, head)
+    shape = ModelShape("m", 64, (gqa_layers(10, 4, 2, 16),), 5e8, 1e9, head / 2, head)
     rate = {1: 0.05, 8: 0.06, 32: 0.10}
 
     def time(b: int) -> EngineTime:
@@ -141,7 +143,7 @@ def test_engine_probe_splits_a_step() -> None:
 
 def test_engine_probe_survives_noise() -> None:
     """A larger batch that was faster must not give a negative rate."""
-    shape = ModelShape("m", 64, (gqa_group(10, 4, 2, 16),), 5e8, 1e9)
+    shape = ModelShape("m", 64, (gqa_layers(10, 4, 2, 16),), 5e8, 1e9)
     node, network = Device("n", 1, 1, 1, "", ""), Network("w", 1)
     gemm = [(1.0, 0.001), (8.0, 0.001)]
     probe = EngineProbe("m", "bfloat16", shape, ["a"], gemm, node, network, "")

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
-from vllm_attn_offload.planner.hardware import Catalogue, Device, Network
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group, mla_group
+from vllm_attn_offload.planner.hardware.catalogue import Catalogue
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.network import Network
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers, mla_layers
 
 # 2 layers, 8 query heads and 2 KV heads of 64: q 512, k + v 256, out 512 elements.
-SHAPE = ModelShape("toy", 512, (gqa_group(2, 8, 2, 64),), 1e9, 2e9)
+SHAPE = ModelShape("toy", 512, (gqa_layers(2, 8, 2, 64),), 1e9, 2e9)
 DEVICE = Device(
     "toy", tflops=100, memory_gb=10, memory_gbps=1000, source="", date=""
 ).ideal()
@@ -50,7 +52,7 @@ def test_attention_time_bytes_and_flops() -> None:
     assert cost.attention_time(SHAPE, DEVICE, 2, 10, 1000) == pytest.approx(5.12e-6)
     # MLA with 128 heads does 2 x 128 x (576 + 512) flops on 576 x 2 bytes: 241.8 a
     # byte, above this device's 100.
-    mla = ModelShape("mla", 512, (mla_group(1, 128, 512, 64),), 1e9, 2e9)
+    mla = ModelShape("mla", 512, (mla_layers(1, 128, 512, 64),), 1e9, 2e9)
     flops = 10 * 1000 * 2 * 128 * (576 + 512)
     assert cost.attention_time(mla, DEVICE, 1, 10, 1000) == pytest.approx(flops / 1e14)
 

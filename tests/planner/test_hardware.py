@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from vllm_attn_offload.planner.hardware import (
+from vllm_attn_offload.planner.hardware.catalogue import (
     Catalogue,
-    common_price_list,
     load_catalogue,
-    parse_group,
+    parse_devices,
     parse_network,
 )
+from vllm_attn_offload.planner.hardware.device_count import common_price_list
 
 REQUIRED = (
     "A10 A100 H100 H200 H20 B200 L4 L40S RTX3090 RTX4080 RTX4090 TPUv6e "
@@ -67,16 +67,16 @@ def test_user_file_errors(tmp_path: Path, text: str, message: str) -> None:
         load_catalogue([path])
 
 
-def test_parse_group(catalogue: Catalogue) -> None:
-    group = parse_group("2xrtx 4090", catalogue)
-    assert (group.count, group.device.name) == (2, "RTX4090")
-    assert parse_group("H20", catalogue).count == 1
+def test_parse_devices(catalogue: Catalogue) -> None:
+    devices = parse_devices("2xrtx 4090", catalogue)
+    assert (devices.count, devices.device.name) == (2, "RTX4090")
+    assert parse_devices("H20", catalogue).count == 1
 
 
 @pytest.mark.parametrize("text", ["0xH20", "2xH21", "", "-1xH20"])
-def test_parse_group_errors(catalogue: Catalogue, text: str) -> None:
+def test_parse_devices_errors(catalogue: Catalogue, text: str) -> None:
     with pytest.raises(ValueError, match=r"Unknown device|Cannot read"):
-        parse_group(text, catalogue)
+        parse_devices(text, catalogue)
 
 
 @pytest.mark.parametrize(

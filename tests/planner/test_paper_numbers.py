@@ -9,28 +9,25 @@ import pytest
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
-    Estimate,
-    Offload,
-    Workload,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.hardware import (
-    Catalogue,
-    DeviceGroup,
-    Network,
-    price_per_hour,
-)
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.catalogue import Catalogue
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
+from vllm_attn_offload.planner.hardware.network import Network
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
 
 NO_NETWORK = Network("free", gbps=1e9, latency_us=0)
 
 
 def paper_model(
-    weights_gb: float, layers: int, hidden: int, heads: int, group: int
+    weights_gb: float, layers: int, hidden: int, heads: int, queries_per_kv: int
 ) -> ModelShape:
     """Table 3: FP16 weights, so half as many parameters as bytes."""
-    shape = (gqa_group(layers, heads, heads // group, hidden // heads),)
+    shape = (gqa_layers(layers, heads, heads // queries_per_kv, hidden // heads),)
     return ModelShape("paper", hidden, shape, weights_gb * 1e9 / 2, weights_gb * 1e9)
 
 
@@ -48,12 +45,12 @@ def pair(
 ) -> tuple[Estimate, Estimate]:
     h100, h20 = catalogue.device("H100").ideal(), catalogue.device("H20").ideal()
     prices = "lamina-table-1"
-    ours, theirs = price_per_hour(h100, prices), price_per_hour(h20, prices)
+    ours, theirs = (d.usd_per_hour(prices) for d in (h100, h20))
     load = Workload(context, 1, 1, prefill="none")
-    offload = Offload(DeviceGroup(h100, a), DeviceGroup(h20, b), NO_NETWORK)
+    offload = Offload(DeviceCount(h100, a), DeviceCount(h20, b), NO_NETWORK)
     return (
         evaluate_offload(model, offload, load, a * ours + b * theirs, 2),
-        evaluate_homogeneous(model, DeviceGroup(h100, t), load, t * ours),
+        evaluate_homogeneous(model, DeviceCount(h100, t), load, t * ours),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_attn_offload.planner.simulate.traces import Request, read_trace, summarize
+from vllm_attn_offload.planner.estimate.traces import Request, read_trace, summarize
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -1,101 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer one planning question as text and as JSON."""
+"""`vllm-attn-offload plan`: its options, and its answer as text or JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from vllm_attn_offload.planner.estimate.compare import compare
-from vllm_attn_offload.planner.estimate.deployment import Offload, Workload
-from vllm_attn_offload.planner.estimate.search import search_ratios
-from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.planner.estimate.compare import compare, search_ratios
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.question import Question
+from vllm_attn_offload.planner.estimate.traces import read_trace, summarize
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.catalogue import (
+    Catalogue,
+    load_catalogue,
+    parse_devices,
+    parse_network,
+)
+from vllm_attn_offload.planner.hardware.device import Price
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
+from vllm_attn_offload.planner.hardware.network import Network
+from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
 from vllm_attn_offload.planner.plot import plot_plan
 from vllm_attn_offload.planner.report import (
     comparison_json,
     format_comparison,
-    format_table,
-    format_usd,
+    format_ratios,
 )
-from vllm_attn_offload.planner.simulate.failures import Failures
-from vllm_attn_offload.planner.simulate.scenario import simulate_comparison
-from vllm_attn_offload.planner.simulate.traces import Request
 
-SEARCH_ROWS = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What `plan` was asked."""
-
-    shape: ModelShape
-    offload: Offload
-    workload: Workload
-    requests: list[Request]
-    max_micro_batches: int = 2
-    price_list: str | None = None
+PLAN_HELP = "does offloading attention pay for this model, hardware and workload?"
+PLAN_EPILOG = """examples:
+  vllm-attn-offload plan meta-llama/Meta-Llama-3-8B --compute 1xH100 --memory 2xH20 \\
+      --network 400Gbps --context 8192
+  vllm-attn-offload plan ./Llama-3-70B --compute 2xH100 --memory 4xH20 \\
+      --trace AzureLLMInferenceTrace_conv.csv --slo-tbt-ms 100
+  vllm-attn-offload plan ./Qwen3-8B --compute 1xL40S --memory 4xRTX3090 --search
+"""
 
 
-def answer(
-    question: Question,
-    search: bool = False,
-    failures: Failures | None = None,
-    plot: Path | None = None,
-) -> tuple[str, dict[str, Any]]:
-    """Compare, and optionally search, simulate (with `failures`) and plot."""
-    q = question
-    result = compare(q.shape, q.offload, q.workload, q.max_micro_batches, q.price_list)
-    parts, document = [format_comparison(result)], comparison_json(result)
-    if search or plot is not None:
-        ranked = search_ratios(
-            q.shape, q.offload, q.workload, q.max_micro_batches, q.price_list
-        )
-        if plot is not None:
-            plot_plan(q.shape, q.offload, q.workload, ranked, plot)
-            parts.append(f"Plot: {plot}")
-        if search:
-            rows = [e for _, _, e in ranked]
-            parts.append(_search_table(rows))
-            document["search"] = [
-                {"label": e.label, "tokens_per_s": e.tokens_per_s}
-                | {"usd_per_hour": e.usd_per_hour, "usd_per_mtoken": e.usd_per_mtoken}
-                | {"batch": e.batch, "tbt_s": e.tbt_s, "micro_batches": e.num_batches}
-                for e in rows
-            ]
-    if failures is not None:
-        text, facts = simulate_comparison(
-            q.offload, q.workload, q.requests, result, failures
-        )
-        parts.append(text)
-        document["simulation"] = facts
-    return "\n\n".join(parts), document
+def positive(kind: type) -> Callable[[str], float]:
+    """Option type: a number of `kind` (int or float) above zero."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not allowed here. It must be a positive {kind.__name__}. "
+                "Give a number above zero."
+            )
+        return value
+
+    return parse
 
 
-def _search_table(rows: list[Any]) -> str:
-    header = [
-        "Ratio",
-        "Engines",
-        "Micro-batches",
-        "Batch",
-        "TBT ms",
-        "Tokens/s",
-        "USD/h",
-        "USD/Mtok",
-    ]
-    body = [
-        [
-            e.label,
-            str(e.replicas),
-            str(e.num_batches),
-            f"{e.batch:,}",
-            f"{e.tbt_s * 1e3:.1f}",
-        ]
-        + [f"{e.tokens_per_s:,.0f}", format_usd(e.usd_per_hour)]
-        + [format_usd(e.usd_per_mtoken)]
-        for e in rows[:SEARCH_ROWS]
-    ]
-    title = (
-        f"Ratios, cheapest token first ({min(len(rows), SEARCH_ROWS)} of {len(rows)})"
+def _price(text: str) -> tuple[str, float]:
+    name, _, usd = text.partition("=")
+    return name, positive(float)(usd)
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    plan = commands.add_parser(
+        "plan",
+        help=PLAN_HELP,
+        description=PLAN_HELP,
+        epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return f"{title}\n{format_table(header, body)}"
+    add_question(plan)
+    add = plan.add_argument_group("output").add_argument
+    add("--search", action="store_true", help="rank ratios of these two devices")
+    add("--plot", type=Path, metavar="PNG", help="throughput per dollar and roofline")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Options of the model, the hardware and the workload."""
+    parser.add_argument("model", help="config.json, model directory, or hub model id")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--compute", required=True, help="compute devices of one engine, e.g. 1xH100")
+    add("--memory", required=True, help="memory nodes, e.g. 2xH20")
+    add("--network", default="400Gbps", help="one port per device (default: 400Gbps)")
+    add(
+        "--latency-us",
+        type=positive(float),
+        help="round trip of one small exchange (default 66.6, Lamina's NCCL figure)",
+    )
+    add("--hardware", type=Path, action="append", default=[], help="extra TOML file")
+    add("--price", type=_price, action="append", default=[], metavar="NAME=USD")
+    add("--price-list", help="price list of the catalogue (default: a common one)")
+    add("--ideal", action="store_true", help="datasheet rooflines, no efficiencies")
+    _add_workload(parser)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("workload").add_argument
+    add("--context", type=positive(int), help="mean cached tokens (default 8192)")
+    add("--output-len", type=positive(int), help="generated tokens (default 256)")
+    add("--trace", type=Path, help="Azure CSV or Mooncake JSONL, instead of the above")
+    add("--slo-tbt-ms", type=positive(float), help="bound on time between tokens")
+    add("--max-num-seqs", type=positive(int), help="bound on the batch")
+    add(
+        "--prefill",
+        choices=("local", "none"),
+        default="local",
+        help="none: prefill runs elsewhere, as in the paper's evaluation",
+    )
+    add("--micro-batches", type=positive(int), default=2, help="up to N (default 2)")
+    add("--partition", choices=("auto", "heads", "blocks"), default="auto")
+    add("--dtype", choices=("auto", *ENGINE_DTYPES), default="auto")
+    add("--kv-dtype", default="auto", help="auto (like --dtype) or fp8")
+    add("--weight-bits", type=positive(float), help="instead of the config's dtype")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Compare, and optionally search and plot; returns the exit status.
+
+    Raises:
+        ValueError: Bad options, or a file that cannot be read or written.
+    """
+    question = read_question(args)
+    result = compare(question)
+    parts, document = [format_comparison(result)], comparison_json(result)
+    if args.search or args.plot is not None:
+        ratios = search_ratios(question)
+        if args.plot is not None:
+            plot_plan(question, ratios, args.plot)
+            parts.append(f"Plot: {args.plot}")
+        if args.search:
+            parts.append(format_ratios(ratios))
+            document["search"] = [asdict(estimate) for _, _, estimate in ratios]
+    print(json.dumps(document, indent=2) if args.json else "\n\n".join(parts))
+    return 0
+
+
+def read_question(args: argparse.Namespace) -> Question:
+    """The question that the options of `add_question` ask.
+
+    Raises:
+        ValueError: Bad options, or a file that cannot be read.
+    """
+    catalogue = load_catalogue(args.hardware)
+    _check_price_names(args, catalogue)
+    offload = Offload(
+        compute=_devices(args.compute, catalogue, args),
+        memory=_devices(args.memory, catalogue, args),
+        network=_network(catalogue, args),
+        partition=args.partition,
+    )
+    workload = _workload(args)
+    shape = read_model_shape(args.model, args.kv_dtype, args.weight_bits, args.dtype)
+    return Question(shape, offload, workload, args.micro_batches, args.price_list)
+
+
+def _check_price_names(args: argparse.Namespace, catalogue: Catalogue) -> None:
+    for name, _ in args.price:
+        catalogue.device(name)
+    known = sorted({key for d in catalogue.devices.values() for key in d.price})
+    if args.price_list is not None and args.price_list not in known:
+        raise ValueError(
+            f"Unknown price list {args.price_list!r}. Known: {', '.join(known)}. "
+            "Use one of these, or leave --price-list out."
+        )
+
+
+def _devices(text: str, catalogue: Catalogue, args: argparse.Namespace) -> DeviceCount:
+    devices = parse_devices(text, catalogue)
+    device = devices.device.ideal() if args.ideal else devices.device
+    for name, usd in args.price:
+        if name.lower() == device.name.lower():
+            given = Price(usd, "given by --price", "")
+            listed = {args.price_list or key: given for key in device.price}
+            device = replace(device, price=listed or {"given": given})
+    return replace(devices, device=device)
+
+
+def _network(catalogue: Catalogue, args: argparse.Namespace) -> Network:
+    network = parse_network(args.network, catalogue)
+    if args.latency_us is not None:
+        network = replace(network, latency_us=args.latency_us)
+    return replace(network, efficiency=1.0) if args.ideal else network
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    if args.trace is not None:
+        if args.context is not None or args.output_len is not None:
+            raise ValueError(
+                "--trace was given together with --context or --output-len. A trace "
+                "brings its own lengths. Give one or the other."
+            )
+        summary = summarize(read_trace(args.trace))
+        context, prompt, output = summary.context, summary.prompt, summary.output
+    else:
+        context, output = args.context or 8192, args.output_len or 256
+        prompt = max(context - output / 2, 1)
+    slo_s = args.slo_tbt_ms / 1e3 if args.slo_tbt_ms else None
+    return Workload(context, prompt, output, args.prefill, slo_s, args.max_num_seqs)

@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from vllm_attn_offload.planner.estimate.deployment import Estimate, Offload, Workload
-from vllm_attn_offload.planner.hardware import Device, DeviceGroup
+from vllm_attn_offload.planner.estimate.compare import Ratio
+from vllm_attn_offload.planner.estimate.question import Question
+from vllm_attn_offload.planner.hardware.device import Device
 from vllm_attn_offload.planner.model.shape import ModelShape
-
-Ranked = Sequence[tuple[DeviceGroup, DeviceGroup | None, Estimate]]
 
 
 def new_figure(num_axes: int, title: str) -> tuple[Any, Any]:
     """A figure with `num_axes` axes in a row, without a display.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: Matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,21 +33,16 @@ def new_figure(num_axes: int, title: str) -> tuple[Any, Any]:
     return figure, figure.subplots(1, num_axes)
 
 
-def plot_plan(
-    shape: ModelShape,
-    offload: Offload,
-    workload: Workload,
-    ranked: Ranked,
-    path: Path,
-) -> None:
+def plot_plan(question: Question, ratios: Sequence[Ratio], path: Path) -> None:
     """Write the PNG.
 
     Raises:
-        ValueError: no matplotlib, or the file cannot be written.
+        ValueError: No matplotlib, or the file cannot be written.
     """
-    title = f"{shape.name}, {workload.context:,.0f} tokens of context"
+    shape, offload = question.shape, question.offload
+    title = f"{shape.name}, {question.workload.context:,.0f} tokens of context"
     figure, (left, right) = new_figure(2, title)
-    _plot_ratios(left, ranked)
+    _plot_ratios(left, ratios)
     _plot_roofline(right, shape, [offload.compute.device, offload.memory.device])
     try:
         figure.savefig(path, dpi=120, format="png")
@@ -59,23 +53,23 @@ def plot_plan(
         ) from error
 
 
-def _plot_ratios(axes: Any, ranked: Ranked) -> None:
+def _plot_ratios(axes: Any, ratios: Sequence[Ratio]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     alone: set[str] = set()
-    for compute, memory, estimate in ranked:
+    for compute, memory, estimate in ratios:
         per_dollar = 3600 / estimate.cost_per_token / 1e6
         if memory is not None:
             point = (memory.count / compute.count, per_dollar)
             lines.setdefault(str(compute), []).append(point)
         elif compute.device.name not in alone:
-            # Cheapest first: one line for the best group of each kind.
+            # Cheapest first: one line for the best number of each kind.
             alone.add(compute.device.name)
             axes.axhline(per_dollar, color="0.7", linestyle=":")
             axes.annotate(estimate.label, (0, per_dollar), fontsize=8, color="0.3")
     for label, points in sorted(lines.items()):
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker="o", label=label)
-    is_priced = all(estimate.usd_per_hour is not None for _, _, estimate in ranked)
+    is_priced = all(estimate.usd_per_hour is not None for _, _, estimate in ratios)
     unit = "USD" if is_priced else "device hour"
     axes.set(xlabel="memory devices per compute device", ylabel=f"Mtoken per {unit}")
     axes.set_title(f"Throughput per {unit} (dotted: homogeneous)", fontsize=10)

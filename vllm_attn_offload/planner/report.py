@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print a comparison as a table, or turn it into JSON."""
+"""A comparison as tables and sentences, or as JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_attn_offload.planner.estimate.compare import ALPHA, Comparison
-from vllm_attn_offload.planner.estimate.deployment import Estimate
+from vllm_attn_offload.planner.estimate.compare import ALPHA, Comparison, Ratio
+from vllm_attn_offload.planner.estimate.estimate import Estimate
 
 WIDTH = 88
+MAX_RATIOS = 15
 ROWS: tuple[tuple[str, Callable[[Estimate], str]], ...] = (
     ("Engines", lambda e: f"{e.replicas}"),
-    ("Micro-batches", lambda e: f"{e.num_batches}"),
+    ("Micro-batches", lambda e: f"{e.num_micro_batches}"),
     ("Batch (limited by)", lambda e: f"{e.batch:,} ({e.batch_limit})"),
     ("Time between tokens, ms", lambda e: f"{e.tbt_s * 1e3:.1f}"),
     ("  model, per micro-batch", lambda e: f"{e.model_s * 1e3:.1f}"),
@@ -31,7 +32,7 @@ ROWS: tuple[tuple[str, Callable[[Estimate], str]], ...] = (
 
 
 def format_usd(usd: float | None) -> str:
-    """Cents, or that there is no price."""
+    """USD with cents, or "no price" for None."""
     return "no price" if usd is None else f"{usd:.2f}"
 
 
@@ -54,7 +55,7 @@ def _wrap(title: str, text: str) -> str:
 
 def format_comparison(result: Comparison) -> str:
     """The table and sentences that `plan` prints."""
-    shape, load = result.shape, result.workload
+    shape, load = result.question.shape, result.question.workload
     lines = [
         f"{shape.name}: {shape.num_params / 1e9:.1f}B parameters, "
         f"{shape.weight_bytes / 1e9:.1f} GB of weights, "
@@ -84,7 +85,8 @@ def format_comparison(result: Comparison) -> str:
 
 
 def _bottleneck_words(result: Comparison, best: Estimate) -> str:
-    compute, memory = result.offload.compute, result.offload.memory
+    offload = result.question.offload
+    compute, memory = offload.compute, offload.memory
     words = {
         "model": f"the non-attention part on {compute}; more memory nodes do not help",
         "attention": f"attention on {memory}; more memory nodes shorten the step",
@@ -101,23 +103,38 @@ def _bottleneck_words(result: Comparison, best: Estimate) -> str:
 
 
 def _network_words(result: Comparison) -> str:
-    offload, need = result.offload, result.min_network_gbps
+    network, need = result.question.offload.network, result.min_network_gbps
     assert need is not None
-    latency_ms = result.shape.num_layers * offload.network.latency_us / 1e3
-    enough = "enough" if offload.network.gbps >= need else "too slow"
+    num_layers = result.question.shape.num_layers
+    latency_ms = num_layers * network.latency_us / 1e3
+    enough = "enough" if network.gbps >= need else "too slow"
     return (
         f"{need:.1f} Gbps per port keep the wire within {ALPHA:.0%} of compute and "
-        f"attention; {offload.network.gbps:g} Gbps is {enough}. Latency adds "
-        f"{latency_ms:.1f} ms per token ({result.shape.num_layers} layers x "
-        f"{offload.network.latency_us:g} us)."
+        f"attention; {network.gbps:g} Gbps is {enough}. Latency adds "
+        f"{latency_ms:.1f} ms per token ({num_layers} layers x "
+        f"{network.latency_us:g} us)."
     )
+
+
+def format_ratios(ratios: Sequence[Ratio]) -> str:
+    """The cheapest ratios of `plan --search` as a table."""
+    header = ["Ratio", "Engines", "Micro-batches", "Batch", "TBT ms", "Tokens/s"]
+    header += ["USD/h", "USD/Mtok"]
+    body = [
+        [e.label, str(e.replicas), str(e.num_micro_batches), f"{e.batch:,}"]
+        + [f"{e.tbt_s * 1e3:.1f}", f"{e.tokens_per_s:,.0f}"]
+        + [format_usd(e.usd_per_hour), format_usd(e.usd_per_mtoken)]
+        for _, _, e in ratios[:MAX_RATIOS]
+    ]
+    title = f"Ratios, cheapest token first ({len(body)} of {len(ratios)})"
+    return f"{title}\n{format_table(header, body)}"
 
 
 def comparison_json(result: Comparison) -> dict[str, Any]:
     """The same facts as plain JSON types; times in seconds."""
     return {
-        "model": result.shape.name,
-        "workload": asdict(result.workload),
+        "model": result.question.shape.name,
+        "workload": asdict(result.question.workload),
         "offloaded": [asdict(e) for e in result.offloaded],
         "alternatives": [asdict(e) for e in result.alternatives],
         "does_not_fit": list(result.refused),

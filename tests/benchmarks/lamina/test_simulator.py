@@ -6,21 +6,25 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+from lamina.conditions import Failures, NodeLoss, SimulationConfig
+from lamina.scenario import simulate_offload
+from lamina.simulator import simulate
 
-from vllm_attn_offload.planner.estimate.deployment import (
-    Offload,
-    Workload,
-    evaluate_offload,
+from vllm_attn_offload.planner.estimate.deployment import evaluate_offload
+from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.traces import Request
+from vllm_attn_offload.planner.estimate.workload import Workload
+from vllm_attn_offload.planner.hardware.catalogue import (
+    Catalogue,
+    load_catalogue,
+    parse_network,
 )
-from vllm_attn_offload.planner.hardware import Catalogue, DeviceGroup, parse_network
+from vllm_attn_offload.planner.hardware.device_count import DeviceCount
+from vllm_attn_offload.planner.model.config import read_model_shape
 from vllm_attn_offload.planner.model.shape import ModelShape
-from vllm_attn_offload.planner.simulate.engine import SimulationConfig
-from vllm_attn_offload.planner.simulate.failures import Failures, NodeLoss
-from vllm_attn_offload.planner.simulate.scenario import simulate_offload
-from vllm_attn_offload.planner.simulate.simulator import simulate
-from vllm_attn_offload.planner.simulate.traces import Request
 
 
 @dataclass
@@ -30,10 +34,10 @@ class FixedSteps:
     model_s: float = 1.0
     attention_s: float = 0.0
     prefill_s: float = 0.0
-    num_batches: int = 1
+    num_micro_batches: int = 1
 
     def decode(
-        self, batch: int, context: float, num_batches: int
+        self, rows: float, context: float, num_micro_batches: int
     ) -> tuple[float, float, float]:
         return self.model_s, self.attention_s, 0.0
 
@@ -42,6 +46,17 @@ class FixedSteps:
 
     def prefill(self, tokens: float, context: float) -> float:
         return tokens * self.prefill_s
+
+
+@pytest.fixture(scope="module")
+def llama(root: Path) -> ModelShape:
+    """Llama-3-70B, through the real transformers config class."""
+    return read_model_shape(str(root / "tests/planner/configs/llama-3-70b"))
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return load_catalogue()
 
 
 ROOMY = SimulationConfig(kv_tokens=1_000_000)
@@ -89,16 +104,16 @@ def test_two_micro_batches_hide_attention() -> None:
 
     class PerRow(FixedSteps):
         def decode(
-            self, batch: int, context: float, num_batches: int
+            self, rows: float, context: float, num_micro_batches: int
         ) -> tuple[float, float, float]:
-            return batch / num_batches / 2, batch / num_batches / 2, 0.0
+            return rows / 2, rows / 2, 0.0
 
     pair = [Request(0, 10, 100), Request(0, 10, 100)]
     assert simulate(pair, PerRow(), ROOMY).tbt_p50_s == 2.0
-    assert simulate(pair, PerRow(num_batches=2), ROOMY).tbt_p50_s == 1.0
+    assert simulate(pair, PerRow(num_micro_batches=2), ROOMY).tbt_p50_s == 1.0
     # One request cannot be cut in two, and weights read twice are not worth it.
-    assert simulate(pair[:1], PerRow(num_batches=2), ROOMY).tbt_p50_s == 1.0
-    fixed = FixedSteps(model_s=1.0, attention_s=0.1, num_batches=2)
+    assert simulate(pair[:1], PerRow(num_micro_batches=2), ROOMY).tbt_p50_s == 1.0
+    fixed = FixedSteps(model_s=1.0, attention_s=0.1, num_micro_batches=2)
     assert simulate(pair, fixed, ROOMY).tbt_p50_s == 1.1
 
 
@@ -155,23 +170,22 @@ def test_tokens_are_conserved() -> None:
 
 
 def test_steady_state_equals_the_closed_form(
-    shapes: dict[str, ModelShape], catalogue: Catalogue
+    llama: ModelShape, catalogue: Catalogue
 ) -> None:
     """Requests of equal length at a full cache: within 5 % of the plan's numbers."""
     h100, h20 = catalogue.device("H100"), catalogue.device("H20")
     network = parse_network("400Gbps", catalogue)
-    offload = Offload(DeviceGroup(h100, 2), DeviceGroup(h20, 4), network)
+    offload = Offload(DeviceCount(h100, 2), DeviceCount(h20, 4), network)
     # Arrivals at start spread over one lifetime, so that contexts are mixed.
     requests = [Request(0, 2000 - 400 + i % 400, 800 - i % 400) for i in range(3000)]
     load = Workload(2000, 1600, 600, prefill="none")
-    shape = shapes["llama-3-70b"]
-    plan = evaluate_offload(shape, offload, load, 1.0, 1)
-    result = simulate_offload(shape, offload, load, requests)
+    plan = evaluate_offload(llama, offload, load, 1.0, 1)
+    result = simulate_offload(llama, offload, load, requests)
     assert result.loaded_tokens_per_s == pytest.approx(plan.tokens_per_s, rel=0.05)
 
 
 def test_hundreds_of_nodes_and_full_trace_size_are_fast(
-    shapes: dict[str, ModelShape], catalogue: Catalogue
+    llama: ModelShape, catalogue: Catalogue
 ) -> None:
     """19,366 requests of Azure-Conv's mean size on 16 engines and 256 nodes."""
     rng = random.Random(0)
@@ -180,14 +194,14 @@ def test_hundreds_of_nodes_and_full_trace_size_are_fast(
         for i in range(19_366)
     ]
     offload = Offload(
-        DeviceGroup(catalogue.device("H100"), 2),
-        DeviceGroup(catalogue.device("H20"), 256),
+        DeviceCount(catalogue.device("H100"), 2),
+        DeviceCount(catalogue.device("H20"), 256),
         parse_network("400Gbps", catalogue),
         partition="blocks",
     )
     start = time.process_time()
     result = simulate_offload(
-        shapes["llama-3-70b"],
+        llama,
         offload,
         Workload(1227, 1155, 211),
         requests,

@@ -34,7 +34,8 @@ from vllm_attn_offload.planner.calibrate.probes import (
     Probe,
     ProbeResult,
 )
-from vllm_attn_offload.planner.hardware import Device, Network
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.network import Network
 from vllm_attn_offload.planner.model.shape import ModelShape
 from vllm_attn_offload.protocol.geometry import Dtype
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
@@ -157,7 +158,7 @@ def layer_sizes(
     if shape is None:
         matrices = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))
         return matrices, (16, 4, 128)
-    group = shape.groups[0]
+    group = shape.layers[0]
     head_size = group.q_elements // group.num_heads
     return layer_matrices(shape), (group.num_heads, group.num_kv_heads, head_size)
 
@@ -168,7 +169,7 @@ def layer_matrices(shape: ModelShape) -> tuple[tuple[int, int], ...]:
     The feed-forward width follows from the parameters that attention leaves; the output
     head counts there, as it is read in the same way.
     """
-    g, hidden = shape.groups[0], shape.hidden_size
+    g, hidden = shape.layers[0], shape.hidden_size
     per_layer = (shape.dense_params + shape.expert_params) / shape.num_layers
     attention = hidden * (2 * g.q_elements + g.kv_elements)
     inner = max(round((per_layer - attention) / (3 * hidden)), 1)

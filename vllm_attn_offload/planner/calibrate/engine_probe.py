@@ -20,7 +20,8 @@ from vllm_attn_offload.planner.calibrate.node_probe import fit_nonnegative
 from vllm_attn_offload.planner.calibrate.probes import Entry, ProbeResult
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.cost_model import interpolate
-from vllm_attn_offload.planner.hardware import Device, Network
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.network import Network
 from vllm_attn_offload.planner.model.shape import ModelShape
 
 CHILD = "vllm_attn_offload.planner.calibrate.time_engine"
@@ -112,7 +113,7 @@ class EngineProbe:
         network as measured; the median over the batches.
         """
         num_nodes = len(self.addresses)
-        kv_heads = self.shape.groups[0].num_kv_heads
+        kv_heads = self.shape.layers[0].num_kv_heads
         partition = "blocks" if kv_heads % num_nodes else "heads"
         free = replace(self.network, latency_us=0.0)
         left = [

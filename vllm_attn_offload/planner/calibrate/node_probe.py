@@ -13,7 +13,7 @@ import numpy.typing as npt
 from vllm_attn_offload.client.partition import choose_partition
 from vllm_attn_offload.planner.calibrate.node_session import LayerTime, NodeSession
 from vllm_attn_offload.planner.calibrate.probes import Entry, ProbeResult
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_group
+from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
 from vllm_attn_offload.protocol.geometry import (
     Dtype,
     KVGroup,
@@ -132,7 +132,7 @@ class NodeProbe:
         layer = self.geometry.layers[0]
         heads = layer.num_query_heads, layer.num_kv_heads, layer.head_size
         item = 4.0 if self.geometry.dtype == "float32" else 2.0
-        shape = ModelShape("", 0, (gqa_group(1, *heads),), 0, 0, activation_bytes=item)
+        shape = ModelShape("", 0, (gqa_layers(1, *heads),), 0, 0, activation_bytes=item)
         num_nodes = len(self.addresses)
         kind, _ = choose_partition("auto", self.geometry, num_nodes)
         return shape.wire_bytes(num_nodes, kind)

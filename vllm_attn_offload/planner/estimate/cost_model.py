@@ -10,7 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from vllm_attn_offload.planner.hardware import Device, Network
+from vllm_attn_offload.planner.hardware.device import Device
+from vllm_attn_offload.planner.hardware.network import Network
 from vllm_attn_offload.planner.model.shape import ModelShape
 
 # Share of device memory that weights and KV may fill; vLLM's default for GPUs.
@@ -143,20 +144,20 @@ def min_bandwidth(
 
 
 def step_time(
-    model_s: float, attention_s: float, wire_s: float, num_batches: int = 1
+    model_s: float, attention_s: float, wire_s: float, num_micro_batches: int = 1
 ) -> float:
-    """Time between tokens with `num_batches` staggered micro-batches.
+    """Time between tokens with `num_micro_batches` staggered micro-batches.
 
     Lamina section 4.3: n batches rotate over max(n-1, 1) model replicas and share the
     memory nodes. The arguments are those of *one* micro-batch. A period is at least a
     micro-batch's own chain, and at least what each resource needs for all n.
     """
-    replicas = max(num_batches - 1, 1)
+    replicas = max(num_micro_batches - 1, 1)
     return max(
         model_s + attention_s + wire_s,
-        num_batches * model_s / replicas,
-        num_batches * attention_s,
-        num_batches * wire_s,
+        num_micro_batches * model_s / replicas,
+        num_micro_batches * attention_s,
+        num_micro_batches * wire_s,
     )
 
 

@@ -16,10 +16,10 @@ from urllib.request import getproxies
 
 from vllm_attn_offload.planner.model.parameters import count_parameters
 from vllm_attn_offload.planner.model.shape import (
-    LayerGroup,
+    LayerShape,
     ModelShape,
-    gqa_group,
-    mla_group,
+    gqa_layers,
+    mla_layers,
 )
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
@@ -186,7 +186,7 @@ def shape_from_config(
     return ModelShape(
         name=name,
         hidden_size=config["hidden_size"],
-        groups=_layer_groups(config, name),
+        layers=_layer_shapes(config, name),
         dense_params=count.linear + count.lm_head,
         dense_bytes=(count.linear * linear_bits + count.lm_head * base_bits) / 8,
         lm_head_params=count.lm_head,
@@ -224,12 +224,12 @@ def _weight_bits(
     return (base if method == "mxfp4" else bits), bits, base
 
 
-def _layer_groups(config: Mapping[str, Any], name: str) -> tuple[LayerGroup, ...]:
+def _layer_shapes(config: Mapping[str, Any], name: str) -> tuple[LayerShape, ...]:
     num_layers = config["num_hidden_layers"]
     num_heads = config["num_attention_heads"]
     if config.get("kv_lora_rank"):
         rope = config["qk_rope_head_dim"]
-        return (mla_group(num_layers, num_heads, config["kv_lora_rank"], rope),)
+        return (mla_layers(num_layers, num_heads, config["kv_lora_rank"], rope),)
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     head_size = config.get("head_dim") or config["hidden_size"] // num_heads
     window = config.get("sliding_window")
@@ -250,6 +250,6 @@ def _layer_groups(config: Mapping[str, Any], name: str) -> tuple[LayerGroup, ...
             "use another model."
         )
     return tuple(
-        gqa_group(n, num_heads, num_kv_heads, head_size, window=allowed[kind])
+        gqa_layers(n, num_heads, num_kv_heads, head_size, window=allowed[kind])
         for kind, n in kinds.items()
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGroup:
+class LayerShape:
     """Layers with equal attention geometry.
 
     All element counts are per token and layer. `window` is the number of cached tokens
@@ -29,17 +29,17 @@ class LayerGroup:
         return context if self.window is None else min(context, self.window)
 
 
-def gqa_group(
+def gqa_layers(
     num_layers: int,
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
     v_head_size: int | None = None,
     window: int | None = None,
-) -> LayerGroup:
+) -> LayerShape:
     """Multi-head or grouped-query attention."""
     v_size = head_size if v_head_size is None else v_head_size
-    return LayerGroup(
+    return LayerShape(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -51,16 +51,16 @@ def gqa_group(
     )
 
 
-def mla_group(
+def mla_layers(
     num_layers: int, num_heads: int, kv_lora_rank: int, rope_head_dim: int
-) -> LayerGroup:
+) -> LayerShape:
     """Multi-head latent attention in its absorbed decode form.
 
     The cache holds one latent row for all heads, so there is one KV head, while q and
     the output stay `num_heads` latent rows wide (DeepSeek-V2, arXiv 2405.04434).
     """
     latent = kv_lora_rank + rope_head_dim
-    return LayerGroup(
+    return LayerShape(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=1,
@@ -82,7 +82,7 @@ class ModelShape:
 
     name: str
     hidden_size: int
-    groups: tuple[LayerGroup, ...]
+    layers: tuple[LayerShape, ...]
     dense_params: float
     dense_bytes: float
     lm_head_params: float = 0.0
@@ -98,8 +98,8 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """Attention layers of all groups."""
-        return sum(group.num_layers for group in self.groups)
+        """Attention layers of all shapes."""
+        return sum(layer.num_layers for layer in self.layers)
 
     @property
     def num_params(self) -> float:
@@ -130,7 +130,7 @@ class ModelShape:
     def kv_bytes(self, context: float) -> float:
         """KV bytes of one request with `context` cached tokens, windows respected."""
         elements = sum(
-            g.num_layers * g.kv_elements * g.visible(context) for g in self.groups
+            g.num_layers * g.kv_elements * g.visible(context) for g in self.layers
         )
         return elements * self.kv_element_bytes
 
@@ -143,7 +143,7 @@ class ModelShape:
         """Flops of one query token over `context` cached tokens, all layers."""
         return sum(
             g.num_layers * g.flops_per_kv_token * g.visible(context)
-            for g in self.groups
+            for g in self.layers
         )
 
     def wire_bytes(self, num_nodes: int = 1, partition: str = "heads") -> float:
@@ -154,7 +154,7 @@ class ModelShape:
         every node gets q and answers with out and an fp32 log-sum-exp per head.
         """
         total = 0.0
-        for g in self.groups:
+        for g in self.layers:
             q = g.q_elements * self.activation_bytes
             kv = g.kv_elements * self.activation_bytes
             out = g.out_elements * self.activation_bytes
