@@ -116,6 +116,14 @@ def _soft_cap(config: VllmConfig) -> str:
     return f"attn_logit_softcapping={cap}" if cap else ""
 
 
+def _value_heads(config: VllmConfig) -> str:
+    text, keys = config.model_config.hf_text_config, config.model_config.get_head_size()
+    size = getattr(text, "v_head_dim", None) or keys
+    # Models with MLA pad their values.
+    differs = size != keys and not getattr(text, "kv_lora_rank", None)
+    return f"values of size {size} with keys of size {keys}" if differs else ""
+
+
 def _mixed_kv_dtype(config: VllmConfig) -> str:
     dtype = config.cache_config.cache_dtype
     model = str(config.model_config.dtype).removeprefix("torch.")
@@ -183,6 +191,7 @@ UNSUPPORTED_CONFIG = (
         _set("model_config.uses_alibi", "ALiBi"),
         "attention without position biases",
     ),
+    Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
     Unsupported(
         "MLA",
         _set("model_config.use_mla", "multi-head latent attention (MLA)"),

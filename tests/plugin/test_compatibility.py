@@ -193,6 +193,7 @@ def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"sliding_window": 128}, "a sliding window of 128 tokens"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"v_head_dim": 32}, "values of size 32 with keys of size 64"),
     ],
 )
 def test_refused_model_configs(

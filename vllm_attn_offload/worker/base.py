@@ -222,6 +222,10 @@ class AttentionOffloadWorker(_WorkerBase):
                 isinstance(layer, Attention)
                 and isinstance(layer.impl, AttentionOffloadImpl)
             )
+        ] + [
+            f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
+            for name, layer in self._attention_layers().items()
+            if layer.head_size_v != layer.head_size
         ]
 
 
