@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_attn_offload.native.attention import (
+    CpuKernelLibrary,
+)
+from vllm_attn_offload.native.kernel_inputs import (
     DTYPES,
     AttendInput,
-    CpuKernelLibrary,
     PlanInput,
     StoreInput,
 )

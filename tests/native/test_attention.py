@@ -12,6 +12,8 @@ from cpu_step import BF16, FP16, FP32, Case, Step
 
 from vllm_attn_offload.native.attention import (
     CpuKernelLibrary,
+)
+from vllm_attn_offload.native.kernel_inputs import (
     StoreInput,
 )
 

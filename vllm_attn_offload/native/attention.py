@@ -11,24 +11,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_double,
-    c_float,
-    c_int32,
-    c_int64,
-    c_void_p,
-)
+from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_attn_offload.native.kernel_inputs import (
+    DTYPES,
+    AttendInput,
+    GeometryInput,
+    PlanInput,
+    StoreInput,
+)
 from vllm_attn_offload.native.library import check_version, find_library
-
-#: Codes of ``abi.h``.
-DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 
 _OK, _UNFINISHED = 0, 1
 _ADVICE = {
@@ -44,91 +38,6 @@ _ADVICE = {
     -7: "Use bfloat16, float16 or float32.",
     -8: "Use one of CpuKernelLibrary.isa_names.",
 }
-
-
-class _GeometryInput(Structure):
-    _fields_ = [
-        ("num_blocks", c_int64),
-        ("block_size", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_size", c_int32),
-        ("v_head_size", c_int32),
-        ("dtype", c_int32),
-    ]
-
-
-class StoreInput(Structure):
-    """Arguments of `CpuKernelLibrary.store`; fill it once and reuse it.
-
-    ``key`` is ``[num_tokens, num_kv_heads, head_size]``, ``value`` ``[num_tokens,
-    num_kv_heads, v_head_size]``, both in the cache's dtype with contiguous tokens
-    ``key_stride`` and ``value_stride`` bytes apart. ``slot_mapping`` is int64
-    ``[num_tokens]``; negative slots are skipped.
-    """
-
-    _fields_ = [
-        ("cache", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("slot_mapping", c_void_p),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("num_tokens", c_int64),
-    ]
-
-
-class PlanInput(Structure):
-    """Arguments of `CpuKernelLibrary.plan_step`; fill it once and reuse it.
-
-    int32 tensors: ``query_start_loc [num_seqs + 1]``, ``seq_lens [num_seqs]`` (tokens
-    of the whole request, this step's included), ``block_table [num_seqs, max_blocks]``
-    with rows ``table_stride`` elements apart. ``block_positions`` (logical position of
-    each block's first token) and ``block_lens`` (its valid tokens, 0 for no block) have
-    the table's shape and stride, or are 0 where the table holds every block in order.
-    ``sliding_window`` only balances the work; 0 means none.
-    """
-
-    _fields_ = [
-        ("query_start_loc", c_void_p),
-        ("seq_lens", c_void_p),
-        ("block_table", c_void_p),
-        ("block_positions", c_void_p),
-        ("block_lens", c_void_p),
-        ("table_stride", c_int64),
-        ("num_seqs", c_int32),
-        ("max_blocks", c_int32),
-        ("num_query_heads", c_int32),
-        ("causal", c_int32),
-        ("sliding_window", c_int32),
-    ]
-
-
-class AttendInput(Structure):
-    """Arguments of `CpuKernelLibrary.attend`; fill it once and reuse it.
-
-    ``query`` is ``[num_tokens, num_query_heads, head_size]`` and ``out`` ``[num_tokens,
-    num_query_heads, v_head_size]`` with contiguous tokens ``query_stride`` and
-    ``out_stride`` bytes apart. ``lse`` is fp32 ``[num_tokens, num_query_heads]``,
-    natural log, or 0. ``sinks`` is fp32 ``[num_query_heads]``, or 0 where another
-    partial counts them. ``alibi_slopes`` likewise, times (key - query position).
-    ``soft_cap`` is 0 for none; ``sliding_window`` counts the row's own key, 0 for all.
-    """
-
-    _fields_ = [
-        ("cache", c_void_p),
-        ("query", c_void_p),
-        ("out", c_void_p),
-        ("lse", c_void_p),
-        ("sinks", c_void_p),
-        ("alibi_slopes", c_void_p),
-        ("query_stride", c_int64),
-        ("out_stride", c_int64),
-        ("softmax_scale", c_float),
-        ("soft_cap", c_float),
-        ("sliding_window", c_int32),
-        ("query_dtype", c_int32),
-        ("out_dtype", c_int32),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +59,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ao_isa_names": (c_char_p, []),
     "ao_pool_create": (c_void_p, [c_int32, c_void_p, c_int64]),
     "ao_pool_destroy": (None, [c_void_p]),
-    "ao_cache_create": (c_int32, [POINTER(_GeometryInput), c_char_p, c_void_p]),
+    "ao_cache_create": (c_int32, [POINTER(GeometryInput), c_char_p, c_void_p]),
     "ao_cache_destroy": (None, [c_void_p]),
     "ao_cache_isa": (c_char_p, [c_void_p]),
     "ao_block_bytes": (c_int64, [c_void_p]),
@@ -232,14 +141,8 @@ class CpuKernelLibrary:
         Raises:
             ValueError: A geometry, dtype or ISA that is not supported.
         """
-        geometry = _GeometryInput(
-            num_blocks,
-            block_size,
-            num_kv_heads,
-            head_size,
-            v_head_size,
-            DTYPES.get(dtype, -1),
-        )
+        sizes = (num_blocks, block_size, num_kv_heads, head_size, v_head_size)
+        geometry = GeometryInput(*sizes, DTYPES.get(dtype, -1))
         handle = c_void_p()
         name = None if isa is None else isa.encode()
         status = self._c.ao_cache_create(byref(geometry), name, byref(handle))
@@ -264,13 +167,23 @@ class CpuKernelLibrary:
         self._c.ao_plan_destroy(plan)
 
     def store(self, pool: int, cache: CpuCache, call: StoreInput) -> None:
-        """Store new keys and values; a bad slot raises ValueError, nothing written."""
+        """Store keys and values of new tokens, in the shapes of `StoreInput`.
+
+        Raises:
+            ValueError: A slot is outside the cache; nothing was written.
+        """
         status = self._c.ao_store(pool, cache.handle, call)
         if status != _OK:
             self._raise(status, "store")
 
     def plan_step(self, pool: int, plan: int, call: PlanInput) -> None:
-        """Plan one step for all layers. Raises ValueError, leaving the plan empty."""
+        """Plan one step of int32 lengths and tables (`PlanInput`) for all layers.
+
+        Raises:
+            ValueError: Lengths or blocks that contradict each other or the cache; the
+                plan is empty.
+            MemoryError: No memory for the plan; it is empty.
+        """
         status = self._c.ao_plan_step(plan, pool, call)
         if status != _OK:
             self._raise(status, "plan_step")
@@ -280,8 +193,11 @@ class CpuKernelLibrary:
     ) -> bool:
         """Run the planned attention of one layer, or a slice of it.
 
-        Rows without a visible key get 0 and an LSE of -inf, rows that see a NaN get NaN
-        in both. The result does not depend on the slices. `plan_step` and `destroy_plan` abandon an unfinished layer.
+        Query ``[num_tokens, num_query_heads, head_size]`` to output ``[num_tokens,
+        num_query_heads, v_head_size]`` and LSE, as `AttendInput` says. Rows without a
+        visible key get 0 and an LSE of -inf, rows that see a NaN get NaN in both. The
+        result does not depend on the slices. `plan_step` and `destroy_plan` abandon an
+        unfinished layer.
 
         Args:
             call: The same, with the same contents, for every slice of a layer.
