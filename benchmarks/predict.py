@@ -151,33 +151,33 @@ def compare(
         if batch >= n
     ]
     measured: dict[Point, list[float]] = {point: [] for point in points}
-    with (folder / "engine.log").open("w") as log:
-        options = engine_options(model, addresses, arguments)
-        variables = {
-            "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
-            # Modes are functions that run in the worker.
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        }
-        engine = EngineProcess("offload", options, variables, Path(log.name))
-        try:
-            engine.wait_until_ready()
-            # An engine's first seconds can be slower; calibration leaves them out, too.
-            rounds = range(-1, arguments.runs)
-            plan = [(run, point) for run in rounds for point in points]
-            for run, point in track(plan, "measuring"):
-                request = {
-                    "batch": point.batch,
-                    "context": point.context,
-                    "steps": arguments.steps,
-                }
-                mode = EngineMode(engine, str(point.num_micro_batches))
-                answer = mode.ask(request)
-                if run >= 0:
-                    measured[point].append(answer["step_s"])
-        finally:
-            engine.stop()
+    options = engine_options(model, addresses, arguments)
+    variables = {
+        "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
+        # Modes are functions that run in the worker.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    engine = EngineProcess("offload", options, variables, folder / "engine.log")
+    try:
+        engine.wait_until_ready()
+        # An engine's first seconds can be slower; calibration leaves them out, too.
+        rounds = range(-1, arguments.runs)
+        plan = [(run, point) for run in rounds for point in points]
+        for run, point in track(plan, "measuring"):
+            step_s = measure(engine, point, arguments.steps)
+            if run >= 0:
+                measured[point].append(step_s)
+    finally:
+        engine.stop()
     predicted = predict(model, hardware, points, arguments)
     return [row(point, predicted[point], measured[point]) for point in points]
+
+
+def measure(engine: EngineProcess, point: Point, steps: int) -> float:
+    """Seconds of a decode step of the running engine."""
+    request = {"batch": point.batch, "context": point.context, "steps": steps}
+    mode = EngineMode(engine, str(point.num_micro_batches))
+    return float(mode.ask(request)["step_s"])
 
 
 def engine_options(
@@ -204,7 +204,7 @@ def predict(
     points: list[Point],
     arguments: argparse.Namespace,
 ) -> dict[Point, Estimate]:
-    """What ``plan`` computes for exactly these batches."""
+    """Estimates as of ``plan``, for exactly these batches."""
     catalogue = load_catalogue([hardware])
     shape = read_model_shape(model, dtype=arguments.dtype)
     name = next(n for n in catalogue.devices if f"{n}-node" in catalogue.devices)

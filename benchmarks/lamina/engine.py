@@ -50,25 +50,17 @@ class MemoryPool:
 
     def __init__(self) -> None:
         self._demand: dict[int, tuple[float, float]] = {}
-        self._load = 0.0
-        self._work = 0.0
 
     def stretch(self, engine: int, attention_s: float) -> float:
         """Attention time of `engine` under the others' present load."""
-        work, load = self._demand.get(engine, (0.0, 0.0))
-        others = self._load - load
-        bound = attention_s + self._work - work
-        if others >= 1:
-            return bound
-        return min(attention_s / (1 - others), bound)
+        others = [demand for e, demand in self._demand.items() if e != engine]
+        bound = attention_s + sum(work for work, _ in others)
+        load = sum(load for _, load in others)
+        return bound if load >= 1 else min(attention_s / (1 - load), bound)
 
     def report(self, engine: int, attention_s: float, step_s: float) -> None:
         """Record the demand of the chunk `engine` runs now."""
-        work, load = self._demand.get(engine, (0.0, 0.0))
-        new = (attention_s, attention_s / step_s if step_s else 0.0)
-        self._demand[engine] = new
-        self._work += new[0] - work
-        self._load += new[1] - load
+        self._demand[engine] = (attention_s, attention_s / step_s if step_s else 0.0)
 
 
 @dataclass(slots=True)

@@ -58,10 +58,7 @@ class SimulationResult:
 
 
 def summarize(
-    stats: Sequence[EngineStats],
-    start_s: float,
-    kv_tokens: int,
-    num_pools: int,
+    stats: Sequence[EngineStats], start_s: float, kv_tokens: int, num_pools: int
 ) -> SimulationResult:
     """All engines together.
 

@@ -9,7 +9,6 @@ from lamina.conditions import Failures, SimulationConfig
 from lamina.result import SimulationResult
 from lamina.simulator import simulate
 
-from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.engine_times import EngineTimes
 from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError
 from vllm_attn_offload.planner.estimate.offload import Offload
@@ -39,9 +38,15 @@ def simulate_offload(
     Raises:
         DoesNotFitError: No request fits.
     """
-    budget = cost.memory_budget(offload.memory.device, offload.memory.count)
+    engine = EngineTimes(
+        shape,
+        offload.compute,
+        offload,
+        num_micro_batches=num_micro_batches,
+        prefills=workload.prefill == "local",
+    )
     config = SimulationConfig(
-        kv_tokens=_kv_tokens(shape, budget / num_engines, workload),
+        kv_tokens=_kv_tokens(shape, engine.kv_budget / num_engines, workload),
         num_nodes=offload.memory.count,
         max_num_seqs=workload.max_batch or UNLIMITED,
         max_batched_tokens=_token_budget(workload),
@@ -49,14 +54,7 @@ def simulate_offload(
         max_chunk=1024 if num_engines == 1 else 32,
         failures=failures or Failures(),
     )
-    times = EngineTimes(
-        shape,
-        offload.compute,
-        offload,
-        num_micro_batches=num_micro_batches,
-        prefills=workload.prefill == "local",
-    )
-    return simulate(requests, times, config, num_engines, shares_memory=True)
+    return simulate(requests, engine, config, num_engines, shares_memory=True)
 
 
 def simulate_homogeneous(
@@ -71,19 +69,18 @@ def simulate_homogeneous(
     Raises:
         DoesNotFitError: The weights leave no room, or no request fits.
     """
-    budget = cost.memory_budget(devices.device, devices.count) - shape.weight_bytes
-    if budget <= 0:
+    engine = EngineTimes(shape, devices, prefills=workload.prefill == "local")
+    if engine.kv_budget <= 0:
         raise DoesNotFitError(
             f"{devices} cannot hold {shape.name}. Its weights take "
             f"{shape.weight_bytes / 1e9:.1f} GB. Use more devices."
         )
     config = SimulationConfig(
-        kv_tokens=_kv_tokens(shape, budget, workload),
+        kv_tokens=_kv_tokens(shape, engine.kv_budget, workload),
         max_num_seqs=workload.max_batch or UNLIMITED,
         max_batched_tokens=_token_budget(workload),
     )
-    times = EngineTimes(shape, devices, prefills=workload.prefill == "local")
-    return simulate(requests, times, config, replicas)
+    return simulate(requests, engine, config, replicas)
 
 
 def _token_budget(workload: Workload) -> int:

@@ -51,17 +51,17 @@ CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What to measure, and where to write it.
+    """One run of `calibrate`.
 
     Args:
-        name: Of the device; NAME-node and the network NAME go with it.
-        output: The TOML file.
+        name: Name of the device and the network; the node's is NAME-node.
+        output: TOML file to write.
         device: Torch device of the compute side.
-        dtype: Of weights, activations and KV.
+        dtype: Data type of weights, activations and KV.
         addresses: Running memory nodes of one engine.
-        shape: Measure in its sizes; None: those of a model with 1B parameters.
-        engine_model: Also time vLLM with this model.
-        cpus: Of vLLM's worker; empty: its default.
+        shape: Model whose sizes are measured; None: one with 1B parameters.
+        engine_model: Model to time vLLM with; None: vLLM is not timed.
+        cpus: CPUs of vLLM's worker; empty: its default.
         trust: ``auth_token_file``, ``tls_cert``, ``tls_key``, ``tls_ca``; all or none.
         is_quick: Fewer repetitions and points.
     """
@@ -158,9 +158,9 @@ def layer_sizes(
     if shape is None:
         matrices = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))
         return matrices, (16, 4, 128)
-    group = shape.layers[0]
-    head_size = group.q_elements // group.num_heads
-    return layer_matrices(shape), (group.num_heads, group.num_kv_heads, head_size)
+    layer = shape.layers[0]
+    head_size = layer.q_elements // layer.num_heads
+    return layer_matrices(shape), (layer.num_heads, layer.num_kv_heads, head_size)
 
 
 def layer_matrices(shape: ModelShape) -> tuple[tuple[int, int], ...]:
@@ -190,7 +190,7 @@ def write_hardware(
     """Write [device.NAME], [device.NAME-node] and [network.NAME], as far as measured.
 
     Raises:
-        ValueError: `output` is someone else's file, or its folder does not exist.
+        ValueError: `output` is another program's file, or its folder does not exist.
     """
     check_output(output)
     source = f"measured by vllm-attn-offload calibrate on {description}"
@@ -223,7 +223,7 @@ def parse_device(text: str) -> torch.device:
     """`cpu` or `cuda:N`.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: No such device here.
     """
     try:
         device = torch.device(text)
@@ -253,7 +253,7 @@ def check_output(output: Path) -> None:
     """Refuse a file that calibrate did not write, before anything is measured.
 
     Raises:
-        ValueError: someone else's file, or no such folder.
+        ValueError: Another program's file, or no such folder.
     """
     if output.exists() and HEADER not in output.read_text("utf-8").splitlines()[:1]:
         raise ValueError(

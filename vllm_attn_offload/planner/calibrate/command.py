@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-attn-offload calibrate`: its options, and what it measures in which order."""
+"""`vllm-attn-offload calibrate`: its options and its start."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
 from vllm_attn_offload.transport.trust import check_complete
+
+if TYPE_CHECKING:
+    from vllm_attn_offload.planner.calibrate.calibration import Calibration
 
 CALIBRATE_HELP = "measure this machine and write a hardware TOML that plan uses"
 CALIBRATE_EPILOG = """examples:
@@ -65,17 +69,14 @@ def add_calibrate(
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
-    """Measure, write, say how to go on.
+    """Measure, write the file, and print the next command; returns 0.
 
     Raises:
-        ValueError: bad options, or vLLM does not serve the model here.
-        MemoryNodeError: a memory node cannot be used.
+        ValueError: Bad options, or vLLM does not serve the model here.
+        MemoryNodeError: A memory node cannot be used.
     """
     # torch takes seconds to import, and plan does without it.
-    from vllm_attn_offload.planner.calibrate.calibration import (
-        Calibration,
-        check_output,
-    )
+    from vllm_attn_offload.planner.calibrate.calibration import check_output
 
     check_output(args.output)
     if args.memory_node and args.node_cpus:
@@ -83,32 +84,38 @@ def run_calibrate(args: argparse.Namespace) -> int:
             "--node-cpus was given with --memory-node. It binds a memory node that is "
             "started here. Leave it out, or start that node with its own --cpus."
         )
-    shape = read_model_shape(args.model, dtype=args.dtype) if args.model else None
     with ExitStack() as stack:
         cpus, node_cpus = _share_cpus(args)
         addresses = args.memory_node or [_start_node(stack, _text(node_cpus))]
         allowed = os.sched_getaffinity(0)
         stack.callback(os.sched_setaffinity, 0, allowed)
         os.sched_setaffinity(0, cpus or allowed)
-        calibration = Calibration(
-            name=args.name,
-            output=args.output,
-            device=args.device,
-            dtype=args.dtype,
-            addresses=tuple(addresses),
-            shape=shape,
-            engine_model=None if args.no_engine else args.model,
-            cpus=_text(cpus),
-            trust=_trust(args),
-            is_quick=args.quick,
-        )
-        print(calibration.run())
+        print(_calibration(args, addresses, cpus).run())
     print(
         f"Wrote {args.output}. Next: vllm-attn-offload plan MODEL --hardware "
         f"{args.output} --compute 1x{args.name} --memory {len(addresses)}x"
         f"{args.name}-node --network {args.name}"
     )
     return 0
+
+
+def _calibration(
+    args: argparse.Namespace, addresses: list[str], cpus: frozenset[int]
+) -> Calibration:
+    from vllm_attn_offload.planner.calibrate.calibration import Calibration
+
+    return Calibration(
+        name=args.name,
+        output=args.output,
+        device=args.device,
+        dtype=args.dtype,
+        addresses=tuple(addresses),
+        shape=read_model_shape(args.model, dtype=args.dtype) if args.model else None,
+        engine_model=None if args.no_engine else args.model,
+        cpus=_text(cpus),
+        trust=_trust(args),
+        is_quick=args.quick,
+    )
 
 
 def _trust(args: argparse.Namespace) -> dict[str, str]:

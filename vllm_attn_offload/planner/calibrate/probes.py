@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `calibrate` measures. A probe times one thing and returns TOML entries."""
+"""Probes of `calibrate` that need no memory node; each returns TOML entries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import psutil
 import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 # Weights and KV must not sit in a cache: a step reads them once.
 WORKING_SET_BYTES = 256 << 20
@@ -39,15 +40,15 @@ class Probe(Protocol):
     title: str
 
     def run(self, budget_s: float) -> ProbeResult:
-        """Measure."""
+        """Measure; returns entries of the hardware file."""
 
 
 def time_call(
     call: Callable[[], object], device: torch.device, budget_s: float
 ) -> float:
-    """Median seconds of `call`, after one warm-up, at least three times.
+    """Median seconds of `call` after a warm-up, from three or more calls.
 
-    A call that is slower than the whole budget is not repeated.
+    A call that takes longer than `budget_s` is not repeated.
     """
 
     def once() -> float:
@@ -89,13 +90,13 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
 
 @dataclass(slots=True)
 class MemoryProbe:
-    """Capacity and read bandwidth."""
+    """Memory capacity and read bandwidth."""
 
     device: torch.device
     title: str = "memory"
 
     def run(self, budget_s: float) -> ProbeResult:
-        """Sum a tensor far larger than the caches."""
+        """Time the sum of a tensor far larger than the caches."""
         data = torch.ones(WORKING_SET_BYTES // 4, device=self.device)
         seconds = time_call(data.sum, self.device, budget_s)
         if self.device.type == "cpu":
@@ -109,7 +110,7 @@ class MemoryProbe:
 
 @dataclass(slots=True)
 class GemmProbe:
-    """Seconds per 1e9 bytes of weights over rows: the efficiency curve of a model.
+    """GEMM curve: seconds per 1e9 bytes of weights, by rows.
 
     `shapes` are (out, in) of one layer's weight matrices; copies of the layer fill the
     working set and are used in turn.
@@ -128,7 +129,7 @@ class GemmProbe:
         return sum(n * k for n, k in self.shapes) * self.dtype.itemsize
 
     def layer_call(self, rows: int) -> Callable[[], None]:
-        """What multiplies `rows` rows with the next layer's matrices."""
+        """A call that multiplies `rows` rows with the next layer's matrices."""
         if self._turn is None:
             copies = max(WORKING_SET_BYTES // self.layer_bytes, 1)
             self._turn = cycle(
@@ -139,12 +140,12 @@ class GemmProbe:
 
         def call() -> None:
             for x, w in zip(inputs, next(turn), strict=True):
-                torch.nn.functional.linear(x, w)
+                linear(x, w)
 
         return call
 
     def run(self, budget_s: float) -> ProbeResult:
-        """One layer's matrices, at each number of rows."""
+        """Time one layer's matrices at each number of rows."""
         layer_params = sum(n * k for n, k in self.shapes)
         layer_bytes = self.layer_bytes
         curve, tflops = [], 0.0
@@ -160,29 +161,19 @@ class GemmProbe:
         return weight.to(self.dtype)
 
 
-# q [batch, heads, 1, size], k and v [batch, kv heads, tokens, size] -> like q
-DecodeAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def sdpa_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """torch's own attention, where no node kernel is given."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
 @dataclass(slots=True)
 class AttentionProbe:
-    """Decode attention: bytes of KV per second, and the fixed cost of a call."""
+    """Decode attention by torch: bytes of KV per second, and a call's fixed cost."""
 
     device: torch.device
     dtype: torch.dtype
     num_heads: int = 32
     num_kv_heads: int = 8
     head_size: int = 128
-    attention: DecodeAttention = sdpa_decode
     title: str = "local attention"
 
     def run(self, budget_s: float) -> ProbeResult:
-        """Batches and contexts from 128 tokens to half of the working set."""
+        """Time batches and contexts from 128 tokens to half of the working set."""
         cases = [(1, 128), (1, 1024), (4, 512), (4, 2048), (8, 4096)]
         sizes, seconds = [], []
         for batch, tokens in cases:
@@ -199,7 +190,7 @@ class AttentionProbe:
                 q: torch.Tensor = q,
                 caches: cycle[tuple[torch.Tensor, torch.Tensor]] = caches,
             ) -> None:
-                self.attention(q, *next(caches))
+                scaled_dot_product_attention(q, *next(caches), enable_gqa=True)
 
             sizes.append(kv_bytes)
             seconds.append(time_call(call, self.device, budget_s / len(cases)))

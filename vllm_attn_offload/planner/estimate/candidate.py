@@ -13,23 +13,18 @@ from vllm_attn_offload.planner.estimate.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One of `replicas` equal engines before its batch is chosen.
+    """Equal engines before their batch is chosen; `usd_per_hour` pays all of them."""
 
-    Attributes:
-        num_devices: Devices of all replicas.
-        kv_budget: Bytes of KV of one replica.
-        prefill_s: Seconds that the prefill of a request keeps one replica busy.
-        usd_per_hour: Price of all replicas; None: unknown.
-    """
-
-    label: str
-    num_devices: int
-    times: EngineTimes
+    engine: EngineTimes
     workload: Workload
-    kv_budget: float
-    prefill_s: float
     usd_per_hour: float | None
-    replicas: int
+
+    @property
+    def _label(self) -> str:
+        engine = self.engine
+        compute = f"{engine.compute.count * engine.num_engines}x"
+        compute += engine.compute.device.name
+        return f"{compute} + {engine.offload.memory}" if engine.offload else compute
 
     def evaluate(self) -> Estimate:
         """The largest batch that capacity, the SLO and the user allow.
@@ -37,20 +32,23 @@ class Candidate:
         Raises:
             DoesNotFitError: Not even one request per micro-batch does.
         """
+        engine, load, replicas = self.engine, self.workload, self.engine.num_engines
         batch, batch_limit = self._choose_batch()
         parts, tbt_s = self._decode(batch), self._tbt(batch)
-        decode = batch / tbt_s * self.replicas
-        is_local = self.workload.prefill == "local"
-        prefill_s = self.prefill_s / self.workload.output / self.replicas * is_local
+        decode, prefill_s = batch / tbt_s * replicas, 0.0
+        if load.prefill == "local":
+            busy_s = max(engine.prefill(load.prompt), engine.send_prompt(load.prompt))
+            prefill_s = busy_s / load.output / replicas
         tokens_per_s = 1 / (1 / decode + prefill_s)
+        nodes = engine.offload.memory.count if engine.offload else 0
         usd = self.usd_per_hour
         return Estimate(
-            label=self.label,
-            batch=batch * self.replicas,
-            num_devices=self.num_devices,
-            replicas=self.replicas,
-            num_micro_batches=self.times.num_micro_batches,
-            overhead_s=self.times.overhead(batch),
+            label=self._label,
+            batch=batch * replicas,
+            num_devices=engine.compute.count * replicas + nodes,
+            replicas=replicas,
+            num_micro_batches=engine.num_micro_batches,
+            overhead_s=engine.overhead(batch),
             model_s=parts[0],
             attention_s=parts[1],
             wire_s=parts[2],
@@ -67,26 +65,26 @@ class Candidate:
         )
 
     def _decode(self, batch: int) -> tuple[float, float, float]:
-        n = self.times.num_micro_batches
-        return self.times.decode(batch / n, self.workload.context, n)
+        n = self.engine.num_micro_batches
+        return self.engine.decode(batch / n, self.workload.context, n)
 
     def _tbt(self, batch: int) -> float:
         """Time between tokens in seconds."""
-        step_s = cost.step_time(*self._decode(batch), self.times.num_micro_batches)
-        return step_s + self.times.overhead(batch)
+        step_s = cost.step_time(*self._decode(batch), self.engine.num_micro_batches)
+        return step_s + self.engine.overhead(batch)
 
     def _choose_batch(self) -> tuple[int, str]:
         """The batch of one replica, and its limit."""
-        shape, load = self.times.shape, self.workload
-        least = self.times.num_micro_batches
-        limit = cost.max_batch(shape, self.kv_budget, load.context)
+        shape, load = self.engine.shape, self.workload
+        least, budget = self.engine.num_micro_batches, self.engine.kv_budget
+        limit = cost.max_batch(shape, budget, load.context)
         batch_limit = "memory"
         if load.max_batch is not None and load.max_batch < limit:
             limit, batch_limit = load.max_batch, "max batch"
         if limit < least:
             raise DoesNotFitError(
-                f"{self.label} cannot run {least} request(s) of {load.context:,.0f} "
-                f"tokens at once: {max(self.kv_budget, 0) / 1e9:.1f} GB are left for "
+                f"{self._label} cannot run {least} request(s) of {load.context:,.0f} "
+                f"tokens at once: {max(budget, 0) / 1e9:.1f} GB are left for "
                 f"KV, one request takes {shape.kv_bytes(load.context) / 1e9:.2f} GB, "
                 f"and the {batch_limit} limit is {limit}. Use more memory, a shorter "
                 "context, or --kv-dtype fp8."
@@ -97,7 +95,7 @@ class Candidate:
 
     def _largest_within(self, limit: int, slo_s: float) -> int:
         """Largest batch up to `limit` whose time between tokens is within the SLO."""
-        least = self.times.num_micro_batches
+        least = self.engine.num_micro_batches
         low, high = least - 1, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -107,7 +105,7 @@ class Candidate:
                 high = middle - 1
         if low < least:
             raise DoesNotFitError(
-                f"{self.label} takes {self._tbt(least) * 1e3:.1f} ms per token with "
+                f"{self._label} takes {self._tbt(least) * 1e3:.1f} ms per token with "
                 f"{least} request(s); the SLO is {slo_s * 1e3:.1f} ms. A smaller step "
                 "needs faster or more devices, or a lower network latency. Relax "
                 "--slo-tbt-ms or change the hardware."

@@ -103,15 +103,13 @@ def attention_time(
     Every layer call has a fixed part, and one per request (storing k and v, starting
     its softmax).
     """
-    bandwidth = device.attention_gbps
-    if bandwidth is None:
-        bandwidth = device.memory_gbps * device.attention_efficiency
-    tflops = device.attention_tflops
-    if tflops is None and device.attention_gbps is None:
-        tflops = device.tflops * device.compute_efficiency
-    work = rows * shape.kv_bytes(context) / (bandwidth * 1e9)
-    if tflops is not None:
-        work = max(work, rows * shape.attention_flops(context) / (tflops * 1e12))
+    kv_bytes = rows * shape.kv_bytes(context)
+    if device.attention_gbps is not None:
+        work = kv_bytes / (device.attention_gbps * 1e9)
+    else:
+        bandwidth = device.memory_gbps * 1e9 * device.attention_efficiency
+        peak = device.tflops * 1e12 * device.compute_efficiency
+        work = max(kv_bytes / bandwidth, rows * shape.attention_flops(context) / peak)
     call_us = device.attention_call_us + rows * device.attention_row_us
     return work / num_devices + shape.num_layers * call_us * 1e-6
 
@@ -184,7 +182,7 @@ def prefill_time(
     The output head sees one row of a prompt, in a step that decodes others.
 
     Args:
-        context: tokens that a prompt token attends to on average; by default half of
+        context: Tokens that a prompt token attends to on average; by default half of
             `tokens`, one causal prompt. A window caps it.
     """
     seen = tokens / 2 if context is None else context

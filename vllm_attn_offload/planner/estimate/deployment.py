@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.candidate import Candidate
 from vllm_attn_offload.planner.estimate.engine_times import EngineTimes
@@ -28,32 +26,10 @@ def evaluate_offload(
         DoesNotFitError: Weights exceed every split, or no request fits.
         ValueError: Impossible partition.
     """
-    device, memory, network = offload.compute.device, offload.memory, offload.network
-
-    def attempt(tp: int, replicas: int) -> Estimate:
-        size = _check_rotation(tp, num_micro_batches)
-        _check_engine(shape, DeviceCount(device, size))
-        times = EngineTimes(
-            shape, DeviceCount(device, tp), offload, replicas, num_micro_batches
-        )
-        share = memory.count / replicas
-        bytes_per_s = network.bytes_per_s * min(tp, share)
-        candidate = Candidate(
-            label=f"{offload.compute} + {memory}",
-            num_devices=offload.compute.count + memory.count,
-            times=times,
-            workload=workload,
-            kv_budget=cost.memory_budget(memory.device, share),
-            prefill_s=max(
-                times.prefill(workload.prompt),
-                shape.kv_bytes(workload.prompt) / bytes_per_s,
-            ),
-            usd_per_hour=usd_per_hour,
-            replicas=replicas,
-        )
-        return candidate.evaluate()
-
-    return _best_split(attempt, offload.compute.count)
+    whole = EngineTimes(
+        shape, offload.compute, offload, num_micro_batches=num_micro_batches
+    )
+    return _best_split(whole, workload, usd_per_hour)
 
 
 def evaluate_homogeneous(
@@ -67,36 +43,24 @@ def evaluate_homogeneous(
     Raises:
         DoesNotFitError: No split holds the weights and one request.
     """
-
-    def attempt(tp: int, replicas: int) -> Estimate:
-        engine = DeviceCount(devices.device, tp)
-        _check_engine(shape, engine)
-        times = EngineTimes(shape, engine)
-        candidate = Candidate(
-            label=str(devices),
-            num_devices=devices.count,
-            times=times,
-            workload=workload,
-            kv_budget=cost.memory_budget(devices.device, tp) - shape.weight_bytes,
-            prefill_s=times.prefill(workload.prompt),
-            usd_per_hour=usd_per_hour,
-            replicas=replicas,
-        )
-        return candidate.evaluate()
-
-    return _best_split(attempt, devices.count)
+    return _best_split(EngineTimes(shape, devices), workload, usd_per_hour)
 
 
-def _best_split(attempt: Callable[[int, int], Estimate], count: int) -> Estimate:
-    """The fastest of all splits of `count` devices into equal tensor-parallel engines.
+def _best_split(
+    whole: EngineTimes, workload: Workload, usd_per_hour: float | None
+) -> Estimate:
+    """The fastest of all splits of the devices into equal tensor-parallel engines.
 
     What does not fit the largest engine fits no smaller one, so its reason is given.
     """
     found: list[Estimate] = []
     reason = DoesNotFitError("")
+    count = whole.compute.count
     for tp in (t for t in range(1, count + 1) if count % t == 0):
         try:
-            found.append(attempt(tp, count // tp))
+            engine = whole.split(count // tp)
+            _check_engine(engine)
+            found.append(Candidate(engine, workload, usd_per_hour).evaluate())
         except DoesNotFitError as error:
             reason = error
     if not found:
@@ -104,21 +68,18 @@ def _best_split(attempt: Callable[[int, int], Estimate], count: int) -> Estimate
     return max(found, key=lambda estimate: estimate.tokens_per_s)
 
 
-def _check_rotation(tp: int, num_micro_batches: int) -> int:
-    """Devices of each of the n - 1 model replicas that n micro-batches rotate over."""
-    replicas = max(num_micro_batches - 1, 1)
+def _check_engine(engine: EngineTimes) -> None:
+    """Devices and query heads must split evenly, and the weights must fit."""
+    shape, n, tp = engine.shape, engine.num_micro_batches, engine.compute.count
+    replicas = max(n - 1, 1)
     if tp % replicas:
         raise DoesNotFitError(
-            f"{num_micro_batches} micro-batches rotate over {replicas} model replicas. "
-            f"{tp} compute devices do not split into these. Use fewer micro-batches."
+            f"{n} micro-batches rotate over {replicas} model replicas. {tp} compute "
+            "devices do not split into these. Use fewer micro-batches."
         )
-    return tp // replicas
-
-
-def _check_engine(shape: ModelShape, devices: DeviceCount) -> None:
-    """Query heads must split evenly, and the weights must fit."""
+    devices = DeviceCount(engine.compute.device, tp // replicas)
     heads = [layer.num_heads for layer in shape.layers]
-    if any(n % devices.count for n in heads):
+    if any(num_heads % devices.count for num_heads in heads):
         raise DoesNotFitError(
             f"{shape.name} cannot run tensor-parallel on {devices}: its {min(heads)} "
             f"query heads do not split evenly. The count must divide {min(heads)}. Use "

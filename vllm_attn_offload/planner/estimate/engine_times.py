@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of one engine's steps, with memory nodes or without."""
+"""Times and KV memory of one engine, with memory nodes or without."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.offload import Offload
@@ -18,7 +18,7 @@ class EngineTimes:
     Attributes:
         compute: Tensor-parallel devices of this engine.
         offload: Memory nodes and network; None: the compute devices attend.
-        num_engines: Engines that use the memory nodes in equal shares.
+        num_engines: Equal engines, which have equal shares of the memory nodes.
         num_micro_batches: Micro-batches that rotate over n - 1 model replicas.
         prefills: Whether the compute devices also prefill.
     """
@@ -30,6 +30,20 @@ class EngineTimes:
     num_micro_batches: int = 1
     prefills: bool = True
 
+    def split(self, num_engines: int) -> EngineTimes:
+        """One of `num_engines` engines with the devices of this one."""
+        compute = replace(self.compute, count=self.compute.count // num_engines)
+        return replace(self, compute=compute, num_engines=num_engines)
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes of KV that this engine can hold; negative if the weights exceed it."""
+        if self.offload is None:
+            budget = cost.memory_budget(self.compute.device, self.compute.count)
+            return budget - self.shape.weight_bytes
+        memory = self.offload.memory
+        return cost.memory_budget(memory.device, memory.count / self.num_engines)
+
     def decode(
         self, rows: float, context: float, num_micro_batches: int
     ) -> tuple[float, float, float]:
@@ -40,7 +54,7 @@ class EngineTimes:
             context: Cached tokens of a request.
         """
         shape, compute, tp = self.shape, self.compute.device, self.compute.count
-        size = self.replica_size(num_micro_batches)
+        size = self._replica_size(num_micro_batches)
         model_s = cost.layers_time(shape, compute, size, rows)
         if self.offload is None:
             attention_s = cost.attention_time(shape, compute, tp, rows, context)
@@ -48,17 +62,16 @@ class EngineTimes:
         memory, network = self.offload.memory, self.offload.network
         share = memory.count / self.num_engines
         partition = self.offload.resolved_partition(shape)
+        ports = min(tp, share)
         return (
             model_s,
             cost.attention_time(shape, memory.device, share, rows, context),
-            cost.wire_time(
-                shape, network, rows, memory.count, min(tp, share), partition
-            ),
+            cost.wire_time(shape, network, rows, memory.count, ports, partition),
         )
 
     def overhead(self, batch: float) -> float:
         """Output head, sampling and scheduling of a step with `batch` requests."""
-        size = self.replica_size(self.num_micro_batches)
+        size = self._replica_size(self.num_micro_batches)
         return cost.overhead_time(self.shape, self.compute.device, size, batch)
 
     def prefill(self, tokens: float, context: float | None = None) -> float:
@@ -73,6 +86,14 @@ class EngineTimes:
         device, tp = self.compute.device, self.compute.count
         return cost.prefill_time(self.shape, device, tp, tokens, context)
 
-    def replica_size(self, num_micro_batches: int) -> int:
+    def send_prompt(self, tokens: float) -> float:
+        """Transfer of a prompt's KV to the memory nodes."""
+        if self.offload is None:
+            return 0.0
+        ports = min(self.compute.count, self.offload.memory.count / self.num_engines)
+        bytes_per_s = self.offload.network.bytes_per_s * ports
+        return self.shape.kv_bytes(tokens) / bytes_per_s
+
+    def _replica_size(self, num_micro_batches: int) -> int:
         """Devices of each of the model replicas that micro-batches rotate over."""
         return self.compute.count // max(num_micro_batches - 1, 1)

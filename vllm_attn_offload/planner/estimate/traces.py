@@ -25,17 +25,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TraceSummary:
-    """Means of a trace; `context` weighs each request by its decode steps."""
+    """Means of a trace, in tokens; `context` weighs a request by its decode steps."""
 
     num_requests: int
     prompt: float
     output: float
     context: float
-    duration_s: float
 
 
 def read_trace(path: Path) -> list[Request]:
-    """Read a trace; requests that generate nothing are dropped.
+    """Requests of a trace by arrival; those that generate nothing are dropped.
 
     Args:
         path: Azure's `TIMESTAMP,ContextTokens,GeneratedTokens` CSV
@@ -44,7 +43,7 @@ def read_trace(path: Path) -> list[Request]:
             (github.com/kvcache-ai/Mooncake).
 
     Raises:
-        ValueError: missing file or another format.
+        ValueError: Missing file or another format.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -98,5 +97,4 @@ def summarize(requests: Sequence[Request]) -> TraceSummary:
         prompt=sum(r.prompt for r in requests) / count,
         output=steps / count,
         context=reads / steps,
-        duration_s=requests[-1].arrival_s,
     )

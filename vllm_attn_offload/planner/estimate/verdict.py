@@ -13,7 +13,7 @@ MARGIN = 0.05
 def verdict(
     offload: Offload, best: Estimate | None, rival: Estimate | None, refused: list[str]
 ) -> str:
-    """Whether to offload, by how much, and the reason where not."""
+    """The advice: offload or not, by how much, and why not."""
     if best is None:
         return f"Do not offload, because it does not fit. {refused[0]}"
     if rival is None:

@@ -4,7 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+EFFICIENCIES = ("compute_efficiency", "memory_efficiency", "attention_efficiency")
+OVERHEADS = (
+    *("step_overhead_us", "row_overhead_us", "layer_overhead_us"),
+    *("attention_call_us", "attention_row_us", "link_latency_us"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,30 +26,17 @@ class Price:
 class Device:
     """One accelerator or CPU host.
 
-    Attributes:
-        tflops: Dense BF16, 1e12 flop/s.
-        memory_gb: 1e9 bytes.
-        memory_gbps: 1e9 bytes/s.
-        source: Origin of the figures.
-        date: Day of the figures.
-        link_gbps: 1e9 bytes/s in one direction, between devices of one host.
-        link_latency_us: One hop inside a host. The default is an assumption.
-        power_w: Watts.
-        compute_efficiency: Share of ``tflops`` that GEMMs reach (assumption).
-        memory_efficiency: Share of ``memory_gbps`` that GEMMs reach (assumption).
-        attention_efficiency: Share of ``memory_gbps`` that attention reaches; Lamina
-            (arXiv 2405.01814) Figure 3.
-        step_overhead_us: Scheduling and sampling, per step.
-        row_overhead_us: Scheduling and sampling, per request of a step.
-        layer_overhead_us: Per layer, on the device that computes it.
-        attention_call_us: Per layer, on the device that attends.
-        attention_row_us: Per layer and request, on the device that attends.
-        attention_gbps: Measured 1e9 bytes/s of KV; replaces the efficiency.
-        attention_tflops: Measured 1e12 flop/s of attention.
-        gemm_curve: Measured (rows, seconds per 1e9 bytes of weights), rows rising;
-            replaces the roofline of GEMMs.
-        attention_only: A memory node that runs no model.
-        price: Prices by the name of their list.
+    Figures as of `source` and `date`: `tflops` of dense BF16 in 1e12 flop/s,
+    `memory_gb` in 1e9 bytes, `memory_gbps` and `link_gbps` (one direction, inside a
+    host) in 1e9 bytes/s, `link_latency_us` of one hop inside a host.
+    Efficiencies are the reached share of a peak. Attention's 0.7 is Lamina (arXiv
+    2405.01814) Figure 3; the other two, and the hop's 2 us, are assumptions.
+    A measured device has `gemm_curve` (rows, seconds per 1e9 bytes of weights; rows
+    rise) and `attention_gbps` (1e9 bytes/s of KV) instead.
+    Overheads: per step and per request of it (scheduling, sampling), per layer on the
+    device that computes it, per layer call and per request of it on the one that
+    attends. `attention_only` marks a memory node that runs no model. `price` maps the
+    names of price lists to prices.
     """
 
     name: str
@@ -54,7 +47,6 @@ class Device:
     date: str
     link_gbps: float = 32.0
     link_latency_us: float = 2.0
-    power_w: float | None = None
     compute_efficiency: float = 0.75
     memory_efficiency: float = 0.85
     attention_efficiency: float = 0.7
@@ -64,28 +56,18 @@ class Device:
     attention_call_us: float = 0.0
     attention_row_us: float = 0.0
     attention_gbps: float | None = None
-    attention_tflops: float | None = None
     gemm_curve: tuple[tuple[float, float], ...] = ()
     attention_only: bool = False
     price: Mapping[str, Price] = field(default_factory=dict)
 
     def ideal(self) -> Device:
         """The datasheet roofline: every efficiency 1, no overheads, no measurements."""
-        return Device(
-            self.name,
-            self.tflops,
-            self.memory_gb,
-            self.memory_gbps,
-            self.source,
-            self.date,
-            self.link_gbps,
-            link_latency_us=0.0,
-            power_w=self.power_w,
-            compute_efficiency=1.0,
-            memory_efficiency=1.0,
-            attention_efficiency=1.0,
-            attention_only=self.attention_only,
-            price=self.price,
+        return replace(
+            self,
+            **dict.fromkeys(OVERHEADS, 0.0),
+            **dict.fromkeys(EFFICIENCIES, 1.0),
+            attention_gbps=None,
+            gemm_curve=(),
         )
 
     def usd_per_hour(self, price_list: str | None) -> float:

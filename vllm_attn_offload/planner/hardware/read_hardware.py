@@ -15,7 +15,7 @@ from vllm_attn_offload.planner.hardware.network import Network
 NOT_NUMBERS = frozenset(("source", "date", "price", "gemm_curve", "attention_only"))
 ABOVE_ZERO = frozenset(
     ("tflops", "memory_gb", "memory_gbps", "link_gbps", "gbps", "usd_per_hour")
-    + ("attention_gbps", "attention_tflops", "efficiency", "compute_efficiency")
+    + ("attention_gbps", "efficiency", "compute_efficiency")
     + ("memory_efficiency", "attention_efficiency")
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hugging Face config.json to a ModelShape, by transformers' config classes."""
+"""ModelShape of a Hugging Face config.json, read by transformers' config classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_config(model: str) -> Path:
     """The config.json of a file, a directory, or a Hugging Face model id.
 
     Raises:
-        ValueError: nothing there, and the hub has or gives no such model.
+        ValueError: Nothing there, and the hub has or gives no such model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -59,7 +59,7 @@ def find_config(model: str) -> Path:
 
 
 def _resolves(url: str) -> bool:
-    """Whether the host of `url` has an address: the hub client retries for 25 s."""
+    """True if the host of `url` has an address; the hub client would retry for 25 s."""
     if getproxies():
         return True
     try:
@@ -73,7 +73,7 @@ def read_configs(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The text models' configurations with their classes' defaults filled in.
 
     Raises:
-        ValueError: not a model config, transformers missing, or unknown model type.
+        ValueError: Not a model config, transformers missing, or unknown model type.
     """
     for path in paths:
         _check_names_a_type(path)
@@ -140,12 +140,12 @@ def read_model_shape(
 
     Args:
         kv_dtype: "auto" (like `dtype`), or one of KV_DTYPE_BYTES.
-        weight_bits: bits per weight, instead of what the config says.
-        dtype: of unquantized weights and of activations; "auto": the config's for
+        weight_bits: Bits per weight, instead of what the config says.
+        dtype: Type of unquantized weights and of activations; "auto": the config's for
             weights, 16 bit for activations, as vLLM does.
 
     Raises:
-        ValueError: unreadable config, or attention the planner cannot describe.
+        ValueError: Unreadable config, or attention the planner cannot describe.
     """
     if kv_dtype not in ("auto", *KV_DTYPE_BYTES):
         raise ValueError(
@@ -172,7 +172,7 @@ def shape_from_config(
     """Shape from an already defaulted configuration mapping.
 
     Raises:
-        ValueError: see read_model_shape.
+        ValueError: A value is missing, or attention that the planner cannot describe.
     """
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     for key in needed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cost model needs to know of a model: weights, KV and wire sizes."""
+"""Sizes of a model: weights, KV cache, and bytes on the wire."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gqa_layers(
     v_head_size: int | None = None,
     window: int | None = None,
 ) -> LayerShape:
-    """Multi-head or grouped-query attention."""
+    """Layers with multi-head or grouped-query attention."""
     v_size = head_size if v_head_size is None else v_head_size
     return LayerShape(
         num_layers=num_layers,
@@ -54,7 +54,7 @@ def gqa_layers(
 def mla_layers(
     num_layers: int, num_heads: int, kv_lora_rank: int, rope_head_dim: int
 ) -> LayerShape:
-    """Multi-head latent attention in its absorbed decode form.
+    """Layers with multi-head latent attention in its absorbed decode form.
 
     The cache holds one latent row for all heads, so there is one KV head, while q and
     the output stay `num_heads` latent rows wide (DeepSeek-V2, arXiv 2405.04434).
