@@ -78,9 +78,16 @@ def test_round_trip_alignment(num_reqs: int, width: int) -> None:
     [
         ({"query_start_loc": [1, 2, 4]}, "query_start_loc must rise from 0"),
         ({"query_start_loc": [0, 5, 4]}, "query_start_loc must rise from 0"),
-        ({"seq_lens": [-1, 20]}, "a request of -1 tokens"),
+        (
+            {"seq_lens": [-1, 20]},
+            "-1 tokens in a request; this session",
+        ),
         ({"seq_lens": [49, 20]}, "49 tokens needs 4 blocks; the step lists 3"),
-        ({"seq_lens": [INT32.max, 20]}, "134,217,728 blocks; the step lists 3"),
+        (
+            {"seq_lens": [161, 20]},
+            "161 tokens in a request; this session",
+        ),
+        ({"seq_lens": [INT32.max, 20]}, "2,147,483,647 tokens in a request; this"),
         ({"block_table": [[3, 10, 9], [4, 1, 0]]}, "block ids from 1 to 10"),
         ({"block_table": [[3, 7, 9], [-1, 1, 0]]}, "block ids from -1 to 9"),
         ({"slot_mapping": [160, 1, 2, 3]}, "slots from 1 to 160"),

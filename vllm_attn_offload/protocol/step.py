@@ -15,6 +15,8 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 _ALIGNMENT = 8
+#: No kernel counts further, whatever a pool holds.
+_MAX_SEQ_LEN = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def step_num_bytes(num_reqs: int, num_tokens: int, table_width: int) -> int:
 
 
 def write_step(step: StepMetadata, buffer: memoryview) -> int:
-    """Encode a step into ``buffer`` and return the payload's length in bytes."""
+    """Encode a step into ``buffer[:n]`` and return ``n``, the payload's bytes."""
     num_reqs, width = step.block_table.shape
     STEP_PREFIX.pack_into(
         buffer, 0, num_reqs, step.num_tokens, width, step.num_query_rows
@@ -90,6 +92,10 @@ def write_step(step: StepMetadata, buffer: memoryview) -> int:
 
 def read_step(payload: memoryview, limits: StepLimits) -> StepMetadata:
     """Decode a STEP payload and check every number in it against the session.
+
+    Args:
+        payload: Bytes ``[num_bytes]``; the result's arrays are views of it.
+        limits: Limits of the session.
 
     Raises:
         ProtocolError: A count, length, block id or slot is out of range.
@@ -153,8 +159,10 @@ def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
     if not step.num_reqs:
         return
     width = step.block_table.shape[1]
-    if step.seq_lens.min() < 0:
-        raise ProtocolError(f"a request of {int(step.seq_lens.min()):,} tokens")
+    # A table may name a block many times, so it does not bound the length.
+    pool_tokens = min(limits.num_blocks * limits.block_size, _MAX_SEQ_LEN)
+    _check_range("tokens in a request", int(step.seq_lens.min()), 0, pool_tokens)
+    _check_range("tokens in a request", int(step.seq_lens.max()), 0, pool_tokens)
     blocks_needed = -(-step.seq_lens.astype(np.int64) // limits.block_size)
     if blocks_needed.max() > width:
         raise ProtocolError(
