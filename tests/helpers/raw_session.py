@@ -73,7 +73,9 @@ def reservation(
     return ReserveCapacity(f"engine-{next(_names)}", shard, geometry, kv_bytes)
 
 
-def session_of(reserved: str, num_blocks: int) -> OpenSession:
+def session_of(
+    reserved: str, num_blocks: int, max_blocks_per_req: int = 64
+) -> OpenSession:
     """A session with limits that the tests stay within."""
     return OpenSession(
         reservation=reserved,
@@ -81,7 +83,7 @@ def session_of(reserved: str, num_blocks: int) -> OpenSession:
         num_blocks=num_blocks,
         max_num_tokens=2048,
         max_num_reqs=64,
-        max_blocks_per_req=64,
+        max_blocks_per_req=max_blocks_per_req,
     )
 
 
@@ -98,6 +100,7 @@ class RawSession:
         geometry: Layers of the session.
         num_blocks: Blocks of its pool.
         credentials: What to show the node.
+        max_blocks_per_req: Longest block table that the session asks for.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class RawSession:
         geometry: SessionGeometry,
         num_blocks: int,
         credentials: Credentials = NO_CREDENTIALS,
+        max_blocks_per_req: int = 64,
     ) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
@@ -113,7 +117,10 @@ class RawSession:
         kv_bytes = num_blocks * _block_bytes(geometry)
         reserved = self.control.reserve(reservation(geometry, kv_bytes))
         assert reserved.num_blocks == num_blocks
-        opened = self.control.open_session(session_of(reserved.reservation, num_blocks))
+        self.reservation = reserved.reservation
+        opened = self.control.open_session(
+            session_of(self.reservation, num_blocks, max_blocks_per_req)
+        )
         self._sock, _ = connect(address, TIMEOUT_S, credentials)
         call(self._sock, address, attach_request(opened, geometry), Attached, TIMEOUT_S)
         self.transport = SocketTransport(self._sock, stall_timeout_s=TIMEOUT_S)
@@ -194,9 +201,9 @@ class RawSession:
             lse = torch.frombuffer(rest, dtype=torch.float32).view(-1, heads)
         return out.view(num_rows, heads, v_head_size), lse
 
-    def has_reply(self) -> bool:
+    def has_reply(self, timeout_s: float = TIMEOUT_S) -> bool:
         """Whether the node begins to answer in time; reads nothing."""
-        return bool(select.select([self._sock], [], [], TIMEOUT_S)[0])
+        return bool(select.select([self._sock], [], [], timeout_s)[0])
 
     def receive(self) -> tuple[int, bytes]:
         """Kind and payload of the node's next frame."""

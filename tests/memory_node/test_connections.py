@@ -34,7 +34,7 @@ def test_the_idlest_makes_room(peers: Peers) -> None:
     (first, _), (_, second_end) = peers.connect("a"), peers.connect("b")
     assert first is not None
     peers.connect("c")
-    first.touch()
+    first.last_active += 1
     admitted, _ = peers.connect("d")
     assert admitted is not None
     assert second_end.recv(1) == b""
@@ -52,6 +52,31 @@ def test_strangers_make_room_first(peers: Peers) -> None:
     admitted_end.settimeout(0)
     with pytest.raises(BlockingIOError):
         admitted_end.recv(1)
+
+
+def test_an_engine_that_sends_heartbeats_stays(peers: Peers) -> None:
+    """It may hold nothing yet, and everybody else may be younger."""
+    engine, engine_end = peers.connect("a")
+    assert engine is not None
+    engine.is_admitted = True
+    engine.note_request()
+    for number in range(4):
+        newest, _ = peers.connect(str(number))
+        assert newest is not None
+        newest.is_admitted = True
+    engine_end.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        engine_end.recv(1)
+    engine.last_active -= 3600
+    peers.connect("late")
+    engine_end.settimeout(5)
+    assert engine_end.recv(1) == b""
+
+
+def test_evictions_are_logged(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    for peer in "abcd":
+        peers.connect(peer)
+    assert "closed a connection of a to make room: it holds nothing" in caplog.text
 
 
 def test_a_peer_makes_room_for_itself(peers: Peers) -> None:

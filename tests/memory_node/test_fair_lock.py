@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FairLock are taken in the order in which they were asked for."""
+"""Turns of FairLock are taken in the order in which they were asked for."""
 
 from __future__ import annotations
 
@@ -55,6 +55,28 @@ def test_a_greedy_thread_waits_in_line() -> None:
     thread.join(5)
     # The turn that was under way when it was asked, and no other.
     assert taken[:20] == 10 * ["greedy", "other"]
+
+
+def test_an_engine_has_one_turn_for_all_its_sessions() -> None:
+    turns = FairLock()
+    taken: list[str] = []
+
+    def take(engine: str) -> None:
+        turns.acquire(engine)
+        taken.append(engine)
+        turns.release()
+
+    with turns:
+        threads = [
+            threading.Thread(target=take, args=(engine,))
+            for engine in [*64 * ["many"], *3 * ["few"]]
+        ]
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            assert eventually(lambda count=count: turns.num_waiting == count)
+    for thread in threads:
+        thread.join(5)
+    assert taken == [*3 * ["many", "few"], *61 * ["many"]]
 
 
 def test_one_at_a_time() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import msgspec
@@ -58,17 +58,35 @@ def test_slots_take_what_frames_may(node: NodeProcess) -> None:
     """Four slots each way count four times; without room frames use the socket."""
     # A frame each way takes 0.14 GiB of 1, and its slots 0.57.
     tokens = 25_000
-    with closing(ControlClient(node.address, TIMEOUT_S)) as control:
-        clients = [attach(control, node.address, tokens) for _ in range(3)]
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(closing(ControlClient(node.address, TIMEOUT_S)))
+            for _ in range(4)
+        ]
+        clients = [attach(engine, node.address, tokens) for engine in engines[:3]]
         assert node.log().count(NO_SLOTS) == 2
-        with pytest.raises(MemoryNodeError, match=r"other sessions hold 0\.8\d of"):
-            attach(control, node.address, tokens)
+        with pytest.raises(MemoryNodeError, match=r"but 0\.\d+ of the 1\.00 GiB"):
+            attach(engines[3], node.address, tokens)
         for client in clients:
             client.close()
     assert eventually(lambda: node.log().count("released engine") == 4)
     with closing(ControlClient(node.address, TIMEOUT_S)) as control:
         attach(control, node.address, tokens).close()
         assert node.log().count(NO_SLOTS) == 2
+
+
+def test_an_engine_leaves_room_for_others(node: NodeProcess) -> None:
+    """However many sessions it opens, a quarter of the memory for frames stays."""
+    with (
+        closing(ControlClient(node.address, TIMEOUT_S)) as greedy,
+        closing(ControlClient(node.address, TIMEOUT_S)) as other,
+    ):
+        clients = [attach(greedy, node.address, 25_000)]
+        with pytest.raises(MemoryNodeError, match="are free for this engine"):
+            clients += [attach(greedy, node.address, 25_000) for _ in range(4)]
+        clients.append(attach(other, node.address, 25_000))
+        for client in clients:
+            client.close()
 
 
 def test_sessions_leave_nothing(node: NodeProcess) -> None:

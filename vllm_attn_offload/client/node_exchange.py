@@ -15,10 +15,12 @@ from vllm_attn_offload.client.layer_payload import LayerPayload, bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.step_partition import NodeShare
 from vllm_attn_offload.protocol.frames import FrameFlag
-from vllm_attn_offload.protocol.step import step_num_bytes, write_step
+from vllm_attn_offload.protocol.step import StepMetadata, step_num_bytes, write_step
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
+#: Query rows that a kernel attends with for one read of K and V.
+_ROWS_PER_READ = 16
 #: Payload of an acknowledgement.
 _NOTHING = memoryview(bytearray(0))
 
@@ -63,7 +65,16 @@ class NodeExchange:
     def begin_step(
         self, number: int, micro_batch: int, share: NodeShare, slowest_token_s: float
     ) -> None:
-        """Send the node's share of a step; later layers belong to it."""
+        """Send the node's share of a step; later layers belong to it.
+
+        Args:
+            number: Number of the step.
+            micro_batch: Index of the micro-batch.
+            share: Rows and tokens of the node.
+            slowest_token_s: Seconds that a query row may take for one cached token
+                before the node counts as lost. Ten times and more what a kernel takes,
+                because the node serves other engines in between.
+        """
         self._step, self._micro_batch = number, micro_batch
         self._query_rows, self._stored_rows, self._positions = (
             None if rows is None else torch.from_numpy(rows)
@@ -71,7 +82,7 @@ class NodeExchange:
         )
         step = share.step
         self._num_rows = step.num_query_rows
-        self._allowance_s = slowest_token_s * int(step.seq_lens.sum())
+        self._allowance_s = slowest_token_s * _num_scores(step)
         num_bytes = step_num_bytes(
             step.num_reqs, step.num_tokens, step.block_table.shape[1]
         )
@@ -218,3 +229,9 @@ class NodeExchange:
         self._lse = lse.view(self._num_rows, num_heads)
         array: npt.NDArray[np.uint8] = self._reply.numpy()
         self._reply_bytes = array.data[:num_bytes]
+
+
+def _num_scores(step: StepMetadata) -> float:
+    """Query rows times the tokens that they see; 16 rows share what they read."""
+    rows = np.diff(step.query_start_loc)
+    return float((np.ceil(rows / _ROWS_PER_READ) * step.seq_lens).sum())

@@ -64,6 +64,7 @@ class NodeHandle:
         self._process: MemoryNodeProcess | None = None
         self._killed: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None
+        self._watched: ControlClient | None = None
         self._shares: list[RankShare] = []
         self._reservations: list[str] = []
         self._total_gib: float | None = None
@@ -95,6 +96,9 @@ class NodeHandle:
             self._control = self._connect(self.address, timeout_s)
             self._total_gib = self._control.info.kv_bytes_total / GIB
             self.is_lost = False
+            threading.Thread(
+                target=self._keep_alive, args=(self._control,), daemon=True
+            ).start()
 
     def start(self) -> None:
         """Start the process of a local node, if there is none yet.
@@ -180,9 +184,10 @@ class NodeHandle:
         Args:
             on_loss: Called with the reason, after the node was marked as lost.
         """
+        control = self._watched = self._channel()
         threading.Thread(
             target=self._watch,
-            args=(self._channel(), on_loss),
+            args=(control, on_loss),
             name="MemoryNodeMonitor",
             daemon=True,
         ).start()
@@ -280,11 +285,26 @@ class NodeHandle:
             raise MemoryNodeError(self.address, "there is no connection to it.")
         return control
 
+    def _keep_alive(self, control: ControlClient) -> None:
+        """Send heartbeats while the model loads, until `watch` does.
+
+        A node ends idle connections where others need room.
+        """
+        with contextlib.suppress(OSError, ValueError, MemoryNodeError):
+            while control is not self._watched:
+                control.ping(self._timeout_s)
+                if control.wait_until_lost(self._heartbeat_s):
+                    return
+
+    @property
+    def _heartbeat_s(self) -> float:
+        return min(_MAX_HEARTBEAT_S, self._timeout_s / _HEARTBEATS_PER_TIMEOUT)
+
     def _watch(
         self, control: ControlClient, on_loss: Callable[[MemoryNodeError], None]
     ) -> None:
         cause = "the connection was closed there."
-        interval_s = min(_MAX_HEARTBEAT_S, self._timeout_s / _HEARTBEATS_PER_TIMEOUT)
+        interval_s = self._heartbeat_s
         with contextlib.suppress(OSError, ValueError):  # closed by us meanwhile
             while not control.wait_until_lost(interval_s):
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512
 _MAX_CONNECTIONS_PER_PEER = 384
 _ACCEPT_RETRY_S = 0.2
+#: Engines send heartbeats from the moment they join, far more often than that.
+_ABANDONED_S = 120.0
 
 
 @dataclass(slots=True, eq=False)
@@ -27,32 +30,39 @@ class Connection:
     """A peer that was accepted.
 
     ``peer`` is its host, or its user where it came over a Unix socket. ``is_admitted``
-    says that the handshake is over. ``reservations`` are freed with the connection.
+    says that the handshake is over, ``has_asked`` that a request came after it.
+    ``reservations`` are freed with the connection, whose ``engine_id`` is its own.
     """
 
     sock: socket.socket
     peer: str
     last_active: float = field(default_factory=time.monotonic)
     reservations: list[str] = field(default_factory=list)
+    engine_id: str = field(default_factory=lambda: secrets.token_hex(8))
     is_admitted: bool = False
+    has_asked: bool = False
     is_data_channel: bool = False
 
     @property
     def is_in_use(self) -> bool:
-        """Whether an engine would lose something with it."""
-        return self.is_data_channel or bool(self.reservations)
+        """True if an engine would lose something with it."""
+        if self.is_data_channel or self.reservations:
+            return True
+        silent_s = time.monotonic() - self.last_active
+        return self.has_asked and silent_s < _ABANDONED_S
 
-    def touch(self) -> None:
-        """Note that the peer was just heard."""
+    def note_request(self) -> None:
+        """Note that the peer just asked something; engines do from the start."""
+        self.has_asked = True
         self.last_active = time.monotonic()
 
 
 class Connections:
     """Bounds connections in total and per peer; safe for concurrent callers.
 
-    Where there is no room, a connection that holds nothing ends: one that is not
-    admitted before one that is, and then the one that was silent for longest. Idle
-    peers, however many, never keep an engine out.
+    Where there is no room, a connection that holds nothing and sends no heartbeats
+    ends: one that is not admitted before one that is, and then the one that was silent
+    for longest. Idle peers, however many, keep no engine out and end none.
 
     Args:
         max_total: Connections at a time.
@@ -104,6 +114,12 @@ class Connections:
             return False
         idlest = min(idle, key=lambda c: (c.is_admitted, c.last_active))
         self._open.discard(idlest)
+        logger.warning(
+            "closed a connection of %s to make room: it holds nothing and was silent "
+            "for %.0f s",
+            idlest.peer,
+            time.monotonic() - idlest.last_active,
+        )
         hang_up(idlest.sock)
         return True
 

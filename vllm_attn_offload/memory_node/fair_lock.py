@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock that is handed over in the order in which it was asked for."""
+"""A lock that engines take in turns, however many sessions they have."""
 
 from __future__ import annotations
 
@@ -8,42 +8,49 @@ from collections import deque
 
 
 class FairLock:
-    """Lets one thread at a time compute, first come first served.
+    """Lets one thread at a time compute, engine by engine.
 
     A plain lock goes to whoever runs when it is released, and that is the session that
     just used it: its next layer would overtake those who wait. Here ``release`` gives
-    the lock to the first in line, so that nobody waits for more than one turn of each
-    of the others.
+    the lock to the engine that waited for longest, and of its sessions to the first in
+    line, so that nobody waits for more than one turn of each other engine, and for
+    those of its own.
     """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._line: deque[threading.Lock] = deque()
+        # Engines in line, each with its sessions in line.
+        self._line: dict[str, deque[threading.Lock]] = {}
         self._is_taken = False
 
     @property
     def num_waiting(self) -> int:
         """Threads in line."""
-        return len(self._line)
+        with self._guard:
+            return sum(map(len, self._line.values()))
 
-    def acquire(self) -> None:
-        """Wait for a turn."""
+    def acquire(self, engine: str = "") -> None:
+        """Wait for a turn of ``engine``."""
         with self._guard:
             if not self._is_taken:
                 self._is_taken = True
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._line.append(turn)
+            self._line.setdefault(engine, deque()).append(turn)
         turn.acquire()
 
     def release(self) -> None:
         """End the turn; the next in line has it already when this returns."""
         with self._guard:
-            if self._line:
-                self._line.popleft().release()
-            else:
+            if not self._line:
                 self._is_taken = False
+                return
+            engine = next(iter(self._line))
+            sessions = self._line.pop(engine)
+            sessions.popleft().release()
+            if sessions:
+                self._line[engine] = sessions
 
     def __enter__(self) -> None:
         self.acquire()

@@ -8,9 +8,14 @@ from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import OpenSession
 from vllm_attn_offload.protocol.step import StepLimits
-from vllm_attn_offload.transport.shared_device import DeviceRows, SharedDevice
+from vllm_attn_offload.transport.cuda_memory import DeviceRows, SharedDevice
 
+MAX_MICRO_BATCHES = 2
 _MAX_ERROR_BYTES = 1 << 16
+#: A kernel's plan keeps so much of a block-table entry, of a row to store and of a
+#: query row; measured, and rounded up.
+_PLAN_BYTES_PER_ENTRY = 16
+_PLAN_BYTES_PER_ROW = 32
 #: In device memory decode steps of large batches fit; prefills need not.
 _MAX_ROWS_BYTES = 16 << 20
 
@@ -60,6 +65,22 @@ class FrameSizes:
             max(steps, self._max_tokens * self._max_row_bytes),
             max(_MAX_ERROR_BYTES, self._max_tokens * reply_row),
         )
+
+    @property
+    def plan_bytes(self) -> int:
+        """Most memory that checked STEPs and their plans keep on the host.
+
+        A plan keeps entries of blocks that the pool has, once for each kind of layers.
+        """
+        limits = self.limits[0]
+        width = min(limits.max_blocks_per_req, limits.num_blocks)
+        rows = limits.max_num_tokens + limits.max_num_reqs
+        plan = (
+            _PLAN_BYTES_PER_ENTRY * limits.max_num_reqs * width
+            + _PLAN_BYTES_PER_ROW * rows
+        )
+        num_plans = MAX_MICRO_BATCHES * len(set(self.kinds))
+        return num_plans * plan + sum(each.max_step_bytes for each in self.limits)
 
     def device_rows(self, device: SharedDevice) -> DeviceRows:
         """Memory of ``device`` for the rows of decode steps."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What engines hold on a node: reserved memory, open sessions, who may attach."""
+"""Reserved memory and open sessions of all engines, and who may attach to them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ from vllm_attn_offload.protocol.step import step_num_bytes
 logger = logging.getLogger(__name__)
 
 _MAX_RESERVATIONS = 256
+#: No engine takes more of these, and of the memory for frames, than that.
+_ENGINE_SHARE = 0.75
 _MAX_FRAME_BYTES = 1 << 30
 
 
 @dataclass(slots=True)
 class _Reservation:
     request: ReserveCapacity
+    engine_id: str
     num_blocks: int
     kv_bytes: int
     frame_bytes: int = 0
@@ -59,10 +62,16 @@ class Reservations:
         self._lock = threading.Lock()
         self._held: dict[str, _Reservation] = {}
         # Frames are received into memory of their own, which engines also compete for.
-        self._max_frame_bytes = max(_MAX_FRAME_BYTES, kv_bytes // 4)
+        self.max_frame_bytes = max(_MAX_FRAME_BYTES, kv_bytes // 4)
 
-    def reserve(self, request: ReserveCapacity) -> CapacityReserved:
+    def reserve(
+        self, request: ReserveCapacity, engine_id: str = ""
+    ) -> CapacityReserved:
         """Hold memory for a worker.
+
+        Args:
+            request: Geometry of the worker's layers, and the bytes that it asks for.
+            engine_id: Name of the engine's control connection.
 
         Raises:
             CapacityError: Less is free, or the node serves too many workers.
@@ -84,8 +93,11 @@ class Reservations:
                     f"{len(self._held)} workers hold memory of this node; at most "
                     f"{_MAX_RESERVATIONS} may. Stop another engine of this node."
                 )
+            self._check_share(engine_id)
             self.ledger.reserve(reservation, kv_bytes)
-            self._held[reservation] = _Reservation(request, num_blocks, kv_bytes)
+            self._held[reservation] = _Reservation(
+                request, engine_id, num_blocks, kv_bytes
+            )
         logger.info(
             "reserved %.2f GiB (%d blocks) for engine %s rank %d; %.2f GiB stay free",
             kv_bytes / GIB,
@@ -159,7 +171,7 @@ class Reservations:
             if entry is None or entry.session is None:
                 return False  # it was closed meanwhile, which its data channel notices
             num_bytes = (num_slots - 1) * sum(entry.session.sizes.longest())
-            free = self._max_frame_bytes - self._held_frame_bytes()
+            free = self._free_frame_bytes(entry.engine_id)
             if num_bytes <= free:
                 entry.frame_bytes += num_bytes
                 return True
@@ -171,7 +183,7 @@ class Reservations:
             entry.request.engine,
             num_bytes / GIB,
             free / GIB,
-            self._max_frame_bytes / GIB,
+            self.max_frame_bytes / GIB,
         )
         return False
 
@@ -207,25 +219,44 @@ class Reservations:
     def _hold_frames(
         self, entry: _Reservation, session: Session, request: OpenSession
     ) -> None:
-        """Account for a frame each way, and for the copy of a STEP that is checked."""
-        num_bytes = sum(session.sizes.longest()) + _step_bytes(request)
+        """Account for a frame each way, and for a checked STEP and its plans."""
+        num_bytes = sum(session.sizes.longest()) + session.sizes.plan_bytes
         with self._lock:
-            held = self._held_frame_bytes()
-            if held + num_bytes > self._max_frame_bytes:
+            free = self._free_frame_bytes(entry.engine_id)
+            if num_bytes > free:
                 raise CapacityError(
-                    f"{num_bytes / GIB:.2f} GiB for frames were asked for, but other "
-                    f"sessions hold {held / GIB:.2f} of the "
-                    f"{self._max_frame_bytes / GIB:.2f} GiB that this node keeps for "
-                    "them. Lower max_num_batched_tokens, or stop another engine."
+                    f"{num_bytes / GIB:.2f} GiB for frames and plans were asked for, "
+                    f"but {free / GIB:.2f} of the "
+                    f"{self.max_frame_bytes / GIB:.2f} GiB that this node keeps for "
+                    "them are free for this engine. Lower max_num_batched_tokens or "
+                    "max_num_seqs, stop another engine, or start the node with a "
+                    "larger --kv-cache-gib."
                 )
             entry.frame_bytes = num_bytes
 
-    def _held_frame_bytes(self) -> int:
-        return sum(entry.frame_bytes for entry in self._held.values())
+    def _free_frame_bytes(self, engine_id: str) -> int:
+        """Bytes for frames that an engine may still take."""
+        total = own = 0
+        for entry in self._held.values():
+            total += entry.frame_bytes
+            own += entry.frame_bytes if entry.engine_id == engine_id else 0
+        share = int(_ENGINE_SHARE * self.max_frame_bytes)
+        return max(0, min(self.max_frame_bytes - total, share - own))
+
+    def _check_share(self, engine_id: str) -> None:
+        engines = [entry.engine_id for entry in self._held.values()]
+        most = int(_ENGINE_SHARE * _MAX_RESERVATIONS)
+        if engines.count(engine_id) >= most:
+            raise CapacityError(
+                f"this engine holds {most} reservations; at most {most} of "
+                f"{_MAX_RESERVATIONS} may belong to one engine. Close some of them."
+            )
 
     def _session(self, entry: _Reservation, request: OpenSession) -> Session:
         try:
-            return Session(entry.request, request, self._attention, self._turns)
+            return Session(
+                entry.request, request, self._attention, self._turns, entry.engine_id
+            )
         # torch reports a full GPU as a RuntimeError.
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(

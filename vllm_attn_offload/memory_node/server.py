@@ -96,7 +96,7 @@ class MemoryNode:
         self._reservations.release_all()
 
     def info(self) -> NodeInfo:
-        """What the node is and how much of it is free."""
+        """Description of the node, and how much of it is free."""
         return NodeInfo(
             device=self._device,
             attention_kernel=self._attention.name,
@@ -133,7 +133,6 @@ class MemoryNode:
     def _serve_requests(self, connection: Connection) -> None:
         sock = connection.sock
         while True:
-            connection.touch()
             request = receive_message(
                 sock,
                 _request_decoder,
@@ -141,6 +140,7 @@ class MemoryNode:
                 timeout_s=_MESSAGE_TIMEOUT_S,
                 idle_s=None,
             )
+            connection.note_request()
             if isinstance(request, AttachSession):
                 connection.is_data_channel = True
                 self._serve_data_channel(sock, request)
@@ -151,7 +151,7 @@ class MemoryNode:
         try:
             match request:
                 case ReserveCapacity():
-                    reserved = self._reservations.reserve(request)
+                    reserved = self._reservations.reserve(request, connection.engine_id)
                     connection.reservations.append(reserved.reservation)
                     return reserved
                 case OpenSession():
@@ -202,7 +202,7 @@ class MemoryNode:
             transport.close()
 
     def _affordable(self, request: AttachSession) -> ChannelOffer | None:
-        """What the worker offers, without shared memory that is not to be had."""
+        """The worker's offer, without shared memory that is not to be had."""
         offer = request.offer
         if offer is None or not offer.shared_memory:
             return offer

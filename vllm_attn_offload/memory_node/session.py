@@ -16,7 +16,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     SharedRowsAttention,
 )
 from vllm_attn_offload.memory_node.fair_lock import FairLock
-from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
+from vllm_attn_offload.memory_node.frame_sizes import MAX_MICRO_BATCHES, FrameSizes
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.memory_node.planned_step import PlannedStep
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
@@ -29,12 +29,13 @@ from vllm_attn_offload.protocol.messages import (
 )
 from vllm_attn_offload.protocol.step import read_step
 from vllm_attn_offload.transport.base import Transport
+from vllm_attn_offload.transport.cuda_memory import DeviceRows
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
-from vllm_attn_offload.transport.shared_device import DeviceRows
 
 logger = logging.getLogger(__name__)
 
-MAX_MICRO_BATCHES = 2
+#: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
+SLICE_S = 0.003
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
@@ -50,7 +51,8 @@ class Session:
         reserved: What the engine reserved: geometry and shard.
         opened: Pool size and the largest step.
         attention: The node's kernel.
-        turns: Lock of the node's sessions, held while one of them computes a LAYER.
+        turns: Lock of the node's sessions, held while one of them computes.
+        engine_id: Name of the engine's control connection, which shares its turns.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Session:
         opened: OpenSession,
         attention: DecodeAttention[Any, Any],
         turns: FairLock,
+        engine_id: str,
     ) -> None:
         self.geometry = reserved.geometry
         self.generation = opened.generation
@@ -67,6 +70,7 @@ class Session:
         self._shard = reserved.shard
         self._attention = attention
         self._turns = turns
+        self._engine_id = engine_id
         self._cache = PagedKVCache(self.geometry, opened.num_blocks, attention)
         self._pools = [
             attention.bind(self.geometry, layer, self._cache.region(layer))
@@ -79,13 +83,13 @@ class Session:
         self._transport: Transport | None = None
 
     def device_rows(self) -> DeviceRows | None:
-        """What the node's device shares with the worker for rows of decode steps."""
+        """Device memory shared with the worker for rows of decode steps."""
         if not isinstance(self._attention, SharedRowsAttention):
             return None
         return self.sizes.device_rows(self._attention.shared_device)
 
     def stats(self) -> SessionStats:
-        """What the session holds, and its counters since it was opened."""
+        """Memory of the session, and its counters since it was opened."""
         return SessionStats(
             engine=self._engine,
             tp_rank=self._shard.tp_rank,
@@ -114,14 +118,23 @@ class Session:
             _send_error(transport, str(error))
         except OSError as error:
             logger.info("data channel of %s ended: %s", self._engine, error)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            # What a kernel or an allocation raises; other sessions go on.
+            logger.exception("session of %s failed", self._engine)
+            _send_error(
+                transport,
+                f"the memory node could not compute: {type(error).__name__}: {error}. "
+                "See its log; give it more memory or lower max_num_batched_tokens.",
+            )
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
         with self._turns:
             self._pools.clear()
             self._steps.clear()
-            self._cache.close()
             transport = self._transport
+        # Nobody computes on it any more, and unmapping 1 GiB takes up to 0.1 s.
+        self._cache.close()
         if transport is not None:
             transport.close()
 
@@ -220,12 +233,15 @@ class Session:
             raise ProtocolError(f"{num_bytes:,} bytes of output in device memory")
         out = transport.rows_buffer(num_bytes)
         asked = time.perf_counter()
-        with self._turns:
+        self._turns.acquire(self._engine_id)
+        try:
             self._raise_if_closed()
             started = time.perf_counter()
             self._attention.attend_rows(
                 self._pools[header.layer], planned.plan, rows, layout, out
             )
+        finally:
+            self._turns.release()
         self._attention.finish_rows(planned.plan)
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes
@@ -239,26 +255,41 @@ class Session:
         )
 
     def _compute(self, layer: int, plan: Any, call: LayerCall) -> None:
-        """Store and attend, in turn with other sessions.
-
-        No reference to a pool outlives the lock: ``close`` unmaps it next.
-        """
-        layout = call.layout
-        asked = time.perf_counter()
-        with self._turns:
-            self._raise_if_closed()
+        """Store and attend, slice by slice, in turn with other engines."""
+        is_first, is_done = True, False
+        while not is_done:
+            asked = time.perf_counter()
+            self._turns.acquire(self._engine_id)
+            try:
+                self._counters.queue_s += time.perf_counter() - asked
+                is_done = self._compute_slice(layer, plan, call, is_first=is_first)
+            finally:
+                self._turns.release()
+            is_first = False
+        if call.layout.num_query_rows:
             started = time.perf_counter()
-            attention, pool = self._attention, self._pools[layer]
-            if layout.num_tokens:
-                attention.store(pool, plan, call)
+            self._attention.finish(plan, call)
+            self._counters.attend_s += time.perf_counter() - started
+
+    def _compute_slice(
+        self, layer: int, plan: Any, call: LayerCall, *, is_first: bool
+    ) -> bool:
+        """One turn of a layer; True after its last one.
+
+        No reference to a pool outlives the turn: ``close`` unmaps it next.
+        """
+        self._raise_if_closed()
+        attention, pool = self._attention, self._pools[layer]
+        started = stored = time.perf_counter()
+        if is_first and call.layout.num_tokens:
+            attention.store(pool, plan, call)
             stored = time.perf_counter()
-            if layout.num_query_rows:
-                attention.attend(pool, plan, call)
-        if layout.num_query_rows:
-            attention.finish(plan, call)
-        self._counters.queue_s += started - asked
-        self._counters.store_s += stored - started
+            self._counters.store_s += stored - started
+        if not call.layout.num_query_rows:
+            return True
+        is_done = attention.attend(pool, plan, call, SLICE_S)
         self._counters.attend_s += time.perf_counter() - stored
+        return is_done
 
     def _planned_layer(self, header: FrameHeader) -> tuple[PlannedStep, PayloadLayout]:
         """The step and the payload of a LAYER, whose header is checked."""

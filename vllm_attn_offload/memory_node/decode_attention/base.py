@@ -12,7 +12,7 @@ import msgspec
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.step import StepMetadata
-from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.transport.cuda_memory import SharedDevice
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +119,20 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         """Write the step's new k, v into the blocks."""
 
     @abstractmethod
-    def attend(self, pool: PoolT, plan: PlanT, call: LayerCall) -> None:
-        """Attend with the step's queries over ``seq_lens`` tokens of their requests."""
+    def attend(
+        self, pool: PoolT, plan: PlanT, call: LayerCall, slice_s: float = 0.0
+    ) -> bool:
+        """Attend with the step's queries over ``seq_lens`` tokens of their requests.
+
+        Args:
+            pool: Blocks of the layer.
+            plan: Plan of the step; the next ``plan`` abandons an unfinished layer.
+            call: The same for every slice of a layer.
+            slice_s: Stop after about so many seconds; 0: do not stop.
+
+        Returns:
+            True once the layer is finished; after False the next call goes on.
+        """
 
     def finish(self, plan: PlanT, call: LayerCall) -> None:
         """Wait for what ``attend`` began; called without the node's lock.

@@ -23,10 +23,12 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     LayerCall,
 )
 from vllm_attn_offload.native.attention import (
-    DTYPES,
-    AttendInput,
     CpuCache,
     CpuKernelLibrary,
+)
+from vllm_attn_offload.native.kernel_inputs import (
+    DTYPES,
+    AttendInput,
     PlanInput,
     StoreInput,
 )
@@ -126,7 +128,9 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         store.value_stride = layout.value.stride
         self._library.store(self._threads, calls.cache, store)
 
-    def attend(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+    def attend(
+        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, slice_s: float = 0.0
+    ) -> bool:
         calls, query, lse = plan.kinds[pool.kind], call.layout.query, call.lse
         attend = calls.attend
         attend.cache = pool.address
@@ -135,7 +139,9 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         attend.out = addressof(c_char.from_buffer(call.out))
         attend.lse = None if lse is None else addressof(c_char.from_buffer(lse))
         attend.softmax_scale = pool.softmax_scale
-        self._library.attend(self._threads, calls.plan, attend)
+        return self._library.attend(
+            self._threads, calls.plan, attend, int(slice_s * 1e6)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,9 @@ class CudaDecodeAttention(
             store_rows(pool, plan, _elements(device, pool), call.layout)
             plan.consumed.record()
 
-    def attend(self, pool: Pool, plan: _CudaKernelPlan, call: LayerCall) -> None:
+    def attend(
+        self, pool: Pool, plan: _CudaKernelPlan, call: LayerCall, slice_s: float = 0.0
+    ) -> bool:
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse_bytes = 4 * heads[0] * heads[1]
         with torch.cuda.stream(self._compute):
@@ -177,6 +179,7 @@ class CudaDecodeAttention(
                 size = target.nbytes
                 mirror.host[:size].copy_(mirror.device[:size], non_blocking=True)
             plan.returned.record()
+        return True
 
     def finish(self, plan: _CudaKernelPlan, call: LayerCall) -> None:
         plan.returned.synchronize()

@@ -6,7 +6,10 @@ Works on every CPU without a compiler; the compiled kernel replaces it where it 
 
 from __future__ import annotations
 
+import math
 import mmap
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,10 @@ from vllm_attn_offload.memory_node.decode_attention.payload_views import payload
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.step import StepMetadata
+
+#: Query rows x tokens that are attended at once: turns stay short, and gathering the
+#: tokens again for every part costs little.
+_MAX_SCORES = 1 << 22
 
 _TORCH_DTYPES = {
     "float32": torch.float32,
@@ -40,20 +47,24 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One request of a step: its query rows and the slots of its tokens."""
+    """Query rows of a request that are attended at once, and its tokens' slots."""
 
     begin: int
     end: int
     slots: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _KernelPlan:
-    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests."""
+    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests.
+
+    ``num_done`` requests of an unfinished layer are attended.
+    """
 
     stored_rows: torch.Tensor
     stored_slots: torch.Tensor
     requests: tuple[_Request, ...]
+    num_done: int = 0
 
 
 class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
@@ -98,9 +109,9 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
             stored_rows=stored,
             stored_slots=slots[stored],
             requests=tuple(
-                _plan_request(step, index, block_size)
+                part
                 for index in range(step.num_reqs)
-                if step.query_start_loc[index] < step.query_start_loc[index + 1]
+                for part in _plan_request(step, index, block_size)
             ),
         )
 
@@ -109,26 +120,43 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         pool.key[plan.stored_slots] = key[plan.stored_rows]
         pool.value[plan.stored_slots] = value[plan.stored_rows]
 
-    def attend(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+    def attend(
+        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, slice_s: float = 0.0
+    ) -> bool:
         query, _, _ = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
         outs = torch.frombuffer(call.out, dtype=pool.dtype).view(
             *query.shape[:2], pool.layer.v_head_size
         )
-        lses = torch.empty(query.shape[:2], dtype=torch.float32)
-        for request in plan.requests:
-            rows = slice(request.begin, request.end)
-            outs[rows], lses[rows] = _attend_request(pool, request, query[rows])
+        lses = None
         if call.lse is not None:
-            torch.frombuffer(call.lse, dtype=torch.float32).copy_(lses.flatten())
+            lses = torch.frombuffer(call.lse, dtype=torch.float32).view(query.shape[:2])
+        until = time.perf_counter() + slice_s if slice_s else math.inf
+        for request in plan.requests[plan.num_done :]:
+            rows = slice(request.begin, request.end)
+            outs[rows], lse = _attend_request(pool, request, query[rows])
+            if lses is not None:
+                lses[rows] = lse
+            plan.num_done += 1
+            if time.perf_counter() > until and plan.num_done < len(plan.requests):
+                return False
+        plan.num_done = 0
+        return True
 
 
-def _plan_request(step: StepMetadata, index: int, block_size: int) -> _Request:
+def _plan_request(
+    step: StepMetadata, index: int, block_size: int
+) -> Iterator[_Request]:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
+    if begin == end:
+        return
     seq_len = int(step.seq_lens[index])
-    blocks = torch.from_numpy(step.block_table[index].copy()).long()
+    num_blocks = -(-seq_len // block_size)
+    blocks = torch.from_numpy(step.block_table[index, :num_blocks].copy()).long()
     offsets = torch.arange(block_size)
     slots = (blocks[:, None] * block_size + offsets).flatten()[:seq_len]
-    return _Request(begin, end, slots)
+    num_rows = max(1, _MAX_SCORES // max(1, seq_len))
+    for first in range(begin, end, num_rows):
+        yield _Request(first, min(end, first + num_rows), slots)
 
 
 def _attend_request(
@@ -157,6 +185,10 @@ def _attend_request(
         value[None],
         scale=pool.layer.softmax_scale,
     )
+    if key.shape[1] < 64:
+        # Fewer keys than a vector, all NaN, look to torch like no key.
+        poisoned = (folded @ key.transpose(1, 2)).isnan().any(2)
+        out[0, poisoned] = lse[0, poisoned] = torch.nan
     out = out[0].view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
     lse = lse[0].view(num_kv_heads, group, num_rows).permute(2, 0, 1)
     return (

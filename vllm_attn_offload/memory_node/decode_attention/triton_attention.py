@@ -104,7 +104,9 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
     def store(self, pool: Pool, plan: KernelPlan, call: LayerCall) -> None:
         store_rows(pool, plan, call.payload, call.layout)
 
-    def attend(self, pool: Pool, plan: KernelPlan, call: LayerCall) -> None:
+    def attend(
+        self, pool: Pool, plan: KernelPlan, call: LayerCall, slice_s: float = 0.0
+    ) -> bool:
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         attend_rows(
             pool,
@@ -116,6 +118,7 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
             if call.lse is None
             else torch.frombuffer(call.lse, dtype=torch.float32).view(heads),
         )
+        return True
 
 
 def store_rows(
