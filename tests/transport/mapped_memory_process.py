@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_attn_offload.transport.cuda_driver import MappedMemory
-from vllm_attn_offload.transport.cuda_memory import tensor_at
+from vllm_attn_offload.transport.cuda_memory import MappedMemory, tensor_at
 
 GPU, PAGE = 3, 2 << 20
 

@@ -19,6 +19,7 @@ from vllm_attn_offload.protocol.messages import Attached, SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
 from vllm_attn_offload.transport.control import send_message
+from vllm_attn_offload.transport.cuda_memory import DeviceRows
 from vllm_attn_offload.transport.device_memory import (
     DeviceMemoryTransport,
     rows_num_bytes,
@@ -30,7 +31,6 @@ from vllm_attn_offload.transport.negotiate import (
     open_node_channel,
     open_worker_channel,
 )
-from vllm_attn_offload.transport.shared_device import DeviceRows
 
 pytestmark = pytest.mark.skipif(load_waits() is None, reason="no C library")
 

@@ -16,7 +16,7 @@ from channel_pairs import Sockets, receive_attached, tcp_pair
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameHeader
 from vllm_attn_offload.protocol.messages import ChannelOffer
-from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.address import Address, check_peer
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.negotiate import (
     offer_channel,
@@ -75,6 +75,7 @@ def test_tcp_cannot_share_memory() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_other_user_gets_no_memory() -> None:
+    """A node checks the peer first, before it negotiates anything."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "node.sock")
         listener = Address(path=path).listen()
@@ -87,9 +88,8 @@ def test_other_user_gets_no_memory() -> None:
                 sock.recv(1 << 10)
             os._exit(0)
         accepted, _ = listener.accept()
-        node = open_node(accepted, ChannelOffer([0], 1, True))
-        assert node.name == "Unix socket"
-        node.close()
+        with accepted, pytest.raises(PermissionError, match="runs as uid 65534"):
+            check_peer(accepted)
         listener.close()
         assert os.waitpid(child, 0)[1] == 0
 

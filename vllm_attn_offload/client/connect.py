@@ -15,7 +15,7 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import AttachSession
-from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.transport.trust import Credentials
 
 

@@ -6,17 +6,16 @@ Everything else of a frame, and every other frame, is as in shared memory of the
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.native.waits import NativeWaits
 from vllm_attn_offload.protocol.frames import FrameHeader
 from vllm_attn_offload.protocol.messages import SlotLayout
-from vllm_attn_offload.transport.channel_memory import ChannelMemory
-from vllm_attn_offload.transport.shared_device import DeviceMemory
-from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
+from vllm_attn_offload.transport.shared_memory import (
+    ChannelSetup,
+    SharedMemoryTransport,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,40 +31,18 @@ class DeviceMemoryTransport(SharedMemoryTransport):
     which may die.
 
     Args:
-        sock: As for shared memory.
-        memory: As for shared memory.
-        waits: As for shared memory.
-        device_memory: Rows of all slots; owned from here on.
-        layout: Of the rows, with as many slots as ``memory`` has.
-        is_node: As for shared memory.
-        stall_timeout_s: As for shared memory.
-        spin_us: As for shared memory.
+        setup: With device memory for the rows.
     """
 
     name = "device memory"
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        memory: ChannelMemory,
-        waits: NativeWaits,
-        device_memory: DeviceMemory,
-        layout: SlotLayout,
-        *,
-        is_node: bool,
-        stall_timeout_s: float,
-        spin_us: int,
-    ) -> None:
-        super().__init__(
-            sock,
-            memory,
-            waits,
-            is_node=is_node,
-            stall_timeout_s=stall_timeout_s,
-            spin_us=spin_us,
-        )
-        self._device_memory = device_memory
-        requests, replies = row_slots(device_memory.bytes, layout)
+    def __init__(self, setup: ChannelSetup) -> None:
+        super().__init__(setup)
+        layout, is_node = setup.rows_layout, setup.is_node
+        assert setup.rows is not None
+        assert layout is not None
+        self._device_memory = setup.rows
+        requests, replies = row_slots(setup.rows.bytes, layout)
         self._rows_out = replies if is_node else requests
         self._rows_in = requests if is_node else replies
         self._max_bytes_out = layout.reply_bytes if is_node else layout.request_bytes

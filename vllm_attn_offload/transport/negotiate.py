@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries a session's frames: memory of a GPU or a host that both sides share,
-else the connection.
+"""Chooses what carries a session's frames: memory of a GPU or a host that both sides
+share, else the connection.
 """
 
 from __future__ import annotations
@@ -8,24 +8,26 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.native.waits import NativeWaits, load_waits
+from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.messages import Attached, ChannelOffer, SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
 from vllm_attn_offload.transport.control import send_message
-from vllm_attn_offload.transport.device_memory import (
-    DeviceMemoryTransport,
-    rows_num_bytes,
-)
-from vllm_attn_offload.transport.shared_device import (
+from vllm_attn_offload.transport.cuda_memory import (
     DeviceMemory,
     DeviceRows,
     SharedDevice,
 )
-from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
+from vllm_attn_offload.transport.device_memory import (
+    DeviceMemoryTransport,
+    rows_num_bytes,
+)
+from vllm_attn_offload.transport.shared_memory import (
+    ChannelSetup,
+    SharedMemoryTransport,
+)
 from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.spin_policy import (
     process_cpu_ids,
@@ -42,13 +44,12 @@ _worker_logger = logging.getLogger(f"vllm.{__name__}")
 ROWS_ARE_SHARED = "Rows of decode steps pass through memory of the memory node's GPU"
 #: Unread frames each way: STEP and LAYER of two micro-batches.
 NUM_SLOTS = 4
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def offer_channel(
     sock: socket.socket, num_threads: int, device: SharedDevice | None = None
 ) -> ChannelOffer:
-    """What this worker can do.
+    """Offer what this worker can do.
 
     Args:
         sock: Connection to the node.
@@ -71,7 +72,7 @@ def open_worker_channel(
     timeout_s: float,
     device: SharedDevice | None = None,
 ) -> Transport:
-    """The transport that the node chose, worker's side.
+    """Open the worker's side of the transport that the node chose.
 
     Args:
         sock: Connection on which ``attached`` came; owned by the transport.
@@ -83,29 +84,26 @@ def open_worker_channel(
         OSError: The node is gone, or its memory cannot be mapped.
         ProtocolError: The node passed something else than the announced memory.
     """
-    waits = load_waits()
-    spin = attached.spin_us
+    waits, spin = load_waits(), _worker_spin_us(sock, attached)
     if attached.shared_memory is None or waits is None:
-        if not _is_same_host(sock):
-            spin = remote_spin_us(process_cpu_ids())
         return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
     memory = ChannelMemory.receive(sock, attached.shared_memory, timeout_s)
-    rows: DeviceMemory | None = None
     try:
         rows = _map_rows(sock, attached, device)
     except (OSError, ProtocolError):
         memory.close()
         raise
-    return _shared_transport(
+    setup = ChannelSetup(
         sock,
         memory,
+        waits,
         rows,
         attached.device_memory,
-        waits,
         is_node=False,
-        timeout_s=timeout_s,
-        spin=spin,
+        stall_timeout_s=timeout_s,
+        spin_us=spin,
     )
+    return _shared_transport(setup)
 
 
 def open_node_channel(
@@ -130,83 +128,72 @@ def open_node_channel(
     Raises:
         OSError: The worker is gone.
     """
-    obstacle, memory = _obstacle(sock, offer), None
+    waits, spin = load_waits(), _node_spin_us(sock, offer)
     layout = SlotLayout(NUM_SLOTS, request_bytes, reply_bytes)
-    if not obstacle:
-        try:
-            memory = ChannelMemory.create(layout)
-        except (OSError, ValueError) as error:
-            obstacle = f"it cannot be made: {error}"
-    rows, rows_layout = _allocate_rows(offer, device_rows if memory else None)
-    spin = _node_spin_us(sock, offer)
-    try:
-        answer = Attached(
-            shared_memory=layout if memory else None,
-            device_memory=rows_layout,
-            spin_us=spin,
-        )
-        send_message(sock, answer, timeout_s)
-        if memory is not None:
-            memory.send_to(sock)
-        if rows is not None:
-            socket.send_fds(sock, [b"\0"], [rows.descriptor])
-    except OSError:
-        for each in (memory, rows):
-            if each is not None:
-                each.close()
-        raise
-    waits = load_waits()
+    memory = _create_memory(sock, offer, layout)
     if memory is None or waits is None:
-        logger.info("a worker attached without shared memory (%s)", obstacle)
+        send_message(sock, Attached(spin_us=spin), timeout_s)
         return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
-    return _shared_transport(
+    setup = ChannelSetup(
         sock,
         memory,
-        rows,
-        rows_layout,
         waits,
+        *_allocate_rows(offer, device_rows),
         is_node=True,
-        timeout_s=timeout_s,
-        spin=spin,
-    )
-
-
-def _shared_transport(
-    sock: socket.socket,
-    memory: ChannelMemory,
-    rows: DeviceMemory | None,
-    rows_layout: SlotLayout | None,
-    waits: NativeWaits,
-    *,
-    is_node: bool,
-    timeout_s: float,
-    spin: int,
-) -> SharedMemoryTransport:
-    if rows is None or rows_layout is None:
-        return SharedMemoryTransport(
-            sock,
-            memory,
-            waits,
-            is_node=is_node,
-            stall_timeout_s=timeout_s,
-            spin_us=spin,
-        )
-    return DeviceMemoryTransport(
-        sock,
-        memory,
-        waits,
-        rows,
-        rows_layout,
-        is_node=is_node,
         stall_timeout_s=timeout_s,
         spin_us=spin,
     )
+    _send_setup(setup, layout)
+    return _shared_transport(setup)
+
+
+def _send_setup(setup: ChannelSetup, layout: SlotLayout) -> None:
+    """Tell the worker what was chosen, and pass the memory.
+
+    Raises:
+        OSError: The worker is gone; the memory is closed.
+    """
+    try:
+        answer = Attached(
+            shared_memory=layout,
+            device_memory=setup.rows_layout,
+            spin_us=setup.spin_us,
+        )
+        send_message(setup.sock, answer, setup.stall_timeout_s)
+        setup.memory.send_to(setup.sock)
+        if setup.rows is not None:
+            socket.send_fds(setup.sock, [b"\0"], [setup.rows.descriptor])
+    except OSError:
+        setup.memory.close()
+        if setup.rows is not None:
+            setup.rows.close()
+        raise
+
+
+def _shared_transport(setup: ChannelSetup) -> SharedMemoryTransport:
+    if setup.rows is None:
+        return SharedMemoryTransport(setup)
+    return DeviceMemoryTransport(setup)
+
+
+def _create_memory(
+    sock: socket.socket, offer: ChannelOffer | None, layout: SlotLayout
+) -> ChannelMemory | None:
+    """Make memory to share with a worker; None, and why in the log, if that fails."""
+    obstacle = _obstacle(sock, offer)
+    if not obstacle:
+        try:
+            return ChannelMemory.create(layout)
+        except (OSError, ValueError) as error:
+            obstacle = f"it cannot be made: {error}"
+    logger.info("a worker attached without shared memory (%s)", obstacle)
+    return None
 
 
 def _allocate_rows(
     offer: ChannelOffer | None, device_rows: DeviceRows | None
 ) -> tuple[DeviceMemory | None, SlotLayout | None]:
-    """Slots of this node's GPU for a worker that computes on a GPU of this host."""
+    """Allocate slots of this node's GPU for a worker on a GPU of this host."""
     if device_rows is None or offer is None:
         return None, None
     if not offer.device:
@@ -227,7 +214,7 @@ def _allocate_rows(
 def _map_rows(
     sock: socket.socket, attached: Attached, device: SharedDevice | None
 ) -> DeviceMemory | None:
-    """The slots that a node offers; None where this worker's GPU does not reach them.
+    """Map the slots that a node offers; None if this worker's GPU cannot reach them.
 
     Raises:
         OSError: The node is gone or too slow.
@@ -257,20 +244,20 @@ def _map_rows(
 
 
 def _obstacle(sock: socket.socket, offer: ChannelOffer | None) -> str:
-    """Why memory cannot be shared with this worker; "" if it can."""
+    """Say why memory cannot be shared with this worker; "" if it can."""
     if sock.family != socket.AF_UNIX:
         return "its connection is TCP"
     if offer is None or not offer.shared_memory:
         return "it has no C library"
     if load_waits() is None:
         return "this node was installed without a compiler"
-    credentials = sock.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
-    )
-    _, uid, _ = _PEER_CREDENTIALS.unpack(credentials)
-    if uid not in (0, os.geteuid()):
-        return f"it belongs to another user, uid {uid}"
     return ""
+
+
+def _worker_spin_us(sock: socket.socket, attached: Attached) -> int:
+    if _is_same_host(sock):
+        return attached.spin_us
+    return remote_spin_us(process_cpu_ids())
 
 
 def _node_spin_us(sock: socket.socket, offer: ChannelOffer | None) -> int:

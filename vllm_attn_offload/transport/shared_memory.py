@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_attn_offload.errors import ProtocolError
@@ -21,6 +22,7 @@ from vllm_attn_offload.native.waits import (
     milliseconds,
 )
 from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.messages import SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import (
     NO_RING,
@@ -28,9 +30,37 @@ from vllm_attn_offload.transport.channel_memory import (
     ChannelMemory,
     Slot,
 )
+from vllm_attn_offload.transport.cuda_memory import DeviceMemory
 
 _NOTHING_CAME = "nothing received for {:.1f} s"
 _NOTHING_TAKEN = "the peer takes no data"
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSetup:
+    """One side of a channel through memory that both sides map.
+
+    Attributes:
+        sock: Unix socket of the attachment; owned by the transport, and unused
+            otherwise.
+        memory: Slots and counters; owned by the transport.
+        waits: The C library.
+        rows: Device memory beside the slots, owned by the transport; None: there is
+            none.
+        rows_layout: Its slots, as many as ``memory`` has.
+        is_node: True for the node, which sends replies; workers send requests.
+        stall_timeout_s: Longest wait for a free slot, in seconds.
+        spin_us: Longest spin before a wait blocks.
+    """
+
+    sock: socket.socket
+    memory: ChannelMemory
+    waits: NativeWaits
+    rows: DeviceMemory | None
+    rows_layout: SlotLayout | None
+    is_node: bool
+    stall_timeout_s: float
+    spin_us: int
 
 
 class SharedMemoryTransport(Transport):
@@ -42,38 +72,25 @@ class SharedMemoryTransport(Transport):
     slot is free: a channel holds as many unread frames each way as it has slots.
 
     Args:
-        sock: Unix socket of the attachment; owned from here on, and unused otherwise.
-        memory: Slots and counters; owned from here on.
-        waits: The C library.
-        is_node: Which side this is: nodes send replies, workers send requests.
-        stall_timeout_s: Longest wait for a free slot, in seconds.
-        spin_us: Longest spin before a wait blocks.
+        setup: The memory, and which side this is.
     """
 
     name = "shared memory"
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        memory: ChannelMemory,
-        waits: NativeWaits,
-        *,
-        is_node: bool,
-        stall_timeout_s: float,
-        spin_us: int,
-    ) -> None:
-        self._sock, self._memory = sock, memory
-        self._stall_timeout_s = stall_timeout_s
-        self._wait_for, self._post = waits.wait, waits.post
-        signals = [memory.signal(i, sock, spin_us * 1000) for i in range(NUM_SIGNALS)]
+    def __init__(self, setup: ChannelSetup) -> None:
+        memory, spin_ns = setup.memory, setup.spin_us * 1000
+        self._sock, self._memory = setup.sock, memory
+        self._stall_timeout_s = setup.stall_timeout_s
+        self._wait_for, self._post = setup.waits.wait, setup.waits.post
+        signals = [memory.signal(i, setup.sock, spin_ns) for i in range(NUM_SIGNALS)]
         requests, replies = signals[:2], signals[2:]
-        ours, theirs = (replies, requests) if is_node else (requests, replies)
+        ours, theirs = (replies, requests) if setup.is_node else (requests, replies)
         self._sent, self._freed = ours
         self._received, self._released = theirs
         self._sent_ref = ctypes.byref(self._sent)
         self._released_ref = ctypes.byref(self._released)
         rings = memory.replies, memory.requests
-        self._out, self._in = rings if is_node else rings[::-1]
+        self._out, self._in = rings if setup.is_node else rings[::-1]
         self._num_slots = len(self._out.slots)
         self._num_sent = self._num_freed = self._num_received = 0
         self._free = list(range(self._num_slots))

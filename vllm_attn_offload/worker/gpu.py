@@ -13,8 +13,7 @@ from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
-from vllm_attn_offload.transport.cuda_memory import CudaDevice
-from vllm_attn_offload.transport.shared_device import SharedDevice
+from vllm_attn_offload.transport.cuda_memory import CudaDevice, SharedDevice
 from vllm_attn_offload.worker.base import AttentionOffloadWorker
 
 if TYPE_CHECKING:
