@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves many streams while memory nodes are killed, stopped, cut off and bothered.
 
+Meanwhile the engine runs out of descriptors, and the nodes' token is rotated.
+
 ``chaos.py --minutes 10 --seed 1`` ends with 0 where no request failed, no token was
 wrong and nothing leaked, and with 1 otherwise.
 """
@@ -39,7 +41,8 @@ IDLE_S = 3.0
 SLACK = 3
 #: Of a warm node process: sessions of neighbours and heaps of their threads.
 MAX_GROWTH_MIB = 16.0
-KINDS = ("kill", "stop", "drop", "garbage", "neighbour")
+SHORTAGE_S = 1.0
+KINDS = ("kill", "stop", "drop", "garbage", "neighbour", "descriptors", "rotate")
 
 
 class Chaos:
@@ -48,13 +51,19 @@ class Chaos:
     Args:
         server: The victim.
         choose: Seeded.
+        token_file: What nodes and engine read for every connection.
         report: Filled.
     """
 
     def __init__(
-        self, server: ServeProcess, choose: random.Random, report: Report
+        self,
+        server: ServeProcess,
+        choose: random.Random,
+        token_file: Path,
+        report: Report,
     ) -> None:
         self._server, self._choose, self._report = server, choose, report
+        self._token_file = token_file
         self.kill_times_s: list[float] = []
 
     def run(self, minutes: float) -> None:
@@ -94,8 +103,18 @@ class Chaos:
     def _garbage(self, node: psutil.Process) -> None:
         faults.send_garbage(faults.address(node), self._choose)
 
+    def _descriptors(self, node: psutil.Process) -> None:
+        """A node is lost while the engine can open nothing."""
+        faults.kill(node)
+        faults.exhaust_descriptors(self._server.process.pid, SHORTAGE_S)
+
+    def _rotate(self, node: psutil.Process) -> None:
+        """Another token; the connections that are dropped come back with it."""
+        faults.rotate_token(self._token_file)
+        faults.drop_connections(node)
+
     def _neighbour(self, node: psutil.Process) -> None:
-        if not faults.visit(node, self._choose):
+        if not faults.visit(node, self._choose, str(self._token_file)):
             self._count("neighbour without room")
 
 
@@ -105,12 +124,16 @@ def main() -> int:
     report = Report()
     model = str(smollm2.prepare())
     log = Path(tempfile.mkdtemp(prefix="chaos-")) / "serve.log"
+    token_file = log.with_name("token")
+    faults.rotate_token(token_file)
     print(f"starting vllm serve; its log is {log}", flush=True)
     # With its pages touched, a pool's memory does not rise while it fills.
-    server = ServeProcess(model, log, *_options(arguments), ATTN_OFFLOAD_POISON_KV="1")
+    server = ServeProcess(
+        model, log, *_options(arguments, token_file), ATTN_OFFLOAD_POISON_KV="1"
+    )
     try:
         clients = Clients(server, prompts.draw(model), arguments.tokens, report)
-        chaos = Chaos(server, random.Random(arguments.seed), report)
+        chaos = Chaos(server, random.Random(arguments.seed), token_file, report)
         watch = Watch(server)
         before = watch.holdings()
         clients.start(arguments.streams)
@@ -146,11 +169,12 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _options(arguments: argparse.Namespace) -> list[str]:
+def _options(arguments: argparse.Namespace, token_file: Path) -> list[str]:
     config: dict[str, Any] = {
         "num_local_nodes": NUM_NODES,
         "kv_cache_gib": KV_GIB,
         "request_timeout_s": arguments.request_timeout_s,
+        "auth_token_file": str(token_file),
     }
     return [
         *("--attention-offload", "--attention-offload-config", json.dumps(config)),

@@ -18,6 +18,8 @@ _INTERVAL_S = 0.05
 _LOOKS_EVERY = 20
 #: A node has buffers of its own once it served so long; what comes later is growth.
 _WARM_UP_S = 10.0
+#: A node grows by more than this at once only with a pool, whose pages are touched.
+_POOL_MIB = 64.0
 
 
 @dataclass
@@ -105,6 +107,10 @@ class Watch:
             return  # it has just ended
         now = time.monotonic()
         life = self.nodes.setdefault(pid, NodeLife(now, now))
-        life.last_s, life.last_mib = now, int(match[1]) / 1024
+        used_mib = int(match[1]) / 1024
+        if used_mib - life.last_mib > _POOL_MIB:
+            # Its pool was opened, late where the other node was away for longer.
+            life.seen_s, life.warm_mib = now, None
+        life.last_s, life.last_mib = now, used_mib
         if life.warm_mib is None and now - life.seen_s > _WARM_UP_S:
             life.warm_mib = life.last_mib

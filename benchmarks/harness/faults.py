@@ -7,12 +7,14 @@ import ctypes
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,6 +29,7 @@ from vllm_attn_offload.protocol.geometry import (
 )
 from vllm_attn_offload.protocol.messages import OpenSession, ReserveCapacity, Shard
 from vllm_attn_offload.transport.address import Address
+from vllm_attn_offload.transport.trust import Credentials
 
 _SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,6 +70,22 @@ def resume(node: psutil.Process) -> None:
         node.send_signal(signal.SIGCONT)
 
 
+def exhaust_descriptors(server_pid: int, duration_s: float) -> None:
+    """Leave a server's engine and workers no descriptor for a while."""
+    with ExitStack() as limits:
+        for process in psutil.Process(server_pid).children(recursive=True):
+            if process.name().startswith("VLLM::"):
+                soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+                limits.callback(_set_limit, process, (soft, hard))
+                _set_limit(process, (3, hard))
+        time.sleep(duration_s)
+
+
+def _set_limit(process: psutil.Process, limits: tuple[int, int]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+
+
 def send_garbage(listens_on: str, choose: random.Random) -> None:
     """Connect as a stranger and send bytes of no meaning."""
     with suppress(OSError), Address.parse(listens_on).connect(5) as sock:
@@ -74,7 +93,15 @@ def send_garbage(listens_on: str, choose: random.Random) -> None:
         sock.sendall(choose.randbytes(choose.randint(1, 1 << 16)))
 
 
-def visit(node: psutil.Process, choose: random.Random) -> bool:
+def rotate_token(path: Path) -> None:
+    """Put a new token where nodes and engines read it."""
+    new = path.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.write_text(secrets.token_hex(32))
+    new.replace(path)
+
+
+def visit(node: psutil.Process, choose: random.Random, token_file: str = "") -> bool:
     """Come as a second engine, hold a session for a while, and leave in some way.
 
     Returns:
@@ -83,7 +110,7 @@ def visit(node: psutil.Process, choose: random.Random) -> bool:
     layer = LayerGeometry("layer", 0, 0, 4, 2, 64, 64, 0.125)
     geometry = SessionGeometry("float32", [KVGroup(16)], [layer])
     with suppress(MemoryNodeError, psutil.NoSuchProcess):
-        client = ControlClient(address(node), 5)
+        client = ControlClient(address(node), 5, Credentials(token_file))
         request = ReserveCapacity("neighbour", Shard(), geometry, 1 << 20)
         reserved = client.reserve(request)
         client.open_session(OpenSession(reserved.reservation, 0, 8, 64, 8, 8))

@@ -91,16 +91,17 @@ class OutageNotice:
         with self._changed:
             while not self._is_closed:
                 shown = self._outage
-                is_over = self._changed.wait_for(
-                    lambda shown=shown: self._is_closed or self._outage is not shown,
-                    None if shown is None or shown.is_final else _LOG_EVERY_S,
-                )
-                if shown is not None and not is_over:
-                    logger.warning(
-                        "Attention offload: memory node %s is away for %.0f s; "
-                        "requests wait, and the engine stops in %.0f s "
-                        "(recovery_timeout_s)",
-                        shown.node,
-                        time.monotonic() - shown.since_s,
-                        shown.remaining_s(),
-                    )
+                is_quiet = shown is None or shown.is_final
+                self._changed.wait(None if is_quiet else _LOG_EVERY_S)
+                is_same = self._outage is shown and not self._is_closed
+                if shown is not None and not is_quiet and is_same:
+                    self._log(shown)
+
+    def _log(self, outage: Outage) -> None:
+        logger.warning(
+            "Attention offload: memory node %s is away for %.0f s; requests wait, and "
+            "the engine stops in %.0f s (recovery_timeout_s)",
+            outage.node,
+            time.monotonic() - outage.since_s,
+            outage.remaining_s(),
+        )

@@ -63,6 +63,7 @@ def local_nodes(
             cpus=cpus_of_node,
             budget_gib=budget_gib,
             startup_timeout_s=config.startup_timeout_s,
+            auth_token_file=config.auth_token_file,
         )
         for index, (device, cpus_of_node) in enumerate(zip(devices, cpus, strict=True))
     ]
@@ -76,6 +77,7 @@ def _launch(
     cpus: str,
     budget_gib: float | None,
     startup_timeout_s: float,
+    auth_token_file: str,
 ) -> MemoryNodeProcess:
     return MemoryNodeProcess(
         directory,
@@ -83,6 +85,7 @@ def _launch(
         cpus=cpus,
         startup_timeout_s=startup_timeout_s,
         device=device,
+        auth_token_file=auth_token_file,
     )
 
 

@@ -35,6 +35,7 @@ class MemoryNodeProcess:
         cpus: CPUs of the node as ``--cpus`` takes them; empty leaves its default.
         startup_timeout_s: Deadline for the node to announce itself.
         device: What holds the blocks, as ``--device`` takes it.
+        auth_token_file: The node asks for the token in it; empty: for none.
 
     Raises:
         MemoryNodeError: The node could not be started, ended, or did not announce
@@ -49,6 +50,7 @@ class MemoryNodeProcess:
         cpus: str,
         startup_timeout_s: float,
         device: str = "cpu",
+        auth_token_file: str = "",
     ) -> None:
         self._directory = directory
         self.address = local_address(directory)
@@ -60,6 +62,8 @@ class MemoryNodeProcess:
             options += ["--kv-cache-gib", repr(kv_cache_gib)]
         if cpus:
             options += ["--cpus", cpus]
+        if auth_token_file:
+            options += ["--auth-token-file", auth_token_file]
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_directory(directory)
