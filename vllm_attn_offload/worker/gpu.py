@@ -59,10 +59,3 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
     def _register_backend(self) -> None:
         # Also where VLLM_PLUGINS leaves the plugin out.
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
-
-    def _layer_problems(self) -> list[str]:
-        return super()._layer_problems() + [
-            f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
-            for name, layer in self._attention_layers().items()
-            if layer.head_size_v != layer.head_size
-        ]
