@@ -23,7 +23,7 @@ _TL_DTYPE = {
 
 
 def is_interpreted() -> bool:
-    """Whether kernels defined now run in Triton's interpreter."""
+    """True if kernels defined now run in Triton's interpreter."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -35,7 +35,18 @@ def check_tensors(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Raise ValueError unless shapes, dtypes and strides are those of the plan."""
+    """Refuse tensors of other shapes, dtypes or strides than the plan's.
+
+    Args:
+        query: ``[num_tokens, num_query_heads, head_size]`` of the plan's dtype.
+        key_cache: ``[num_blocks, num_kv_heads, block_size, head_size]``.
+        value_cache: ``[num_blocks, num_kv_heads, block_size, v_head_size]``.
+        out: ``[num_tokens, num_query_heads, v_head_size]``.
+        lse: ``[num_tokens, num_query_heads]`` float32.
+
+    Raises:
+        ValueError: a tensor that does not match.
+    """
     cache = (key_cache.shape[0], plan.num_kv_heads, plan.block_size)
     rows = (query.shape[0], plan.num_query_heads)
     expected: list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]] = [
@@ -76,7 +87,18 @@ def check_options(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError for tables or scales that the plan does not cover."""
+    """Refuse tables or scales that the plan does not cover.
+
+    Args:
+        block_table: ``[num_seqs, max_blocks]`` int32.
+        block_positions: as ``block_table``, or None.
+        block_lens: as ``block_table``, or None.
+        k_scale: ``[1]`` or ``[num_kv_heads]`` float32, or None.
+        v_scale: as ``k_scale``.
+
+    Raises:
+        ValueError: a table or scale that does not match.
+    """
     if block_positions is not None and not plan.is_subset:
         raise ValueError(
             "block_positions without num_blocks: the plan cannot know how many blocks "
@@ -126,7 +148,11 @@ def decode_launch_arguments(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> dict[str, Any]:
-    """Every argument of the kernel by name; tensors as in the public wrapper."""
+    """Every argument of the kernel by name.
+
+    Tensors have the shapes and dtypes of ``paged_decode_attention``'s; the caller has
+    checked them.
+    """
     block_d, tail_d = split_head_size(plan.head_size)
     block_v, tail_v = split_head_size(plan.v_head_size)
     is_view = (

@@ -10,17 +10,13 @@ import math
 
 import torch
 
-from .tiles import (
-    DecodeTile,
-    architecture_of,
-    choose_decode_tile,
-    split_head_size,
-)
+from .tiles import DecodeTile, architecture_of, choose_decode_tile, split_head_size
 
 # Rows of the work list: what one CTA per KV head does.
 WORK_FIELDS = 9  # q_start, q_len, seq_len, seq, row, column, column end, partial, first
 MERGE_FIELDS = 5  # q_start, q_len, row, first partial, number of partials
 COUNT_FIELDS = 2  # work items, split tiles
+MAX_TOKENS = 1 << 30  # of a request: the kernel counts slots in 32 bits
 
 _MAX_WAVES = 4
 # At 3.35 TB/s over 264 CTAs one CTA reads about 25 tokens of 512 bytes (K and V in
@@ -185,11 +181,14 @@ def plan_decode_attention(
         ``plan``.
 
     Raises:
-        ValueError: the step does not fit the plan's buffers.
+        ValueError: the step does not fit the plan's buffers or `MAX_TOKENS`.
     """
     starts, lens = query_start_loc.long(), seq_lens.long()
     query_lens = starts.diff()
     _check_step(plan, query_lens, lens)
+    _check_lengths(lens)
+    if num_blocks is not None:
+        _check_lengths((num_blocks.long() - 1) * plan.block_size)
     first_column = torch.zeros_like(lens)
     if num_blocks is not None:
         end_column = num_blocks.long()
@@ -246,6 +245,15 @@ def _check_step(
         raise ValueError(
             f"{longest} query rows in one request; the plan holds "
             f"{plan.max_query_len}. Create it with a larger max_query_len."
+        )
+
+
+def _check_lengths(tokens: torch.Tensor) -> None:
+    longest = int(tokens.max()) if tokens.numel() else 0
+    if longest > MAX_TOKENS:
+        raise ValueError(
+            f"{longest} tokens in one request; the kernels take {MAX_TOKENS}. "
+            "Lower max_model_len."
         )
 
 

@@ -121,7 +121,7 @@ def _merge_parts_kernel(
 def merge_parts_arguments(
     plan: DecodeAttentionPlan, out: torch.Tensor, lse: torch.Tensor
 ) -> dict[str, Any]:
-    """Every argument of the kernel by name."""
+    """Every argument of the kernel by name; tensors as `launch_merge_parts`."""
     return {
         "out_ptr": out,
         "lse_ptr": lse,
@@ -145,7 +145,12 @@ def merge_parts_arguments(
 def launch_merge_parts(
     plan: DecodeAttentionPlan, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """Merge the parts of every split tile of ``plan`` into ``out`` and ``lse``."""
+    """Merge the parts of every split tile of ``plan``.
+
+    Args:
+        out: ``[num_tokens, num_query_heads, v_head_size]``, written.
+        lse: ``[num_tokens, num_query_heads]`` float32, written.
+    """
     num_merges = plan.max_merges if plan.fixed_grid else plan.num_merges
     if num_merges:
         grid = (num_merges, plan.part_rows, plan.num_kv_heads)

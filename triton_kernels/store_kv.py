@@ -202,7 +202,7 @@ def store_kv_arguments(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """Every argument of the kernel by name."""
+    """Every argument of the kernel by name; tensors as `store_kv` takes them."""
     quantise = key_cache.dtype == torch.float8_e4m3fn
     if quantise:
         key_cache = key_cache.view(torch.uint8)

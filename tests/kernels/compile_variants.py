@@ -20,13 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_attn_offload.triton_kernels.decode_arguments import decode_launch_arguments
+from vllm_attn_offload.triton_kernels.decode_kernel import paged_decode_attention_kernel
 from vllm_attn_offload.triton_kernels.decode_plan import DecodeAttentionPlan
 from vllm_attn_offload.triton_kernels.merge_attn_states import (
     _merge_parts_kernel,
     merge_parts_arguments,
-)
-from vllm_attn_offload.triton_kernels.paged_decode_attention import (
-    _paged_decode_attention_kernel,
 )
 from vllm_attn_offload.triton_kernels.store_kv import (
     _store_kv_kernel,
@@ -139,7 +137,7 @@ def launch_arguments(
         )
     table = torch.zeros(1, 1024, dtype=torch.int32)
     flags = variant.flags
-    return _paged_decode_attention_kernel, decode_launch_arguments(
+    return paged_decode_attention_kernel, decode_launch_arguments(
         query,
         key_cache,
         value_cache,

@@ -104,6 +104,12 @@ def test_plan_refuses_a_step_that_does_not_fit() -> None:
         fill(plan, [1, 1, 1])
     with pytest.raises(ValueError, match="2 query rows in one request"):
         fill(plan, [4, 4], rows=2)
+    for length in (2**30 + 1, 2**31 - 2):
+        with pytest.raises(ValueError, match=f"{length} tokens in one request"):
+            fill(plan, [4, length])
+    starts, lens = torch.arange(2).int(), torch.tensor([40]).int()
+    with pytest.raises(ValueError, match="tokens in one request"):
+        plan_decode_attention(plan, starts, lens, torch.tensor([2**28]).int())
     with pytest.raises(ValueError, match="not a multiple of num_kv_heads=5"):
         make_plan(num_kv_heads=5)
     with pytest.raises(ValueError, match="kv_cache_dtype=torch.float16"):

@@ -154,6 +154,63 @@ def test_paged_decode_attention_addresses_beyond_32_bits(device: torch.device) -
     torch.testing.assert_close(out, exact, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 1386])
+def test_paged_decode_attention_of_the_longest_request(
+    device: torch.device, block_size: int
+) -> None:
+    """The last slots of 2^30 tokens, all in block 0, read only that block."""
+    tokens, window = 2**30, 100
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn((2, 1, block_size, 64), generator=generator).to(device)
+    cache[1] = math.nan
+    query = torch.randn((1, 1, 64), generator=generator).to(device)
+    plan = DecodeAttentionPlan(
+        max_num_seqs=1,
+        num_query_heads=1,
+        num_kv_heads=1,
+        head_size=64,
+        block_size=block_size,
+        query_dtype=query.dtype,
+        kv_cache_dtype=cache.dtype,
+        device=device,
+        sliding_window=window,
+    )
+    steps = (torch.tensor([0, 1]).int(), torch.tensor([tokens]).int())
+    plan_decode_attention(plan, *steps)
+    table = torch.zeros((1, -(-tokens // block_size)), dtype=torch.int32, device=device)
+    out, lse = paged_decode_attention(
+        query, cache, cache, plan, block_table=table, softmax_scale=0.1
+    )
+    seen = torch.arange(tokens - window, tokens, device=device) % block_size
+    scores = 0.1 * cache[0, 0, seen] @ query[0, 0]
+    expected = scores.softmax(0) @ cache[0, 0, seen]
+    torch.testing.assert_close(out[0, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[0, 0], scores.logsumexp(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_slots", [1, 32])
+@pytest.mark.parametrize("tokens", [1, 17, 63, 64, 65, 200])
+def test_paged_decode_attention_of_nan_looks_poisoned(
+    device: torch.device, tokens: int, num_slots: int
+) -> None:
+    case = DecodeCase("nan", (40, tokens, 70), heads=(4, 2), num_slots=num_slots)
+    problem = build_problem(case, device)
+    clean, clean_lse = problem.run()
+    first = int(problem.block_table[1, 0])
+    problem.key_cache[first, 0, 0, 3] = math.nan
+    query = problem.query.clone()
+    for poisoned in ("key", "query"):
+        out, lse = problem.run()
+        assert out[1, :2].isnan().all(), poisoned
+        assert lse[1, :2].isnan().all(), poisoned
+        for now, before in ((out, clean), (lse, clean_lse)):
+            assert torch.equal(now[1, 2:], before[1, 2:]), poisoned
+            assert torch.equal(now[[0, 2]], before[[0, 2]]), poisoned
+        problem.key_cache[first, 0, 0, 3] = 0.0
+        query[1, :2, 3] = math.nan
+        problem.query = query
+
+
 def test_paged_decode_attention_without_requests_does_nothing(
     device: torch.device,
 ) -> None:
