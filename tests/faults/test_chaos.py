@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
-#: Of this seed's faults four are kills.
-SEED = 42
+#: This seed begins with rotate, drop, descriptors, stop, garbage, kill, kill.
+SEED = 2
 
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
