@@ -50,7 +50,8 @@ class AttendKernel {
       is_begun = !macro.is_last;
       work -= macro_work(job, macro);
       if (work <= 0 && more) {
-        *span = {next.piece, span->piece_end, is_begun, next.block, next.token, nullptr};
+        *span = {next.piece, span->piece_end, is_begun,
+                 next.block, next.token,      nullptr};
         return;
       }
     }
@@ -105,14 +106,18 @@ class AttendKernel {
 
   const Left* query(int row) const {
     const int stride = job_.geometry->head_size / kPacked;
-    if constexpr (F::kPairs) return scratch_->query_pairs + row * stride;
-    else return scratch_->query + row * stride;
+    if constexpr (F::kPairs)
+      return scratch_->query_pairs + row * stride;
+    else
+      return scratch_->query + row * stride;
   }
 
   const Left* probabilities(int row) const {
     const int stride = kMacroTokens / kPacked;
-    if constexpr (F::kPairs) return scratch_->score_pairs + row * stride;
-    else return scratch_->scores + row * stride;
+    if constexpr (F::kPairs)
+      return scratch_->score_pairs + row * stride;
+    else
+      return scratch_->scores + row * stride;
   }
 
   void pack_scores(int count) {
@@ -247,10 +252,8 @@ static void run_kernel(const Job& job, int64_t work, Span* span, Scratch* scratc
           return AttendKernel<I, Bf16Pairs>::run(job, work, span, scratch);
       }
       return AttendKernel<I, Bf16Widened>::run(job, work, span, scratch);
-    case AO_FP16:
-      return AttendKernel<I, Fp16>::run(job, work, span, scratch);
-    default:
-      return AttendKernel<I, Fp32>::run(job, work, span, scratch);
+    case AO_FP16: return AttendKernel<I, Fp16>::run(job, work, span, scratch);
+    default: return AttendKernel<I, Fp32>::run(job, work, span, scratch);
   }
 }
 

@@ -17,9 +17,7 @@ struct Avx2 {
   // more, or with five rows and up, the compiler runs out of the sixteen registers.
   static constexpr int kMaxRowGroup = 4;
   static constexpr int kMaxSums = 8;
-  static constexpr int panels_at_once(int rows) {
-    return rows <= 2 ? 2 : 1;
-  }
+  static constexpr int panels_at_once(int rows) { return rows <= 2 ? 2 : 1; }
 
   static inline Vec zero() { return _mm256_setzero_ps(); }
   static inline Vec set1(float x) { return _mm256_set1_ps(x); }
@@ -30,9 +28,7 @@ struct Avx2 {
   static inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static inline Vec abs(Vec a) {
-    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
-  }
+  static inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static inline float reduce_max(Vec a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -73,9 +69,12 @@ struct Avx2 {
   static inline Pair mask_pair(Pair x, uint32_t mask) {
     return _mm256_and_si256(x, _mm256_set1_epi32(int(mask)));
   }
-  static inline Vec low(Pair x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+  static inline Vec low(Pair x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  }
   static inline Vec high(Pair x) {
-    return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000u))));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000u))));
   }
   static inline Vec pair_dot(Vec sum, Pair a, Pair b) {
     return fma(high(a), high(b), fma(low(a), low(b), sum));

@@ -53,9 +53,12 @@ struct Avx512 {
   static inline Pair mask_pair(Pair x, uint32_t mask) {
     return _mm512_and_si512(x, _mm512_set1_epi32(int(mask)));
   }
-  static inline Vec low(Pair x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+  static inline Vec low(Pair x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  }
   static inline Vec high(Pair x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
   }
   static inline Vec pair_dot(Vec sum, Pair a, Pair b) {
 #if defined(ATTN_OFFLOAD_AVX512_BF16)

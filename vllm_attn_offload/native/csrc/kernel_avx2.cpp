@@ -14,14 +14,14 @@ ATTN_OFFLOAD_TARGET("avx2,fma,f16c")
 namespace attn_offload {
 
 const KernelTable* avx2_kernels() {
-  static const KernelTable table = {"avx2", run_kernel<Avx2, false>,
-                                    save_rows, merge_partials, read_all<Avx2>};
+  static const KernelTable table = {"avx2", run_kernel<Avx2, false>, save_rows,
+                                    merge_partials, read_all<Avx2>};
   return &table;
 }
 
 const KernelTable* avx2_pairs_kernels() {
-  static const KernelTable table = {"avx2-pairs", run_kernel<Avx2, true>,
-                                    save_rows, merge_partials, read_all<Avx2>};
+  static const KernelTable table = {"avx2-pairs", run_kernel<Avx2, true>, save_rows,
+                                    merge_partials, read_all<Avx2>};
   return &table;
 }
 

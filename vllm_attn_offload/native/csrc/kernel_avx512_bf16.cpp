@@ -14,8 +14,8 @@ ATTN_OFFLOAD_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c
 namespace attn_offload {
 
 const KernelTable* avx512_bf16_kernels() {
-  static const KernelTable table = {"avx512-bf16", run_kernel<Avx512, true>,
-                                    save_rows, merge_partials, read_all<Avx512>};
+  static const KernelTable table = {"avx512-bf16", run_kernel<Avx512, true>, save_rows,
+                                    merge_partials, read_all<Avx512>};
   return &table;
 }
 

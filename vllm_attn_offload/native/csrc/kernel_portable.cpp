@@ -6,8 +6,8 @@
 namespace attn_offload {
 
 const KernelTable* portable_kernels() {
-  static const KernelTable table = {"portable", run_kernel<Portable, false>,
-                                    save_rows, merge_partials, read_all<Portable>};
+  static const KernelTable table = {"portable", run_kernel<Portable, false>, save_rows,
+                                    merge_partials, read_all<Portable>};
   return &table;
 }
 

@@ -91,16 +91,16 @@ static inline __attribute__((always_inline)) void multiply_element(
 // One step of bf16 pairs; `mask` drops the half of a pair that must not count.
 template <class I, int M, int P>
 static inline __attribute__((always_inline)) void multiply_pair(
-    typename I::Vec (&sum)[M][P * (kTile / I::kLanes)], const uint32_t* left, int stride,
-    const char* const* panels, int64_t offset, uint32_t mask) {
+    typename I::Vec (&sum)[M][P * (kTile / I::kLanes)], const uint32_t* left,
+    int stride, const char* const* panels, int64_t offset, uint32_t mask) {
   constexpr int kVectors = kTile / I::kLanes;
   typename I::Pair factor[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) factor[m] = I::broadcast_pair(left[m * stride]);
 #pragma GCC unroll 16
   for (int v = 0; v < P * kVectors; ++v) {
-    auto right = I::load_pair(panels[v / kVectors] + offset +
-                              (v % kVectors) * I::kLanes * 4);
+    auto right =
+        I::load_pair(panels[v / kVectors] + offset + (v % kVectors) * I::kLanes * 4);
     if (mask != 0xffffffffu) right = I::mask_pair(right, mask);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sum[m][v] = I::pair_dot(sum[m][v], factor[m], right);

@@ -15,14 +15,6 @@ constexpr int kChunksPerThread = 8;  // the last chunk to finish wastes 6 % at m
 // not worth another thread.
 constexpr int64_t kMinChunkCost = 200;
 constexpr int32_t kMaxPosition = 1 << 30;
-// About 30 us of a sliced layer, in cache elements times rows.
-constexpr int64_t kClockWork = 2 * kMinChunkCost * kTile * 256;
-
-// The clock is not read where there is no deadline.
-bool now_is_over(int64_t deadline_ns) {
-  return deadline_ns != INT64_MAX && now_ns() >= deadline_ns;
-}
-
 }  // namespace
 
 void AoPlan::clear() {
@@ -78,6 +70,7 @@ int32_t AoPlan::read_blocks(const AoPlanInput& input, int32_t sequence) {
   const Geometry& g = cache_->geometry;
   const int64_t row = sequence * input.table_stride;
   const int32_t seq_len = input.seq_lens[sequence];
+  const bool is_read = sequences_.back().query_len > 0;
   int64_t count = input.max_blocks;
   if (input.block_positions == nullptr && input.block_lens == nullptr) {
     count = (int64_t{seq_len} + g.block_size - 1) / g.block_size;
@@ -93,7 +86,7 @@ int32_t AoPlan::read_blocks(const AoPlanInput& input, int32_t sequence) {
       return AO_BAD_LENGTH;
     const int32_t block = input.block_table[row + i];
     if (block < 0 || block >= g.num_blocks) return AO_BAD_BLOCK;
-    blocks_.push_back({block, int32_t(position), int32_t(length)});
+    if (is_read) blocks_.push_back({block, int32_t(position), int32_t(length)});
   }
   return AO_OK;
 }
@@ -174,8 +167,8 @@ void AoPlan::add_piece(const Rows& rows, int64_t cost, int64_t target) {
     part_cost += int64_t{block_tiles(blocks_[size_t(b)], rows, sliding_window_)} *
                  tile_cost(rows);
     if (part_cost * parts < cost && b + 1 < end) continue;
-    pieces_.push_back({rows, first, b + 1, num_partials_++,
-                       int32_t(merges_.size()) - 1});
+    pieces_.push_back(
+        {rows, first, b + 1, num_partials_++, int32_t(merges_.size()) - 1});
     ++merges_.back().num_partials;
     close_chunk(part_cost, target);
     first = b + 1;
@@ -202,139 +195,17 @@ void AoPlan::reserve_partials() {
   }
 }
 
-struct AoPlan::Slice {
-  AoPlan* plan;
-  Job job;
-  int64_t deadline_ns;
-  int64_t work;   // between two looks at the clock
-  bool is_first;  // of its layer: nothing is paused
-};
-
-void AoPlan::begin_layer() {
-  for (size_t i = 0; i < merges_.size(); ++i)
-    pending_[i].store(merges_[i].num_partials, std::memory_order_relaxed);
-  next_chunk_.store(0, std::memory_order_relaxed);
-  is_running_ = true;
-}
-
-int32_t AoPlan::attend(AoPool* pool, const AoAttendInput& input, int64_t budget_ns) {
-  if (input.query_dtype < AO_BF16 || input.query_dtype > AO_FP32 ||
-      input.out_dtype < AO_BF16 || input.out_dtype > AO_FP32)
-    return AO_BAD_DTYPE;
-  if (pieces_.empty()) return AO_OK;
-  const bool is_first = !is_running_;
-  if (budget_ns > 0) paused_.reserve(paused_.size() + size_t(pool->num_threads()));
-  if (is_first) begin_layer();
-  const Geometry& g = cache_->geometry;
-  Slice slice;
-  slice.plan = this;
-  slice.job = {&g,
-               &input,
-               sequences_.data(),
-               blocks_.data(),
-               pieces_.data(),
-               partials_.data(),
-               state_floats(g),
-               num_query_heads_,
-               group_,
-               causal_};
-  slice.deadline_ns = budget_ns > 0 ? now_ns() + budget_ns : INT64_MAX;
-  slice.work = budget_ns > 0 ? kClockWork : INT64_MAX;
-  slice.is_first = is_first;
-  const auto body = [](void* raw, int, Scratch* scratch) {
-    Slice& shared = *static_cast<Slice*>(raw);
-    shared.plan->work(shared, scratch);
-  };
-  const int32_t next = next_chunk_.load(std::memory_order_relaxed);
-  pool->run(body, &slice, int(paused_.size()) + num_chunks() - next);
-  // Every thread that found no chunk has counted on.
-  const int32_t taken = std::min(num_chunks(), next_chunk_.load());
-  next_chunk_.store(taken, std::memory_order_relaxed);
-  is_running_ = taken < num_chunks() || !paused_.empty();
-  return is_running_ ? AO_UNFINISHED : AO_OK;
-}
-
-// Takes chunks until none is left or the time is over. A result does not depend on who
-// computes what, nor on where a slice ends.
-void AoPlan::work(Slice& slice, Scratch* scratch) {
-  Paused task;
-  while (take(slice, &task)) {
-    Span& span = task.span;
-    const int32_t begin = span.piece;
-    bool is_paused = false;
-    do {
-      cache_->kernels->run(slice.job, slice.work, &span, scratch);
-      is_paused = now_is_over(slice.deadline_ns) && span.piece < span.piece_end &&
-                  pause(slice, span, scratch);
-    } while (span.piece < span.piece_end && !is_paused);
-    // Not before the scratch is free.
-    merge_finished(slice, begin, span.piece, scratch);
-    if (now_is_over(slice.deadline_ns)) return;
-  }
-}
-
-// The paused first: so there are never more of them than threads.
-bool AoPlan::take(const Slice& slice, Paused* task) {
-  if (!slice.is_first) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!paused_.empty()) {
-      *task = std::move(paused_.back());
-      paused_.pop_back();
-      return true;
-    }
-  }
-  const int32_t chunk = next_chunk_.fetch_add(1, std::memory_order_relaxed);
-  if (chunk >= num_chunks()) return false;
-  const size_t index = size_t(chunk);
-  *task = {{chunk_begin_[index], chunk_begin_[index + 1], false, 0, 0, nullptr}, {}};
-  return true;
-}
-
-// False where there is no memory for the state: then the thread goes on.
-bool AoPlan::pause(const Slice& slice, const Span& span, const Scratch* scratch) {
-  Paused paused = {span, nullptr};
-  if (span.is_begun) {
-    const size_t floats = size_t(slice.job.partial_stride);
-    paused.state.reset(new (std::nothrow) float[floats]);
-    if (paused.state == nullptr) return false;
-    const Rows& rows = pieces_[size_t(span.piece)].rows;
-    cache_->kernels->save(slice.job, rows, scratch, paused.state.get());
-    paused.span.state = paused.state.get();
-  }
-  std::lock_guard<std::mutex> lock(mutex_);
-  paused_.push_back(std::move(paused));
-  return true;
-}
-
-// Whoever finishes the last part of a split piece merges it, in the order of the parts.
-void AoPlan::merge_finished(const Slice& slice, int32_t begin, int32_t end,
-                            Scratch* scratch) {
-  for (int32_t i = begin; i < end; ++i) {
-    const int32_t merge = pieces_[size_t(i)].merge;
-    if (merge < 0) continue;
-    if (pending_[size_t(merge)].fetch_sub(1, std::memory_order_acq_rel) == 1)
-      cache_->kernels->merge(slice.job, merges_[size_t(merge)], scratch);
-  }
-}
-
 extern "C" {
 
-AoPlan* ao_plan_create(const AoCache* cache) { return new (std::nothrow) AoPlan(cache); }
+AoPlan* ao_plan_create(const AoCache* cache) {
+  return new (std::nothrow) AoPlan(cache);
+}
 
 void ao_plan_destroy(AoPlan* plan) { delete plan; }
 
 int32_t ao_plan_step(AoPlan* plan, const AoPool* pool, const AoPlanInput* input) {
   try {
     return plan->build(*input, pool->num_threads());
-  } catch (const std::bad_alloc&) {
-    return AO_NO_MEMORY;
-  }
-}
-
-int32_t ao_attend(AoPool* pool, AoPlan* plan, const AoAttendInput* input,
-                  int64_t budget_ns) {
-  try {
-    return plan->attend(pool, *input, budget_ns);
   } catch (const std::bad_alloc&) {
     return AO_NO_MEMORY;
   }

@@ -87,8 +87,7 @@ static inline float finish_scores(const RowScores& row, const MacroTile& macro,
       float* place = scores + t * kTile + lane;
       Vec x = I::mul(I::load(place), scale);
       if (row.soft_cap != 0.0f)
-        x = I::mul(I::set1(row.soft_cap),
-                   tanh<I>(I::div(x, I::set1(row.soft_cap))));
+        x = I::mul(I::set1(row.soft_cap), tanh<I>(I::div(x, I::set1(row.soft_cap))));
       if (row.alibi_slope != 0.0f) {
         const float distance = float(tile.position + lane - row.position);
         x = I::fma(I::add(I::iota(), I::set1(distance)), I::set1(row.alibi_slope), x);

@@ -107,15 +107,17 @@ void store_tokens(const StoreJob& job, int64_t begin, int64_t end) {
     const char* key = static_cast<const char*>(input.key) + token * input.key_stride;
     const char* value =
         static_cast<const char*>(input.value) + token * input.value_stride;
-    char* k = static_cast<char*>(input.cache) + block * g.block_bytes +
-              tile * g.k_tile_bytes;
-    char* v = static_cast<char*>(input.cache) + block * g.block_bytes +
-              g.k_head_bytes + tile * g.v_tile_bytes;
+    char* k =
+        static_cast<char*>(input.cache) + block * g.block_bytes + tile * g.k_tile_bytes;
+    char* v = static_cast<char*>(input.cache) + block * g.block_bytes + g.k_head_bytes +
+              tile * g.v_tile_bytes;
     for (int32_t head = 0; head < g.num_kv_heads; ++head) {
-      store_key({key + head * k_row, input.key_stride, k + head * g.head_bytes, first,
-                 count}, g);
+      store_key(
+          {key + head * k_row, input.key_stride, k + head * g.head_bytes, first, count},
+          g);
       store_value({value + head * v_row, input.value_stride, v + head * g.head_bytes,
-                   first, count}, g);
+                   first, count},
+                  g);
     }
   }
 }

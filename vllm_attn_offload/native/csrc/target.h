@@ -7,9 +7,9 @@
 #define ATTN_OFFLOAD_PRAGMA(text) _Pragma(#text)
 
 #if defined(__clang__)
-#define ATTN_OFFLOAD_TARGET(isa)                                               \
-  ATTN_OFFLOAD_PRAGMA(clang attribute push(__attribute__((target(isa))),       \
-                                           apply_to = function))
+#define ATTN_OFFLOAD_TARGET(isa) \
+  ATTN_OFFLOAD_PRAGMA(           \
+      clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define ATTN_OFFLOAD_TARGET_END ATTN_OFFLOAD_PRAGMA(clang attribute pop)
 #else
 #define ATTN_OFFLOAD_TARGET(isa) ATTN_OFFLOAD_PRAGMA(GCC target(isa))

@@ -61,8 +61,9 @@ class TileCursor {
     const SequenceRef& sequence = job_.sequences[piece.rows.sequence];
     const int32_t last_row = piece.rows.row_begin + piece.rows.row_count - 1;
     const int32_t window = job_.input->sliding_window;
-    visible_.begin = visible_keys(sequence, piece.rows.row_begin / job_.group,
-                                  job_.causal, window).begin;
+    visible_.begin =
+        visible_keys(sequence, piece.rows.row_begin / job_.group, job_.causal, window)
+            .begin;
     visible_.end =
         visible_keys(sequence, last_row / job_.group, job_.causal, window).end;
     block_ = piece.block_begin;

@@ -13,7 +13,7 @@ namespace attn_offload {
 constexpr int kTile = 16;       // tokens of a K panel, columns of a V panel
 constexpr int kMacroTiles = 4;  // tiles that share one softmax update
 constexpr int kMacroTokens = kTile * kMacroTiles;
-constexpr int kMaxRows = 32;    // query rows (positions x heads) of one piece
+constexpr int kMaxRows = 32;  // query rows (positions x heads) of one piece
 constexpr int kMaxHeadSize = 576;
 
 struct Geometry {
@@ -85,7 +85,7 @@ struct Job {
   const SequenceRef* sequences;
   const BlockRef* blocks;
   const Piece* pieces;
-  float* partials;          // [num_partials, partial_stride]
+  float* partials;  // [num_partials, partial_stride]
   int64_t partial_stride;
   int32_t num_query_heads;
   int32_t group;  // query heads per KV head

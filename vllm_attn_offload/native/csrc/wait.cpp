@@ -50,7 +50,8 @@ void drain(int32_t doorbell) {
 }
 
 int32_t block_on_signal(AoSignal* signal, int64_t deadline_ns) {
-  pollfd polled[2] = {{signal->doorbell, POLLIN, 0}, {signal->socket, kSocketEvents, 0}};
+  pollfd polled[2] = {{signal->doorbell, POLLIN, 0},
+                      {signal->socket, kSocketEvents, 0}};
   while (true) {
     __atomic_store_n(signal->is_waiting, 1, __ATOMIC_SEQ_CST);
     if (has_reached_target(signal)) return AO_WAIT_READY;
@@ -101,7 +102,8 @@ int32_t block_on_socket(AoReceive* call, int64_t deadline_ns) {
 int32_t receive(AoReceive* call, int32_t timeout_ms) {
   const int64_t started = now_ns();
   const int64_t transfer_ns = call->num_bytes * kSlowestNsPerByte;
-  int64_t pause_end = deadline_of(started, call->received ? call->stall_ms : timeout_ms);
+  int64_t pause_end =
+      deadline_of(started, call->received ? call->stall_ms : timeout_ms);
   if (call->deadline_ns == 0 && timeout_ms >= 0)
     call->deadline_ns = deadline_of(started, timeout_ms) + transfer_ns;
   int64_t spin_ns = spin_for(call->spin_ns, call->last_wait_ns);
