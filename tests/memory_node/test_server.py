@@ -8,12 +8,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace as replace_dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from node_process import NodeProcess, eventually
+from node_process import NodeProcess, eventually, running_node
 from paged_batch import PagedBatch
 from raw_session import (
     RawSession,
@@ -148,6 +149,30 @@ def test_names_forge_no_log_lines(node: NodeProcess, control: ControlClient) -> 
         client.reserve(forged)
     assert eventually(lambda: "not an allowed control message" in node.log())
     assert "forged" not in node.log()
+
+
+def test_peers_forge_no_log_lines(node: NodeProcess) -> None:
+    """What decoders quote of a message is escaped."""
+    sock, _ = connect(node.address, 5)
+    name = b"x\n(MemoryNode) ERROR forged\x1b[31m"
+    sent = b"\x82\xa4type\xa4ping" + b"\xd9" + bytes([len(name)]) + name + b"\x01"
+    with sock:
+        sock.sendall(len(sent).to_bytes(4, "little") + sent)
+    assert eventually(lambda: r"x\n(MemoryNode) ERROR forged\x1b[31m" in node.log())
+    assert "\x1b" not in node.log()
+
+
+def test_strangers_do_not_silence_engines(tmp_path: Path) -> None:
+    with running_node(tmp_path, "--kv-cache-gib", "0.1") as node:
+        for _ in range(700):
+            with Address.parse(node.address).connect(5) as sock:
+                sock.sendall(b"\xff" * 8)
+                with suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+        assert 500 <= node.log().count("closed a connection") < 700
+        with closing(ControlClient(node.address, 5)) as engine:
+            engine.reserve(reservation(make_geometry(), MIB))
+        assert "reserved 0.00 GiB" in node.log()
 
 
 def test_ping(node: NodeProcess) -> None:

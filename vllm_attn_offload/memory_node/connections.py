@@ -17,6 +17,8 @@ from vllm_attn_offload.transport.address import Address, peer_name
 from vllm_attn_offload.transport.control import hang_up
 
 logger = logging.getLogger(__name__)
+#: For lines about peers that hold nothing; their number is limited.
+strangers = logging.getLogger(f"{__name__}.strangers")
 
 MAX_CONNECTIONS = 512
 _MAX_CONNECTIONS_PER_PEER = 384
@@ -50,6 +52,11 @@ class Connection:
             return True
         silent_s = time.monotonic() - self.last_active
         return self.has_asked and silent_s < _ABANDONED_S
+
+    @property
+    def log(self) -> logging.Logger:
+        """Logger of lines about the peer, which cannot crowd out those of engines."""
+        return logger if self.reservations else strangers
 
     def note_request(self) -> None:
         """Note that the peer just asked something; engines do from the start."""
@@ -114,7 +121,7 @@ class Connections:
             return False
         idlest = min(idle, key=lambda c: (c.is_admitted, c.last_active))
         self._open.discard(idlest)
-        logger.warning(
+        strangers.warning(
             "closed a connection of %s to make room: it holds nothing and was silent "
             "for %.0f s",
             idlest.peer,
@@ -187,7 +194,7 @@ class Listener:
             sock.close()
             return
         if connection is None:
-            logger.warning("refused a connection from %s: too many are in use", peer)
+            strangers.warning("refused a connection from %s: too many are in use", peer)
             sock.close()
             return
         try:

@@ -18,11 +18,12 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.memory_node.args import parse_options
 from vllm_attn_offload.memory_node.capacity import available_host_bytes
-from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS
+from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS, strangers
 from vllm_attn_offload.memory_node.decode_attention import (
     create_decode_attention,
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.log_formatter import LogFormatter
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
@@ -42,13 +43,7 @@ class _StartError(RuntimeError):
 def main(argv: list[str] | None = None) -> int:
     """Run one memory node until SIGTERM, SIGINT or the end of its parent."""
     options = parse_options(argv)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
-        datefmt="%m-%d %H:%M:%S",
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(RateLimitFilter(burst=500, per_s=5))
+    _begin_logging()
     _raise_descriptor_limit()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,6 +67,18 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             Path(options.listen.path).parent.rmdir()
     return 0
+
+
+def _begin_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        LogFormatter(
+            "(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
+            "%m-%d %H:%M:%S",
+        )
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    strangers.addFilter(RateLimitFilter(burst=500, per_s=5))
 
 
 def _raise_descriptor_limit() -> None:

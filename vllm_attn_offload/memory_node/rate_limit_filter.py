@@ -31,7 +31,7 @@ class RateLimitFilter(logging.Filter):
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is written; the first after a gap says how many were not."""
+        """Return True for a line to write; the first after a gap counts the dropped."""
         if record.levelno >= logging.ERROR:
             return True
         with self._lock:

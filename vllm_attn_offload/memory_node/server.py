@@ -13,7 +13,11 @@ import msgspec
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
-from vllm_attn_offload.memory_node.connections import Connection, Listener
+from vllm_attn_offload.memory_node.connections import (
+    Connection,
+    Listener,
+    strangers,
+)
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
 from vllm_attn_offload.memory_node.reservations import Reservations
@@ -119,11 +123,13 @@ class MemoryNode:
             connection.is_admitted = True
             self._serve_requests(connection)
         except ProtocolError as error:
-            logger.warning(
+            connection.log.warning(
                 "closed a connection of %s: it sent %s", connection.peer, error
             )
         except (RefusedError, PermissionError, ssl.SSLError) as error:
-            logger.warning("refused a connection of %s: %s", connection.peer, error)
+            connection.log.warning(
+                "refused a connection of %s: %s", connection.peer, error
+            )
         except OSError as error:
             logger.debug("a connection of %s ended: %s", connection.peer, error)
         finally:
@@ -165,7 +171,7 @@ class MemoryNode:
                 case _:
                     return Error(f"{type(request).__name__} is not allowed here")
         except (CapacityError, ValueError) as error:
-            logger.warning("refused %s: %s", type(request).__name__, error)
+            connection.log.warning("refused %s: %s", type(request).__name__, error)
             return Error(str(error))
 
     def _open(self, request: OpenSession, connection: Connection) -> SessionOpened:
@@ -184,7 +190,7 @@ class MemoryNode:
         try:
             session = self._reservations.attach(request)
         except ValueError as error:
-            logger.warning("refused a data channel: %s", error)
+            strangers.warning("refused a data channel: %s", error)
             send_message(sock, Error(str(error)), _MESSAGE_TIMEOUT_S)
             return
         request_bytes, reply_bytes = session.sizes.longest()
