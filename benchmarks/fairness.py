@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queueing time of a small session beside a greedy one on the same memory node.
+"""Queueing time of a small session beside a greedy engine on the same memory node.
 
-The greedy neighbour attends over long contexts and always has its next layer in line;
-the small session sends one layer after another. Both are protocol clients without vLLM.
+The greedy engine always has its next layers in line: of requests with long contexts, of
+one request with many query rows over a long context, or of 64 sessions. The small
+session sends one layer after another. All are protocol clients without vLLM.
 ``python benchmarks/fairness.py --output results.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -25,6 +27,8 @@ from rich.table import Table
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.session import SLICE_S
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import (
     KVGroup,
@@ -46,7 +50,8 @@ from vllm_attn_offload.protocol.step import (
 
 TIMEOUT_S = 300.0
 BLOCK_SIZE = 16
-CHUNK = 2048
+#: Tokens that a step stores at least; larger steps take more of the node's memory.
+MIN_CHUNK = 64
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 LAYER = LayerGeometry(
     "layer", 0, 0, HEADS, KV_HEADS, HEAD_SIZE, HEAD_SIZE, HEAD_SIZE**-0.5
@@ -59,15 +64,26 @@ class Peer:
 
     Args:
         address: The memory node.
-        name: Name of the engine that the node shows.
-        num_reqs: Decode requests of every step.
+        control: Control channel of the engine.
+        name: Name of the session that the node shows.
+        num_reqs: Requests of every step.
         context: Tokens that each of them attends over.
+        query_len: Query rows of each request.
     """
 
-    def __init__(self, address: str, name: str, num_reqs: int, context: int) -> None:
-        self.num_reqs, self._context = num_reqs, context
+    def __init__(
+        self,
+        address: str,
+        control: ControlClient,
+        name: str,
+        num_reqs: int,
+        context: int,
+        query_len: int = 1,
+    ) -> None:
+        self.num_reqs, self._context, self._query_len = num_reqs, context, query_len
         self._num_blocks = -(-context // BLOCK_SIZE)
-        self._control = ControlClient(address, TIMEOUT_S)
+        self._chunk = max(MIN_CHUNK, num_reqs * query_len)
+        self._control = control
         self._name = name
         # More than the blocks need, because kernels may pad them.
         kv_bytes = 2 * self._num_blocks * BLOCK_SIZE * KV_HEADS * 2 * HEAD_SIZE * 2
@@ -76,7 +92,12 @@ class Peer:
         )
         opened = self._control.open_session(
             OpenSession(
-                reserved.reservation, 0, self._num_blocks, CHUNK, 256, self._num_blocks
+                reserved.reservation,
+                0,
+                self._num_blocks,
+                self._chunk,
+                num_reqs,
+                self._num_blocks,
             )
         )
         attach = AttachSession(
@@ -85,9 +106,10 @@ class Peer:
         self._client = NodeClient(address, attach, TIMEOUT_S)
         self._step = 0
         self._fill()
-        self._out = memoryview(bytearray(num_reqs * HEADS * HEAD_SIZE * 2))
-        self._query = torch.randn(num_reqs, HEADS * HEAD_SIZE).bfloat16()
-        self._send_step(self._decode_step())
+        num_rows = num_reqs * query_len
+        self._out = memoryview(bytearray(num_rows * HEADS * HEAD_SIZE * 2))
+        self._query = torch.randn(num_rows, HEADS * HEAD_SIZE).bfloat16()
+        self._send_step(self._attending_step())
 
     def post(self) -> None:
         """Send a layer."""
@@ -105,13 +127,12 @@ class Peer:
         return next(s.counters for s in sessions if s.engine == self._name)
 
     def close(self) -> None:
-        """End the session."""
+        """End the data channel."""
         self._client.close()
-        self._control.close()
 
     def _fill(self) -> None:
-        for begin in range(0, self._context, CHUNK):
-            slots = np.arange(begin, min(begin + CHUNK, self._context))
+        for begin in range(0, self._context, self._chunk):
+            slots = np.arange(begin, min(begin + self._chunk, self._context))
             empty = np.empty(0, np.int32)
             stored = StepMetadata(
                 np.zeros(1, np.int32), empty, slots, empty.reshape(0, 0)
@@ -124,10 +145,10 @@ class Peer:
             )
             self._client.receive_out(0, memoryview(bytearray()))
 
-    def _decode_step(self) -> StepMetadata:
+    def _attending_step(self) -> StepMetadata:
         table = np.arange(self._num_blocks, dtype=np.int32)
         return StepMetadata(
-            np.arange(self.num_reqs + 1, dtype=np.int32),
+            self._query_len * np.arange(self.num_reqs + 1, dtype=np.int32),
             np.full(self.num_reqs, self._context, np.int32),
             np.empty(0, np.int64),
             np.tile(table, (self.num_reqs, 1)),
@@ -144,29 +165,23 @@ class Peer:
 
 
 class Greedy(threading.Thread):
-    """Keeps the peer's next layer in line while another is computed.
-
-    ``waits`` and ``computes`` are the node's times of every layer, in seconds.
-    """
+    """Keeps the peer's next layer in line while another is computed."""
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(daemon=True)
         self._peer = peer
         self.is_over = threading.Event()
-        self.waits: list[float] = []
-        self.computes: list[float] = []
+        self.num_layers = 0
 
     def run(self) -> None:
-        before = self._peer.stats()
-        self._peer.post()
-        while not self.is_over.is_set():
+        # Ends in the middle of a layer that takes minutes, when its session is closed.
+        with contextlib.suppress(MemoryNodeError):
             self._peer.post()
+            while not self.is_over.is_set():
+                self._peer.post()
+                self._peer.collect()
+                self.num_layers += 1
             self._peer.collect()
-            after = self._peer.stats()
-            self.waits.append(after.queue_s - before.queue_s)
-            self.computes.append(compute_s(after) - compute_s(before))
-            before = after
-        self._peer.collect()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -193,21 +208,43 @@ def sample(peer: Peer, count: int) -> dict[str, float]:
 
 
 def measure(address: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Both sessions alone, then side by side."""
-    results: dict[str, dict[str, float]] = {}
-    with (
-        closing(Peer(address, "greedy", args.requests, args.context)) as big,
-        closing(Peer(address, "small", 1, 128)) as small,
-    ):
-        results["neighbour alone"] = sample(big, args.neighbour_layers)
-        results["small alone"] = sample(small, args.layers)
-        greedy = Greedy(big)
-        greedy.start()
-        results["small beside it"] = sample(small, args.layers)
-        greedy.is_over.set()
-        greedy.join()
-        results["neighbour beside it"] = summary(greedy.waits, greedy.computes)
+    """The small session alone, then beside each kind of neighbour.
+
+    A neighbour is (sessions, requests, context, query rows of each request).
+    """
+    context, rows = args.context, args.rows
+    neighbours = {
+        f"{args.requests} x {context:,} tokens": (1, args.requests, context, 1),
+        f"{rows} rows over {context:,} tokens": (1, 1, context, rows),
+        f"{args.sessions} sessions": (args.sessions, 1, 1024, 1),
+    }
+    with closing(ControlClient(address, TIMEOUT_S)) as control:
+        small = Peer(address, control, "small", 1, 128)
+        results = {"alone": sample(small, args.layers)}
+        for title, neighbour in neighbours.items():
+            results[title] = beside(address, small, args.layers, neighbour)
+        small.close()
     return results
+
+
+def beside(
+    address: str, small: Peer, layers: int, neighbour: tuple[int, int, int, int]
+) -> dict[str, float]:
+    """The small session beside one greedy engine."""
+    num_sessions, num_reqs, context, rows = neighbour
+    with closing(ControlClient(address, TIMEOUT_S)) as control:
+        greedy = [
+            Greedy(Peer(address, control, f"greedy-{i}", num_reqs, context, rows))
+            for i in range(num_sessions)
+        ]
+        for thread in greedy:
+            thread.start()
+        result = sample(small, layers)
+        for thread in greedy:
+            thread.is_over.set()
+    for thread in greedy:
+        thread.join()
+    return result
 
 
 def summary(waits: list[float], computes: list[float]) -> dict[str, float]:
@@ -221,17 +258,21 @@ def summary(waits: list[float], computes: list[float]) -> dict[str, float]:
 
 def show(results: dict[str, dict[str, float]]) -> None:
     """Print the table and the bound."""
-    table = Table("session", "queue p50", "queue p99", "LAYER p50", "LAYER p99")
-    names = ("queue_ms_p50", "queue_ms_p99", "layer_ms_p50", "layer_ms_p99")
+    table = Table("neighbour", "queue p50", "queue p99", "p99 / slice", "LAYER p50")
     for title, row in results.items():
-        table.add_row(title, *(f"{row[name]:.3f} ms" for name in names))
+        wait_ms = row["queue_ms_p99"]
+        table.add_row(
+            title,
+            f"{row['queue_ms_p50']:.3f} ms",
+            f"{wait_ms:.3f} ms",
+            f"{wait_ms / (1e3 * SLICE_S):.2f}",
+            f"{row['layer_ms_p50']:.3f} ms",
+        )
     console = Console()
     console.print(table)
-    wait = results["small beside it"]["queue_ms_p99"]
-    layer = results["neighbour beside it"]["layer_ms_p99"]
     console.print(
-        "p99 queue wait of the small session / p99 LAYER of its neighbour: "
-        f"{wait / layer:.2f} (bar: 1)"
+        f"A slice is {1e3 * SLICE_S:g} ms; the small session should wait for one of "
+        f"its neighbour (bar: 1). Load average: {os.getloadavg()[0]:.2f}"
     )
 
 
@@ -241,8 +282,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=65536)
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--layers", type=int, default=200)
-    parser.add_argument("--neighbour-layers", type=int, default=50)
-    parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--rows", type=int, default=480)
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--kv-cache-gib", type=float, default=4.0)
     parser.add_argument("--cpus", default=str(max(os.sched_getaffinity(0))))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -257,7 +299,12 @@ def main() -> None:
             node.stop()
     show(results)
     if args.output:
-        report = {"environment": describe(), "arguments": vars(args), **results}
+        report = {
+            "environment": describe(),
+            "arguments": vars(args),
+            "slice_ms": 1e3 * SLICE_S,
+            **results,
+        }
         args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
