@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How control messages and frames travel between compute and memory nodes."""
+"""Channels between compute and memory nodes, for control messages and frames."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a memory node listens: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``."""
+"""Address of a memory node: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read an address as users write it.
+        """Parse an address as users write it.
 
         Raises:
             ValueError: ``text`` has none of the three forms.
@@ -54,7 +54,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether only processes of this host can reach the address."""
+        """True if only processes of this host can reach the address."""
         if self.path or self.host == "localhost":
             return True
         try:
@@ -170,7 +170,7 @@ def set_tcp_options(sock: socket.socket) -> None:
 
 
 def peer_name(sock: socket.socket) -> str:
-    """Host of a connected TCP socket, or the user at the other end of a Unix socket.
+    """Return the host of a TCP socket's peer, or the user of a Unix socket's.
 
     Raises:
         OSError: The peer is gone.

@@ -16,14 +16,14 @@ class Transport(ABC):
     allocated per frame once sizes are known.
 
     Attributes:
-        name: What carries the frames, as shown to users.
+        name: Carrier of the frames, as shown to users.
     """
 
     name: str
 
     @abstractmethod
     def payload_buffer(self, num_bytes: int) -> memoryview:
-        """Memory of the next frame's payload, to be filled and passed to `send`.
+        """Lend memory for the next frame's payload, to be filled and passed to `send`.
 
         Returns:
             ``num_bytes`` writable bytes, valid until that `send`. Asked again before
@@ -60,7 +60,7 @@ class Transport(ABC):
 
         Raises:
             ConnectionError: The peer closed the channel.
-            TimeoutError: No frame came in time.
+            TimeoutError: No frame came in time, or only a part of its header.
             ProtocolError: What came is not a frame.
         """
 
@@ -77,7 +77,8 @@ class Transport(ABC):
             comes back for the same memory and size.
 
         Raises:
-            OSError: The peer is gone, or stopped in the middle of the payload.
+            OSError: The peer is gone, stopped in the middle of the payload, or sends it
+                too slowly.
         """
 
     @abstractmethod
@@ -85,7 +86,8 @@ class Transport(ABC):
         """Read the payload of the current frame into ``target``, filling it.
 
         Raises:
-            OSError: The peer is gone, or stopped in the middle of the payload.
+            OSError: The peer is gone, stopped in the middle of the payload, or sends it
+                too slowly.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ from vllm_attn_offload.native.waits import Signal
 from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES
 from vllm_attn_offload.protocol.messages import SlotLayout
 
-#: Of what is counted: requests written, requests freed, replies written, replies freed.
+#: Counters: requests written, requests freed, replies written, replies freed.
 NUM_SIGNALS = 4
 
 _SIGNAL_STRIDE = 128  # two cache lines: processors fetch them in pairs
@@ -30,10 +30,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Slot:
-    """Place of one payload, as long as the longest one.
+    """Memory of one payload, as long as the longest one.
 
     Attributes:
-        payload: All its bytes.
+        payload: All its bytes, format ``B``.
     """
 
     __slots__ = ("_view", "payload")
@@ -43,7 +43,7 @@ class Slot:
         self._view = payload[:0]
 
     def view(self, num_bytes: int) -> memoryview:
-        """The first bytes of the payload; one object while the size stays."""
+        """Return the first bytes of the payload; one object while the size stays."""
         if self._view.nbytes != num_bytes:
             self._view = self.payload[:num_bytes]
         return self._view
@@ -59,7 +59,7 @@ class Ring:
     Attributes:
         headers: 32 bytes each.
         slot_indices: One uint32 each.
-        slots: As many as headers.
+        slots: One per header.
         num_freed: One uint64: how many frames the receiver is done with.
     """
 
@@ -107,7 +107,7 @@ class ChannelMemory:
 
     @classmethod
     def create(cls: type[_SelfT], layout: SlotLayout) -> _SelfT:
-        """Make the memory; pages are taken as frames touch them.
+        """Allocate the memory; pages are taken as frames touch them.
 
         Raises:
             OSError: No memory, no descriptors, or a kernel without memfd.
@@ -155,7 +155,7 @@ class ChannelMemory:
         return cls(layout, descriptors)
 
     def signal(self, index: int, sock: socket.socket, spin_ns: int) -> Signal:
-        """One of the counters, for one side of it."""
+        """Return the waiting or posting side of a counter, by its index."""
         address = self._address + index * _SIGNAL_STRIDE
         return Signal(
             counter=address,

@@ -78,7 +78,7 @@ def receive_message(
 
 
 def message_decoder(allowed: Any) -> msgspec.msgpack.Decoder[Any]:
-    """Decoder for a message class or a union of them."""
+    """Return a decoder for a message class or a union of them."""
     return msgspec.msgpack.Decoder(allowed)
 
 

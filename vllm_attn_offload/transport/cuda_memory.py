@@ -28,7 +28,7 @@ class DeviceMemory(Protocol):
 
     Attributes:
         descriptor: File descriptor that another process can map.
-        bytes: All of it, uint8.
+        bytes: uint8 ``[num_bytes]``, all of it.
     """
 
     descriptor: int
@@ -42,20 +42,20 @@ class SharedDevice(Protocol):
     """A device that shares its memory with other processes of the host.
 
     Attributes:
-        name: Of the one physical device, as long as the host runs.
+        name: Identifies the physical device, as long as the host runs.
     """
 
     name: str
 
     def allocate(self, num_bytes: int) -> DeviceMemory:
-        """New memory.
+        """Allocate memory.
 
         Raises:
             OSError: There is none.
         """
 
     def map(self, descriptor: int, num_bytes: int) -> DeviceMemory:
-        """Memory of another process; the descriptor is owned from here on.
+        """Map memory of another process; the descriptor is owned from here on.
 
         Raises:
             OSError: It is no device memory of that size, or this device cannot reach
@@ -65,7 +65,7 @@ class SharedDevice(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """What a memory node shares of its device: bytes of a slot, each way."""
+    """Device that a memory node shares, and the bytes of a slot, each way."""
 
     device: SharedDevice
     request_bytes: int
@@ -113,12 +113,20 @@ class CudaDevice:
         self.name = str(torch.cuda.get_device_properties(index).uuid)
 
     def allocate(self, num_bytes: int) -> CudaMemory:
-        """New memory of the GPU."""
+        """Allocate memory of the GPU.
+
+        Raises:
+            OSError: There is none, or it cannot be shared.
+        """
         memory = MappedMemory.allocate(num_bytes, self._device.index)
         return CudaMemory(memory, self._device)
 
     def map(self, descriptor: int, num_bytes: int) -> CudaMemory:
-        """Memory that another process allocated with `allocate`."""
+        """Map memory that another process allocated with `allocate`.
+
+        Raises:
+            OSError: It is no memory of that size, or out of the GPU's reach.
+        """
         memory = MappedMemory.map(descriptor, num_bytes, self._device.index)
         return CudaMemory(memory, self._device)
 
@@ -152,14 +160,14 @@ class MappedMemory:
 
     Attributes:
         descriptor: File descriptor that another process can map.
-        address: Where it is.
-        num_bytes: How long it is: whole pages of the GPU.
+        address: First byte, as seen from this process and its kernels.
+        num_bytes: Size in whole pages of the GPU.
 
     Args:
-        handle: Of the allocation; used up.
-        descriptor: Of the allocation; owned from here on.
-        num_bytes: Of the allocation.
-        gpu: Which GPU reads and writes it.
+        handle: The driver's handle of the allocation; used up.
+        descriptor: File descriptor of the allocation; owned from here on.
+        num_bytes: Size of the allocation, in whole pages.
+        gpu: Index of the GPU that reads and writes it.
 
     Raises:
         OSError: It is smaller, or out of the GPU's reach.
@@ -184,7 +192,7 @@ class MappedMemory:
 
     @classmethod
     def allocate(cls, num_bytes: int, gpu: int) -> MappedMemory:
-        """New memory.
+        """Allocate memory.
 
         Raises:
             OSError: There is none, or it cannot be shared.
@@ -203,7 +211,7 @@ class MappedMemory:
 
     @classmethod
     def map(cls, descriptor: int, num_bytes: int, gpu: int) -> MappedMemory:
-        """What another process allocated with as many bytes.
+        """Map what another process allocated with ``num_bytes``.
 
         Raises:
             OSError: It is no memory of that size, or out of the GPU's reach.
@@ -251,7 +259,7 @@ def tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tenso
 
 
 def _whole_pages(num_bytes: int, gpu: int) -> tuple[_Properties, int]:
-    """How memory is allocated, and its size: both sides round up alike."""
+    """Return how memory is allocated, and its size; both sides round up alike."""
     properties = _Properties(
         type=1,  # pinned, the only one there is
         handle_types=_DESCRIPTOR,

@@ -49,11 +49,14 @@ class DeviceMemoryTransport(SharedMemoryTransport):
         self._until: Callable[[], None] | None = None
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether rows of that size can be sent."""
+        """True if rows of that size can be sent."""
         return num_bytes <= self._max_bytes_out
 
     def rows_buffer(self, num_bytes: int) -> torch.Tensor:
-        """Device memory of the next frame's rows, uint8; `send` takes no payload then.
+        """Lend device memory for the next frame's rows; `send` takes no payload then.
+
+        Returns:
+            uint8 ``[num_bytes]``, valid until that `send`.
 
         Raises:
             OSError: The peer is gone, or took nothing for the transport's deadline.
@@ -71,7 +74,10 @@ class DeviceMemoryTransport(SharedMemoryTransport):
         return slots[self._taken][:num_bytes]
 
     def receive_rows(self, num_bytes: int) -> torch.Tensor:
-        """Rows of the current frame, valid until the next one is received.
+        """Return the rows of the current frame.
+
+        Returns:
+            uint8 ``[num_bytes]``, valid until the next frame is received.
 
         Raises:
             ProtocolError: They do not fit the frame's slot.
@@ -103,7 +109,7 @@ class DeviceMemoryTransport(SharedMemoryTransport):
 
 
 def rows_num_bytes(layout: SlotLayout) -> int:
-    """Bytes of device memory that a channel needs."""
+    """Return the bytes of device memory that a channel needs."""
     return layout.num_slots * (
         _aligned(layout.request_bytes) + _aligned(layout.reply_bytes)
     )
@@ -112,7 +118,15 @@ def rows_num_bytes(layout: SlotLayout) -> int:
 def row_slots(
     memory: torch.Tensor, layout: SlotLayout
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Slots of requests, and of replies behind them."""
+    """Cut device memory into slots of requests, and of replies behind them.
+
+    Args:
+        memory: uint8 ``[rows_num_bytes(layout)]`` or more.
+        layout: Number of slots, and bytes of a request and a reply.
+
+    Returns:
+        Views, uint8 ``[request_bytes]`` and ``[reply_bytes]``, one per slot.
+    """
     slots: list[list[torch.Tensor]] = []
     begin = 0
     for size in (layout.request_bytes, layout.reply_bytes):

@@ -40,7 +40,7 @@ from vllm_attn_offload.transport.spin_policy import (
 logger = logging.getLogger(__name__)
 _worker_logger = logging.getLogger(f"vllm.{__name__}")
 
-#: What a worker logs where rows of decode steps pass no host.
+#: A worker logs it where rows of decode steps pass no host.
 ROWS_ARE_SHARED = "Rows of decode steps pass through memory of the memory node's GPU"
 #: Unread frames each way: STEP and LAYER of two micro-batches.
 NUM_SLOTS = 4
@@ -54,7 +54,7 @@ def offer_channel(
     Args:
         sock: Connection to the node.
         num_threads: Threads that work while the node waits.
-        device: What the worker computes on, where it can map memory of others there.
+        device: The worker's device, where it can map memory of others there.
     """
     shares = sock.family == socket.AF_UNIX and load_waits() is not None
     return ChannelOffer(
@@ -78,7 +78,7 @@ def open_worker_channel(
         sock: Connection on which ``attached`` came; owned by the transport.
         attached: The node's answer.
         timeout_s: Longest pause of the node, in seconds.
-        device: As offered.
+        device: The one that was offered.
 
     Raises:
         OSError: The node is gone, or its memory cannot be mapped.

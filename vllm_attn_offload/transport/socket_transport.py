@@ -20,7 +20,8 @@ class SocketTransport(Transport):
 
     Args:
         sock: Connected TCP, TLS or Unix stream socket; owned from here on.
-        stall_timeout_s: Longest pause of the peer inside a frame, in seconds.
+        stall_timeout_s: Longest pause of the peer inside a frame, in seconds; a payload
+            has 1 s per MB more.
         spin_us: Longest spin before a wait for a frame blocks; needs the C library.
     """
 

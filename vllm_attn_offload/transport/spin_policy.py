@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a wait may spin: never on a CPU that a working thread could use."""
+"""Decides if a wait may spin: never on a CPU that a working thread could use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPIN_US = 100
 def spin_us(
     cpu_ids: set[int], num_threads: int, peer_cpu_ids: set[int], peer_num_threads: int
 ) -> int:
-    """Spin of both sides of a channel on one host, in microseconds.
+    """Return the spin of both sides of a channel on one host, in microseconds.
 
     While one side spins, the other works with all its threads.
     """
@@ -22,12 +22,12 @@ def spin_us(
 
 
 def remote_spin_us(cpu_ids: set[int]) -> int:
-    """Spin of a side whose peer works on another host, in microseconds."""
+    """Return the spin of a side with a peer on another host, in microseconds."""
     return SPIN_US if len(cpu_ids) > 1 else 0
 
 
 def process_cpu_ids() -> set[int]:
-    """CPUs of the calling thread and of its team.
+    """Return the CPUs of the calling thread and of its team.
 
     A thread that is pinned (one CPU per OpenMP thread) counts with all threads that
     are pinned as narrowly.
