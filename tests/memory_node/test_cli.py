@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import stat
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -75,6 +77,24 @@ def test_sigint_on_tcp(start: Callable[..., NodeProcess]) -> None:
     assert free in metrics
     assert node.stop(signal.SIGINT) == 0
     assert "Traceback" not in node.log()
+
+
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_default_address_is_for_one_user(variable: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_RUNTIME_DIR"}
+    environment[variable] = str(tmp_path)
+    with subprocess.Popen(
+        [COMMAND, *START], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        announced = process.stderr.readline()
+        (path,) = tmp_path.rglob("vllm-memory-node.sock")
+        assert f"ready on unix:{path}:" in announced
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        if variable == "TMPDIR":
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        ControlClient(f"unix:{path}", 5).close()
+        process.terminate()
 
 
 def test_address_taken(node: NodeProcess) -> None:

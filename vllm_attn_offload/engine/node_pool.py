@@ -24,6 +24,7 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import GIB, ReserveCapacity, Shard
+from vllm_attn_offload.transport.address import Address
 
 logger = get_logger(__name__)
 
@@ -65,6 +66,7 @@ class NodePool:
         Raises:
             MemoryNodeError: One of them cannot be started or reached.
         """
+        self._warn_of_open_nodes()
         timeout_s = self._config.startup_timeout_s
         with ThreadPoolExecutor(len(self._nodes)) as threads:
             joins = [threads.submit(node.join, timeout_s) for node in self._nodes]
@@ -78,6 +80,18 @@ class NodePool:
                     node.info.device,
                     node.pid,
                 )
+
+    def _warn_of_open_nodes(self) -> None:
+        """Name remote nodes that anybody may use: a token would have been asked for."""
+        addresses = self._config.memory_nodes + self._config.standby_nodes
+        remote = [each for each in addresses if not Address.parse(each).is_local]
+        if remote and not self._config.auth_token_file:
+            logger.warning(
+                "Attention offload: no token is set for %s, so whoever reaches them can "
+                "use them, and take their memory. Start them with --auth-token-file "
+                "and set auth_token_file.",
+                ", ".join(remote),
+            )
 
     def reserve(self, geometries: list[SessionGeometry], num_engines: int) -> list[int]:
         """Reserve memory on every node for every worker.

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import tempfile
+from pathlib import Path
 
 from vllm_attn_offload import __version__
 from vllm_attn_offload.memory_node.decode_attention import KERNELS
@@ -23,9 +25,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--listen",
         type=_address,
-        default=Address.parse("127.0.0.1:7600"),
         metavar="HOST:PORT|unix:PATH",
-        help="where engines connect (default: %(default)s; port 0 picks a free one)",
+        help="where engines connect (default: a Unix socket that only this user can "
+        "open, in XDG_RUNTIME_DIR or in a directory of its own; port 0 picks a free "
+        "one)",
     )
     parser.add_argument(
         "--device",
@@ -50,9 +53,23 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     _add_trust_options(parser)
     _add_other_options(parser)
     options = parser.parse_args(argv)
+    options.listen = options.listen or default_address()
     if problem := _trust_problem(options):
         parser.error(problem)
     return options
+
+
+def default_address() -> Address:
+    """Unix socket of this user, in a directory that no other user can write to.
+
+    Raises:
+        OSError: The directory cannot be made.
+    """
+    directory = os.environ.get("XDG_RUNTIME_DIR")
+    if not directory:
+        directory = f"{tempfile.gettempdir()}/vllm-memory-node-{os.geteuid()}"
+        Path(directory).mkdir(mode=0o700, exist_ok=True)
+    return Address(path=f"{directory}/vllm-memory-node.sock")
 
 
 def _add_other_options(parser: argparse.ArgumentParser) -> None:
