@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
-from vllm_attn_offload.planner.estimate.deployment import evaluate_offload
-from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.deployment import Estimate, evaluate_offload
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.workload import Workload
 from vllm_attn_offload.planner.hardware.catalogue import load_catalogue

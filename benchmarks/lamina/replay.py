@@ -14,7 +14,7 @@ from lamina.result import SimulationResult
 from lamina.scenario import simulate_homogeneous, simulate_offload
 
 from vllm_attn_offload.planner.estimate.compare import Comparison, compare
-from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError, Estimate
+from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError, Estimate
 from vllm_attn_offload.planner.estimate.traces import Request, read_trace
 from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.plan import add_question, positive, read_question
@@ -98,34 +98,26 @@ def simulate_comparison(
     """
     q = result.question
     offload, workload = q.offload, q.workload
-    runs: Runs = {}
-    refused: list[str] = []
+    attempts: dict[str, Callable[[], SimulationResult]] = {}
     for e in result.offloaded:
         engine = replace(offload, compute=_per_engine(offload.compute, e))
-        attempt = partial(simulate_offload, q.shape, engine, workload, requests)
+        run = partial(simulate_offload, q.shape, engine, workload, requests)
         n = e.num_micro_batches
-        run = partial(attempt, n, e.replicas, failures)
-        _try(f"{e.label}, n={n}", run, runs, refused)
+        attempts[f"{e.label}, n={n}"] = partial(run, n, e.replicas, failures)
     kinds = {d.device.name: d for d in (offload.memory, offload.compute)}
     for e in result.alternatives:
         # The label of homogeneous devices is COUNTxNAME.
         devices = replace(kinds[e.label.partition("x")[2]], count=e.num_devices)
-        engine_devices = _per_engine(devices, e)
-        run = partial(simulate_homogeneous, q.shape, engine_devices, e.replicas)
-        _try(e.label, partial(run, workload, requests), runs, refused)
+        alone = partial(simulate_homogeneous, q.shape, _per_engine(devices, e))
+        attempts[e.label] = partial(alone, e.replicas, workload, requests)
+    runs: Runs = {}
+    refused: list[str] = []
+    for label, attempt in attempts.items():
+        try:
+            runs[label] = attempt()
+        except DoesNotFitError as error:
+            refused.append(f"{label}: {error}")
     return runs, refused
-
-
-def _try(
-    label: str,
-    attempt: Callable[[], SimulationResult],
-    runs: Runs,
-    refused: list[str],
-) -> None:
-    try:
-        runs[label] = attempt()
-    except DoesNotFitError as error:
-        refused.append(f"{label}: {error}")
 
 
 def _table(runs: Mapping[str, SimulationResult]) -> str:

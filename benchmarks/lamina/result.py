@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError
+from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError
 
 
 @dataclass(slots=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_attn_offload.planner.estimate.deployment import (
+    Estimate,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.estimate.estimate import Estimate
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.traces import Request, read_trace, summarize
 from vllm_attn_offload.planner.estimate.workload import Workload

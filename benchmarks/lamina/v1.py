@@ -22,10 +22,10 @@ from lamina.section import (
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
+    DoesNotFitError,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.workload import Workload
 from vllm_attn_offload.planner.hardware.device_count import DeviceCount

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +13,16 @@ import pytest
 import torch
 
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+from vllm_attn_offload.planner.calibrate import time_engine
 from vllm_attn_offload.planner.calibrate.calibration import (
     layer_matrices,
     write_hardware,
 )
-from vllm_attn_offload.planner.calibrate.engine_probe import EngineProbe, EngineTime
+from vllm_attn_offload.planner.calibrate.engine_probe import (
+    CHILD,
+    EngineProbe,
+    EngineTime,
+)
 from vllm_attn_offload.planner.calibrate.node_probe import (
     NodeProbe,
     fit_nonnegative,
@@ -139,6 +145,13 @@ def test_engine_probe_splits_a_step() -> None:
     for b in rate:
         step_s = cost.model_time(shape, device, 1, b)
         assert step_s + time(b).exchange_s == pytest.approx(time(b).step_s, rel=1e-4)
+
+
+def test_engine_probe_names_its_child() -> None:
+    """Two strings that vLLM and Python resolve in other processes."""
+    module, _, name = time_engine.EXTENSION.rpartition(".")
+    assert getattr(importlib.import_module(module), name) is time_engine.LayerTimer
+    assert time_engine.__name__ == CHILD
 
 
 def test_engine_probe_survives_noise() -> None:

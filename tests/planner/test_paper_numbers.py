@@ -9,10 +9,10 @@ import pytest
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
+    Estimate,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.estimate.estimate import Estimate
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.workload import Workload
 from vllm_attn_offload.planner.hardware.catalogue import Catalogue

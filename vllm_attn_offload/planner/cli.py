@@ -12,18 +12,13 @@ from vllm_attn_offload.planner.calibrate.command import add_calibrate, run_calib
 from vllm_attn_offload.planner.plan import add_plan, run_plan
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of both subcommands."""
+def main(argv: Sequence[str]) -> int:
+    """Run `plan` or `calibrate`; returns the exit status (2: bad input)."""
     parser = argparse.ArgumentParser(prog="vllm-attn-offload", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_plan(commands)
     add_calibrate(commands)
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run `plan` or `calibrate`; returns the exit status (2: bad input)."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     run = run_plan if args.command == "plan" else run_calibrate
     try:
         return run(args)

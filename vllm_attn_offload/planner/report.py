@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_attn_offload.planner.estimate.compare import ALPHA, Comparison, Ratio
-from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.deployment import Estimate
 
 WIDTH = 88
 MAX_RATIOS = 15

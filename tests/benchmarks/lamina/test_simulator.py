@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from lamina.conditions import Failures, NodeLoss, SimulationConfig
-from lamina.scenario import simulate_offload
-from lamina.simulator import simulate
+from lamina.scenario import simulate, simulate_offload
 
 from vllm_attn_offload.planner.estimate.deployment import evaluate_offload
 from vllm_attn_offload.planner.estimate.offload import Offload

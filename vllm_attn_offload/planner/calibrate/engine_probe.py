@@ -37,8 +37,7 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class EngineTime:
-    """Seconds of one decode step: all of it, its layers, and their exchanges; requests
-    have `context` tokens."""
+    """Seconds of a decode step, its layers and their exchanges, at `context` tokens."""
 
     step_s: float
     layers_s: float
@@ -61,13 +60,13 @@ class EngineProbe:
     """Per-step and per-layer overheads, and GEMM rates, of vLLM itself.
 
     Args:
-        model: What vLLM serves; its weights are not read.
-        dtype: As vLLM takes it.
-        shape: Of `model` in that dtype.
+        model: Model that vLLM serves; its weights are not read.
+        dtype: vLLM's ``dtype`` option.
+        shape: Sizes of `model` in that dtype.
         addresses: Memory nodes that attend.
-        gemm: Rows and seconds per 1e9 bytes of weights, by torch alone.
-        node: A memory node as NodeProbe measured it.
-        network: Likewise.
+        gemm: (rows, seconds per 1e9 bytes of weights), by torch alone.
+        node: Memory node as NodeProbe measured it.
+        network: Network as NodeProbe measured it.
         cpus: CPUs of the worker; empty: vLLM's choice.
         trust: Options of the engine that name its token and certificates.
     """
@@ -107,7 +106,7 @@ class EngineProbe:
         )
 
     def latency_us(self, times: Sequence[tuple[int, EngineTime]]) -> float:
-        """Fixed part of an exchange in the engine, where the node has slept longer.
+        """Microseconds of an exchange's fixed part, where the node has slept longer.
 
         What is left of the exchanges after attention and bytes, by the node and the
         network as measured; the median over the batches.

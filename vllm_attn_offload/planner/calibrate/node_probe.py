@@ -20,6 +20,7 @@ from vllm_attn_offload.protocol.geometry import (
     LayerGeometry,
     SessionGeometry,
 )
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 # Requests x tokens. The first is the emptiest exchange, the last the largest frames.
@@ -39,7 +40,7 @@ def model_geometry(
     dtype: Dtype,
     block_size: int,
 ) -> SessionGeometry:
-    """Equal layers in one KV group; more than MAX_LAYERS measure nothing new."""
+    """Equal layers in one KV cache group; at most MAX_LAYERS, as more add nothing."""
     layers = [
         LayerGeometry(
             name=f"layers.{index}",
@@ -79,7 +80,7 @@ def fit_nonnegative(
 
 @dataclass(slots=True)
 class NodeProbe:
-    """The exchange of one layer over batch and context, on all nodes of an engine.
+    """Exchange of one layer over batch and context, on all nodes of an engine.
 
     A layer takes latency + rows x wire bytes / bandwidth on the way, and on the node
     call + rows x row + KV bytes / bandwidth (Lamina, arXiv 2405.01814, section 3, with
@@ -88,9 +89,9 @@ class NodeProbe:
     Args:
         addresses: Running memory nodes.
         geometry: Layers of the model.
-        between: What the compute side does before the exchange of `rows` rows.
-        grid: Requests and tokens of the points.
-        credentials: What to show the nodes.
+        between: For a number of rows, the call to make before each exchange.
+        grid: (requests, tokens of each) of the points.
+        credentials: Token and certificates for the nodes.
     """
 
     addresses: Sequence[str]
@@ -131,7 +132,7 @@ class NodeProbe:
         """Bytes that one row exchanges with all nodes, in the planner's own terms."""
         layer = self.geometry.layers[0]
         heads = layer.num_query_heads, layer.num_kv_heads, layer.head_size
-        item = 4.0 if self.geometry.dtype == "float32" else 2.0
+        item = DTYPE_BYTES[self.geometry.dtype]
         shape = ModelShape("", 0, (gqa_layers(1, *heads),), 0, 0, activation_bytes=item)
         num_nodes = len(self.addresses)
         kind, _ = choose_partition("auto", self.geometry, num_nodes)
@@ -139,8 +140,8 @@ class NodeProbe:
 
     def _result(self, capacity: int, devices: list[str]) -> ProbeResult:
         layer = self.geometry.layers[0]
-        item = 4 if self.geometry.dtype == "float32" else 2
-        kv = layer.num_kv_heads * (layer.head_size + layer.v_head_size) * item
+        kv = layer.num_kv_heads * (layer.head_size + layer.v_head_size)
+        kv *= DTYPE_BYTES[self.geometry.dtype]
         rows = [float(batch) for batch, _, _ in self.points]
         ones = [1.0] * len(rows)
         num_bytes = [b * c * kv / len(self.addresses) for b, c, _ in self.points]

@@ -23,6 +23,7 @@ from vllm_attn_offload.client.partition import (
 )
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
@@ -38,8 +39,10 @@ FILL_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """Seconds of one layer: the whole exchange, and the slowest node's own work in it
-    (storing, attending). Medians over steps of a step's mean."""
+    """Seconds of one layer: its exchange, and the slowest node's work within.
+
+    Medians over steps of a step's mean; work is storing and attending.
+    """
 
     exchange_s: float
     attend_s: float
@@ -52,10 +55,10 @@ class NodeSession:
 
     Args:
         addresses: Running memory nodes.
-        geometry: Layers, all alike, in one KV group.
-        num_tokens: Size of the pool.
+        geometry: Layers, all alike, in one KV cache group.
+        num_tokens: Tokens that the pool holds.
         max_num_reqs: Largest batch.
-        credentials: What to show the nodes, and to ask of them.
+        credentials: Token and certificates, for both sides.
 
     Raises:
         MemoryNodeError: A node is gone, or refuses.
@@ -120,6 +123,9 @@ class NodeSession:
         Args:
             between: Called before every exchange, as an engine computes there: the
                 nodes wait, and caches hold other things when q, k, v arrive.
+
+        Raises:
+            MemoryNodeError: A node is gone, or refuses.
         """
         qkv, output = self._rows(batch)
         step_data = self._decode_step(batch, context)
@@ -175,8 +181,8 @@ class NodeSession:
     def _bytes_to_reserve(self, control: ControlClient) -> int:
         """The pool, with a quarter more for a layout that pads its blocks."""
         layer = self._shard.layers[0]
-        item_bytes = 4 if self.geometry.dtype == "float32" else 2
-        row = layer.num_kv_heads * (layer.head_size + layer.v_head_size) * item_bytes
+        row = layer.num_kv_heads * (layer.head_size + layer.v_head_size)
+        row *= DTYPE_BYTES[self.geometry.dtype]
         tokens = (self._num_blocks + 1) * self._block_size
         wanted = int(1.25 * tokens * row * len(self._shard.layers))
         return max(min(wanted, control.info.kv_bytes_free), 1)

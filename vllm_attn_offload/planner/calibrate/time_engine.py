@@ -23,7 +23,7 @@ else:
     _WorkerBase = object
 
 WARM_UP_STEPS, WINDOW_STEPS, MIN_WINDOWS, MAX_WINDOWS = 3, 4, 2, 18
-#: Every batch is timed so often, with the others in between.
+#: Times that every batch is measured, with the others in between.
 NUM_ROUNDS = 2
 CONTEXT = 16
 MAX_TOKENS = 2 * WINDOW_STEPS * MAX_WINDOWS
@@ -82,15 +82,13 @@ class TimedEngine:
         self._num_requests = 0
 
     def warm_up(self, batch: int, seconds: float) -> None:
-        """Run steps whose times do not count: an engine's first seconds can be slower
-        (115 ms a step and later 60 were seen, SmolLM2-135M on 2 cores)."""
+        """Run steps whose times do not count: an engine's first seconds are slower."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             self.measure(batch, end - time.perf_counter())
 
     def measure(self, batch: int, budget_s: float) -> dict[str, float]:
-        """Seconds of a step, of its layers, and of the exchanges in these; and the
-        tokens of a request on average."""
+        """Seconds of a step, its layers and their exchanges; tokens of a request."""
         names = self._add_requests(batch)
         engine = self._llm.llm_engine
         started: set[str] = set()

@@ -9,10 +9,11 @@ from functools import partial
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.estimate.deployment import (
+    DoesNotFitError,
+    Estimate,
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.estimate.estimate import DoesNotFitError, Estimate
 from vllm_attn_offload.planner.estimate.question import Question
 from vllm_attn_offload.planner.estimate.verdict import notes, verdict
 from vllm_attn_offload.planner.hardware.device import Device

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_attn_offload.planner.estimate.estimate import Estimate
+from vllm_attn_offload.planner.estimate.deployment import Estimate
 from vllm_attn_offload.planner.estimate.offload import Offload
 
 # Smaller differences are within the model's error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 EFFICIENCIES = ("compute_efficiency", "memory_efficiency", "attention_efficiency")
 OVERHEADS = (
@@ -62,13 +63,9 @@ class Device:
 
     def ideal(self) -> Device:
         """The datasheet roofline: every efficiency 1, no overheads, no measurements."""
-        return replace(
-            self,
-            **dict.fromkeys(OVERHEADS, 0.0),
-            **dict.fromkeys(EFFICIENCIES, 1.0),
-            attention_gbps=None,
-            gemm_curve=(),
-        )
+        ideal: dict[str, Any] = dict.fromkeys(EFFICIENCIES, 1.0)
+        ideal |= dict.fromkeys(OVERHEADS, 0.0)
+        return replace(self, **ideal, attention_gbps=None, gemm_curve=())
 
     def usd_per_hour(self, price_list: str | None) -> float:
         """Price in `price_list`, or the first price where that list has none.
