@@ -78,6 +78,21 @@ def test_attend(library: CpuKernelLibrary, name: str) -> None:
     check(library, CASES[name])
 
 
+@pytest.mark.parametrize("window", [0, 700])
+@pytest.mark.parametrize("causal", [True, False])
+def test_whole_tables_are_cut_as_if_counted(
+    library: CpuKernelLibrary, causal: bool, window: int
+) -> None:
+    """Blocks in order are counted by a formula: the same cuts, so the same bits."""
+    case = Case([(3001, 70), (9000, 1), (5, 1)], (4, 2), threads=3, window=window)
+    results = []
+    for share in (None, (0, 1)):
+        step = Step(library, replace(case, share=share, causal=causal))
+        results.append(step.run())
+        step.close()
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_attend_rounds_output(library: CpuKernelLibrary, dtype: torch.dtype) -> None:
     step = Step(library, Case(RAGGED, dtype=dtype))

@@ -40,12 +40,13 @@ int32_t AoPlan::build(const AoPlanInput& input, int num_threads) {
   group_ = input.num_query_heads / num_kv_heads;
   causal_ = input.causal != 0;
   sliding_window_ = input.sliding_window;
+  is_in_order_ = input.block_positions == nullptr && input.block_lens == nullptr;
   const int32_t status = read_sequences(input);
   if (status != AO_OK) {
     clear();
     return status;
   }
-  split(num_threads, measure(sliding_window_));
+  split(num_threads, measure());
   reserve_partials();
   return AO_OK;
 }
@@ -72,7 +73,7 @@ int32_t AoPlan::read_blocks(const AoPlanInput& input, int32_t sequence) {
   const int32_t seq_len = input.seq_lens[sequence];
   const bool is_read = sequences_.back().query_len > 0;
   int64_t count = input.max_blocks;
-  if (input.block_positions == nullptr && input.block_lens == nullptr) {
+  if (is_in_order_) {
     count = (int64_t{seq_len} + g.block_size - 1) / g.block_size;
     if (count > input.max_blocks) return AO_BAD_LENGTH;
   }
@@ -109,19 +110,40 @@ int32_t AoPlan::block_tiles(const BlockRef& block, const Rows& rows,
   return begin == end ? 0 : (end + kTile - 1) / kTile - begin / kTile;
 }
 
+// Tiles of all blocks that these rows read. Between the first and the last visible
+// block all are read whole: not counted one by one, which takes longer than planning.
+int64_t AoPlan::visible_tiles(const Rows& rows) const {
+  const size_t sequence = size_t(rows.sequence);
+  int32_t first = block_begin_[sequence];
+  const int32_t end = block_begin_[sequence + 1];
+  int64_t tiles = 0;
+  while (first < end) {
+    tiles += block_tiles(blocks_[size_t(first)], rows, sliding_window_);
+    ++first;
+    if (is_in_order_ && tiles > 0) break;
+  }
+  int32_t last = end;
+  while (last > first) {
+    --last;
+    const int32_t read = block_tiles(blocks_[size_t(last)], rows, sliding_window_);
+    tiles += read;
+    if (is_in_order_ && read > 0) break;
+  }
+  const int32_t block_size = cache_->geometry.block_size;
+  return tiles + int64_t{last - first} * ((block_size + kTile - 1) / kTile);
+}
+
 // Loading a tile costs about as much as multiplying it by two rows.
 int32_t AoPlan::tile_cost(const Rows& rows) const { return rows.row_count + 2; }
 
-int64_t AoPlan::measure(int32_t sliding_window) {
+int64_t AoPlan::measure() {
   int64_t total = 0;
   for (int32_t s = 0; s < int32_t(sequences_.size()); ++s) {
     const int32_t rows = sequences_[size_t(s)].query_len * group_;
     for (int32_t row = 0; row < rows; row += kMaxRows) {
       const Rows tile = tile_of_rows(s, row);
-      int64_t tiles = 2;  // reading the query and writing the output
-      for (int32_t b = block_begin_[size_t(s)]; b < block_begin_[size_t(s) + 1]; ++b)
-        tiles += block_tiles(blocks_[size_t(b)], tile, sliding_window);
-      costs_.push_back(tiles * tile_cost(tile));
+      // Two more for reading the query and writing the output.
+      costs_.push_back((visible_tiles(tile) + 2) * tile_cost(tile));
       total += costs_.back();
     }
   }

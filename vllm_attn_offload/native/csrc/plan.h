@@ -32,7 +32,7 @@ struct AoPlan {
   void clear();
   int32_t read_sequences(const AoPlanInput& input);
   int32_t read_blocks(const AoPlanInput& input, int32_t sequence);
-  int64_t measure(int32_t sliding_window);
+  int64_t measure();
   void split(int num_threads, int64_t total_cost);
   void add_piece(const attn_offload::Rows& rows, int64_t cost, int64_t target);
   void close_chunk(int64_t cost, int64_t target);
@@ -40,6 +40,7 @@ struct AoPlan {
   attn_offload::Rows tile_of_rows(int32_t sequence, int32_t row) const;
   int32_t block_tiles(const attn_offload::BlockRef& block,
                       const attn_offload::Rows& rows, int32_t window) const;
+  int64_t visible_tiles(const attn_offload::Rows& rows) const;
   int32_t tile_cost(const attn_offload::Rows& rows) const;
   void begin_layer();
   int32_t num_chunks() const { return int32_t(chunk_begin_.size()) - 1; }
@@ -55,6 +56,7 @@ struct AoPlan {
   int32_t group_ = 1;
   bool causal_ = true;
   int32_t sliding_window_ = 0;
+  bool is_in_order_ = true;  // every block is here: i * block_size is its position
   std::vector<attn_offload::SequenceRef> sequences_;
   std::vector<int32_t> block_begin_;  // of each sequence, and the end
   std::vector<attn_offload::BlockRef> blocks_;
