@@ -36,13 +36,8 @@ class Failures:
 class SimulationConfig:
     """Limits of an engine as in vLLM, and failures.
 
-    Attributes:
-        kv_tokens: KV capacity of one engine, in tokens.
-        num_nodes: Memory nodes that hold it.
-        max_num_seqs: Bound on the running requests.
-        max_batched_tokens: Prompt tokens of a step.
-        seed: Of the stragglers.
-        max_chunk: Steps that may be simulated as one.
+    `kv_tokens` is the capacity of one engine on its `num_nodes` memory nodes,
+    `max_chunk` the number of steps that may be simulated as one.
     """
 
     kv_tokens: int

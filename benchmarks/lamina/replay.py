@@ -14,9 +14,8 @@ from lamina.result import SimulationResult
 from lamina.scenario import simulate_homogeneous, simulate_offload
 
 from vllm_attn_offload.planner.estimate.compare import Comparison, compare
-from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError, Estimate
+from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError
 from vllm_attn_offload.planner.estimate.traces import Request, read_trace
-from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.plan import add_question, positive, read_question
 from vllm_attn_offload.planner.report import format_table
 
@@ -100,7 +99,7 @@ def simulate_comparison(
     offload, workload = q.offload, q.workload
     attempts: dict[str, Callable[[], SimulationResult]] = {}
     for e in result.offloaded:
-        engine = replace(offload, compute=_per_engine(offload.compute, e))
+        engine = replace(offload, compute=offload.compute.split(e.replicas))
         run = partial(simulate_offload, q.shape, engine, workload, requests)
         n = e.num_micro_batches
         attempts[f"{e.label}, n={n}"] = partial(run, n, e.replicas, failures)
@@ -108,7 +107,7 @@ def simulate_comparison(
     for e in result.alternatives:
         # The label of homogeneous devices is COUNTxNAME.
         devices = replace(kinds[e.label.partition("x")[2]], count=e.num_devices)
-        alone = partial(simulate_homogeneous, q.shape, _per_engine(devices, e))
+        alone = partial(simulate_homogeneous, q.shape, devices.split(e.replicas))
         attempts[e.label] = partial(alone, e.replicas, workload, requests)
     runs: Runs = {}
     refused: list[str] = []
@@ -131,7 +130,3 @@ def _table(runs: Mapping[str, SimulationResult]) -> str:
         for label, r in runs.items()
     ]
     return format_table(header, rows)
-
-
-def _per_engine(devices: DeviceCount, estimate: Estimate) -> DeviceCount:
-    return replace(devices, count=devices.count // estimate.replicas)

@@ -13,11 +13,7 @@ from vllm_attn_offload.planner.estimate.deployment import DoesNotFitError
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters of one engine.
-
-    `tbt` holds (seconds of a step, tokens generated at that pace); `loaded_*` end when
-    the last request is admitted.
-    """
+    """Counters of one engine; `tbt` holds (seconds of a step, tokens at that pace)."""
 
     generated: int = 0
     finished: int = 0

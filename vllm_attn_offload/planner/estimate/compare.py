@@ -37,12 +37,9 @@ Ratio = tuple[DeviceCount, DeviceCount | None, Estimate]
 class Comparison:
     """All deployments of one question, and the answer.
 
-    Attributes:
-        offloaded: One estimate per number of micro-batches that fits.
-        alternatives: Homogeneous devices of about the same cost.
-        refused: Sentences on deployments that do not fit.
-        min_network_gbps: 1e9 bits/s per port that keep wire time within ALPHA.
-        price_list: Its name; "mixed" where there is no common one, "none" without.
+    `offloaded` has one estimate per number of micro-batches, `refused` sentences on
+    what does not fit, `min_network_gbps` the 1e9 bits/s per port that keep wire time
+    within ALPHA. `price_list` is "mixed" without a common list, "none" without prices.
     """
 
     question: Question

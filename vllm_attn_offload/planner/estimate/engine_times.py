@@ -32,7 +32,7 @@ class EngineTimes:
 
     def split(self, num_engines: int) -> EngineTimes:
         """One of `num_engines` engines with the devices of this one."""
-        compute = replace(self.compute, count=self.compute.count // num_engines)
+        compute = self.compute.split(num_engines)
         return replace(self, compute=compute, num_engines=num_engines)
 
     @property

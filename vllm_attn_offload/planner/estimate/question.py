@@ -14,10 +14,8 @@ from vllm_attn_offload.planner.model.shape import ModelShape
 class Question:
     """Does ``offload`` pay for this model and workload?
 
-    Attributes:
-        num_micro_batches: Largest number of micro-batches to consider.
-        price_list: Price list of the catalogue; None: the first one that both kinds
-            of device are on.
+    `num_micro_batches` is the largest number to consider; without a `price_list` the
+    first one with both kinds of device is used.
     """
 
     shape: ModelShape

@@ -19,6 +19,10 @@ class DeviceCount:
     def __str__(self) -> str:
         return f"{self.count}x{self.device.name}"
 
+    def split(self, parts: int) -> DeviceCount:
+        """One of `parts` equal parts."""
+        return DeviceCount(self.device, self.count // parts)
+
 
 def common_price_list(devices: Sequence[Device]) -> str | None:
     """The first price list that prices every device, or None."""
