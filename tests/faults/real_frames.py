@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from paged_batch import PagedBatch
 from raw_session import encode_step, make_geometry
@@ -57,6 +58,25 @@ def real_frames() -> list[bytes]:
         kv = qkv[:, 4 * 16 :]
         frames += layers(10 + number, kv, FrameFlag.WANT_ACK)
         frames += layers(10 + number, kv, FrameFlag.NONE)
+        frames += hostile_frames(number)
+    return frames
+
+
+def hostile_frames(number: int) -> list[bytes]:
+    """Steps at the edge of what is allowed: lengths, repeated ids, wide tables."""
+    frames = []
+    for micro_batch, (num_reqs, width, seq_len) in enumerate(
+        [(64, 64, 16 * NUM_BLOCKS), (1, 64, 16 * NUM_BLOCKS + 1), (64, 1, 0)]
+    ):
+        step = StepMetadata(
+            query_start_loc=np.arange(num_reqs + 1, dtype=np.int32),
+            seq_lens=np.full(num_reqs, seq_len, np.int32),
+            slot_mapping=np.full(num_reqs, -1, np.int64),
+            block_table=np.full((num_reqs, width), NUM_BLOCKS - 1, np.int32),
+        )
+        header = FrameHeader(FrameKind.STEP, step=20 + number, micro_batch=micro_batch)
+        frames.append(frame(header, encode_step(step)))
+        frames += layers(20 + number, torch.zeros(num_reqs, 8 * 16), FrameFlag.FUSED)
     return frames
 
 

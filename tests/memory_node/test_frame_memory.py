@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
 from node_process import NodeProcess, eventually, running_node
@@ -25,8 +26,10 @@ from raw_session import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameFlag
+from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 16
 GEOMETRY = make_geometry()
@@ -34,6 +37,8 @@ KV_BYTES = NUM_BLOCKS * 2 * 2 * 16 * 3 * 64 * 4
 TIMEOUT_S = 10.0
 #: A session has a pool of 768 KiB.
 MAX_KIB_PER_SESSION = 20
+#: What allocators and checks of arrays take in passing.
+SLACK_BYTES = 24 << 20
 NO_SLOTS = "gets no shared memory but frames on its socket"
 
 
@@ -89,6 +94,40 @@ def test_an_engine_leaves_room_for_others(node: NodeProcess) -> None:
             client.close()
 
 
+@pytest.mark.parametrize("kernel", ["cpp", "torch"])
+def test_plans_take_what_was_counted(kernel: str, tmp_path: Path) -> None:
+    """Tables as long and as wide as a session may send, for all micro-batches."""
+    num_reqs, num_blocks, width = 4096, 64, 512
+    with (
+        running_node(
+            tmp_path, "--kv-cache-gib", "0.25", "--attention-kernel", kernel
+        ) as node,
+        closing(ControlClient(node.address, TIMEOUT_S)) as control,
+    ):
+        come_and_go(node.address)
+        reserved = control.reserve(reservation(GEOMETRY, 4 * KV_BYTES))
+        request = msgspec.structs.replace(
+            session_of(reserved.reservation, num_blocks, width), max_num_reqs=num_reqs
+        )
+        sizes = FrameSizes(GEOMETRY, request)
+        counted = sum(sizes.longest()) + sizes.plan_bytes
+        before = peak_kib(node)
+        opened = control.open_session(request)
+        client = NodeClient(node.address, attach_request(opened, GEOMETRY), TIMEOUT_S)
+        step = StepMetadata(
+            query_start_loc=np.minimum(np.arange(num_reqs + 1), 2048).astype(np.int32),
+            seq_lens=np.full(num_reqs, 16 * num_blocks, np.int32),
+            slot_mapping=np.full(2048, -1, np.int64),
+            block_table=np.zeros((num_reqs, width), np.int32),
+        )
+        for number in range(1, 9):
+            client.post_step(number, number % 2, 0, encode_step(step))
+        control.ping(TIMEOUT_S)
+        assert eventually(lambda: control.stats().sessions[0].counters.num_steps == 8)
+        assert peak_kib(node) - before < (counted + SLACK_BYTES) >> 10
+        client.close()
+
+
 def test_sessions_leave_nothing(node: NodeProcess) -> None:
     """Neither descriptors nor threads, nor memory once the threads' heaps are warm."""
     process = psutil.Process(node.process.pid)
@@ -116,6 +155,12 @@ def come_and_go(address: str) -> None:
             )
             client.receive_out(layer, out)
         client.close()
+
+
+def peak_kib(node: NodeProcess) -> int:
+    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak)
 
 
 def anonymous_kib(node: NodeProcess) -> int:

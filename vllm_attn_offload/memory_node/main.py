@@ -192,11 +192,13 @@ def _serve_metrics(port: int, registry: CollectorRegistry) -> None:
 def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
     info = node.info()
     logger.info(
-        "ready on %s: device %s, attention kernel %s, %.2f GiB for KV blocks, CPUs %s",
+        "ready on %s: device %s, attention kernel %s, %.2f GiB for KV blocks, at most "
+        "%.2f GiB for frames and plans, CPUs %s",
         node.address,
         info.device,
         info.attention_kernel,
         info.kv_bytes_total / GIB,
+        node.max_frame_bytes / GIB,
         ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     )
     if options.ready_fd is not None:

@@ -90,6 +90,11 @@ class MemoryNode:
         self._listener = Listener(address, self._serve_connection)
         self.address = self._listener.address
 
+    @property
+    def max_frame_bytes(self) -> int:
+        """Budget for frames and plans of all engines, beside that for KV blocks."""
+        return self._reservations.max_frame_bytes
+
     def start(self) -> None:
         """Accept connections in the background."""
         self._listener.start()

@@ -113,13 +113,19 @@ class CudaDevice:
         self.name = str(torch.cuda.get_device_properties(index).uuid)
 
     def allocate(self, num_bytes: int) -> CudaMemory:
-        """Allocate memory of the GPU.
+        """Allocate memory of the GPU, all zero.
 
         Raises:
             OSError: There is none, or it cannot be shared.
         """
-        memory = MappedMemory.allocate(num_bytes, self._device.index)
-        return CudaMemory(memory, self._device)
+        import torch
+
+        mapped = MappedMemory.allocate(num_bytes, self._device.index)
+        memory = CudaMemory(mapped, self._device)
+        # It may hold data of another process.
+        memory.bytes.zero_()
+        torch.cuda.synchronize(self._device)
+        return memory
 
     def map(self, descriptor: int, num_bytes: int) -> CudaMemory:
         """Map memory that another process allocated with `allocate`.

@@ -47,11 +47,12 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Query rows of a request that are attended at once, and its tokens' slots."""
+    """Query rows of a request that are attended at once, and its int64 blocks."""
 
     begin: int
     end: int
-    slots: torch.Tensor
+    blocks: torch.Tensor
+    seq_len: int
 
 
 @dataclass(slots=True)
@@ -152,11 +153,9 @@ def _plan_request(
     seq_len = int(step.seq_lens[index])
     num_blocks = -(-seq_len // block_size)
     blocks = torch.from_numpy(step.block_table[index, :num_blocks].copy()).long()
-    offsets = torch.arange(block_size)
-    slots = (blocks[:, None] * block_size + offsets).flatten()[:seq_len]
     num_rows = max(1, _MAX_SCORES // max(1, seq_len))
     for first in range(begin, end, num_rows):
-        yield _Request(first, min(end, first + num_rows), slots)
+        yield _Request(first, min(end, first + num_rows), blocks, seq_len)
 
 
 def _attend_request(
@@ -164,14 +163,18 @@ def _attend_request(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend for one request; the query heads of a KV head are folded into rows."""
     num_rows, num_heads, head_size = query.shape
-    if not request.slots.numel():
+    if not request.seq_len:
         out = query.new_zeros(num_rows, num_heads, pool.layer.v_head_size)
         return out, torch.full((num_rows, num_heads), -torch.inf)
     num_kv_heads = pool.layer.num_kv_heads
     group = num_heads // num_kv_heads
     # In fp32: rounding probabilities to bf16 would part from vLLM's own CPU kernel.
-    key = pool.key[request.slots].transpose(0, 1).float()
-    value = pool.value[request.slots].transpose(0, 1).float()
+    # Not kept in the plan: they take 8 bytes a token.
+    offsets = torch.arange(pool.block_size)
+    slots = (request.blocks[:, None] * pool.block_size + offsets).flatten()
+    slots = slots[: request.seq_len]
+    key = pool.key[slots].transpose(0, 1).float()
+    value = pool.value[slots].transpose(0, 1).float()
     folded = (
         query.unflatten(1, (num_kv_heads, group))
         .permute(1, 2, 0, 3)
