@@ -123,7 +123,11 @@ class Ours:
             call.table_stride, call.num_query_heads = width, query.shape[1]
             self.library.plan_step(pool, plan, call)
             self.plans.append(plan)
-        return lambda layer: self.library.attend(pool, self.plans[layer], attend)
+
+        def attend_layer(layer: int) -> None:
+            self.library.attend(pool, self.plans[layer], attend)
+
+        return attend_layer
 
     def forget_plans(self) -> None:
         for plan in self.plans:

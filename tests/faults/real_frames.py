@@ -58,13 +58,12 @@ def real_frames() -> list[bytes]:
         kv = qkv[:, 4 * 16 :]
         frames += layers(10 + number, kv, FrameFlag.WANT_ACK)
         frames += layers(10 + number, kv, FrameFlag.NONE)
-        frames += hostile_frames(number)
     return frames
 
 
-def hostile_frames(number: int) -> list[bytes]:
-    """Steps at the edge of what is allowed: lengths, repeated ids, wide tables."""
-    frames = []
+def edge_frames() -> list[bytes]:
+    """Steps at, and behind, the edge: lengths, repeated ids, wide tables."""
+    frames, number = [], 1
     for micro_batch, (num_reqs, width, seq_len) in enumerate(
         [(64, 64, 16 * NUM_BLOCKS), (1, 64, 16 * NUM_BLOCKS + 1), (64, 1, 0)]
     ):
@@ -81,3 +80,4 @@ def hostile_frames(number: int) -> list[bytes]:
 
 
 FRAMES = real_frames()
+EDGE_FRAMES = edge_frames()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from node_process import NodeProcess
 from raw_session import RawSession
-from real_frames import FRAMES, GEOMETRY, NUM_BLOCKS
+from real_frames import EDGE_FRAMES, FRAMES, GEOMETRY, NUM_BLOCKS
 
 from vllm_attn_offload.protocol.frames import FrameKind
 
@@ -21,7 +21,7 @@ def streams(draw: st.DrawFn) -> bytes:
     stream = FRAMES[: draw(st.integers(0, len(FRAMES)))]
     for _ in range(draw(st.integers(1, 3))):
         position = draw(st.integers(0, len(stream)))
-        seed = draw(st.sampled_from(FRAMES))
+        seed = draw(st.sampled_from(FRAMES + EDGE_FRAMES))
         if draw(st.booleans()) and position < len(stream):
             seed = stream.pop(position)
         # Header and the counts in front of a STEP decide how the rest is read.

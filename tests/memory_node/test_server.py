@@ -116,7 +116,7 @@ def test_version_mismatch(node: NodeProcess) -> None:
         pytest.raises(MemoryNodeError, match=sentence),
     ):
         call(sock, node.address, theirs, NodeInfo, 5)
-    assert sentence in node.log()
+    assert eventually(lambda: sentence in node.log())
 
 
 @pytest.mark.parametrize(

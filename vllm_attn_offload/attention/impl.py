@@ -82,7 +82,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend to cached tokens on the nodes, and to those of prefills here.
+        """Attend to cached tokens on the nodes and to those of prefills here.
 
         Args:
             layer: The vLLM layer.
@@ -91,12 +91,8 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             value: ``[num_tokens, num_kv_heads, v_head_size]``.
             kv_cache: The one-block stub; never touched.
             attn_metadata: The step, or None in most profiling and warm-up runs.
-            output: ``[num_tokens, num_heads, v_head_size]``, filled in place; rows
+            output: ``[num_tokens, num_heads, v_head_size]``, filled and returned; rows
                 that only pad the batch stay as they are.
-            output_scale: Fused output quantisation, refused as its block scale is.
-
-        Returns:
-            ``output``.
 
         Raises:
             MemoryNodeError: A memory node is gone, too slow, or refused the layer.

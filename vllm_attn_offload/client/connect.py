@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from vllm_attn_offload.client.node_client import Attachment, NodeClient
@@ -12,7 +13,6 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import AttachSession
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
@@ -49,21 +49,18 @@ def connect_nodes(
     # Parts of several nodes are cut, and merged, on the host.
     device = device if len(attachments) == 1 else None
     clients: list[NodeClient] = []
-    try:
+    with contextlib.ExitStack() as opened:
         for each in attachments:
-            request = AttachSession(
-                each.session,
-                each.attach_token,
-                each.generation,
-                digest,
-                worker_kv_bytes,
-            )
-            clients.append(
-                NodeClient(each.address, request, timeout_s, credentials, device)
-            )
-    except MemoryNodeError:
-        for client in clients:
-            client.close()
-        raise
+            request = _request(each, digest, worker_kv_bytes)
+            client = NodeClient(each.address, request, timeout_s, credentials, device)
+            opened.callback(client.close)
+            clients.append(client)
+        opened.pop_all()
     partition = Partition(kind, tuple(each.num_blocks for each in attachments))
     return RemoteAttention(clients, partition, geometry, tolerate_loss=tolerate_loss)
+
+
+def _request(each: Attachment, digest: str, worker_kv_bytes: int) -> AttachSession:
+    return AttachSession(
+        each.session, each.attach_token, each.generation, digest, worker_kv_bytes
+    )

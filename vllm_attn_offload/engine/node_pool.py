@@ -87,9 +87,9 @@ class NodePool:
         remote = [each for each in addresses if not Address.parse(each).is_local]
         if remote and not self._config.auth_token_file:
             logger.warning(
-                "Attention offload: no token is set for %s, so whoever reaches them can "
-                "use them, and take their memory. Start them with --auth-token-file "
-                "and set auth_token_file.",
+                "Attention offload: no token is set for %s, so whoever reaches them "
+                "can use them, and take their memory. Start them with "
+                "--auth-token-file and set auth_token_file.",
                 ", ".join(remote),
             )
 

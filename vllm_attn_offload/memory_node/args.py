@@ -22,14 +22,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         description="Own the paged KV cache of vLLM engines and run their decode "
         "attention.",
     )
-    parser.add_argument(
-        "--listen",
-        type=_address,
-        metavar="HOST:PORT|unix:PATH",
-        help="where engines connect (default: a Unix socket that only this user can "
-        "open, in XDG_RUNTIME_DIR or in a directory of its own; port 0 picks a free "
-        "one)",
-    )
+    _add_listen_option(parser)
     parser.add_argument(
         "--device",
         type=_device,
@@ -57,6 +50,17 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if problem := _trust_problem(options):
         parser.error(problem)
     return options
+
+
+def _add_listen_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--listen",
+        type=_address,
+        metavar="HOST:PORT|unix:PATH",
+        help="where engines connect (default: a Unix socket that only this user can "
+        "open, in XDG_RUNTIME_DIR or in a directory of its own; port 0 picks a free "
+        "one)",
+    )
 
 
 def default_address() -> Address:

@@ -77,14 +77,8 @@ class Reservations:
             CapacityError: Less is free, or the node serves too many workers.
             ValueError: The geometry is wrong or no block fits.
         """
-        _check_geometry(request.geometry)
-        block_bytes = bytes_per_block(request.geometry, self._attention)
+        block_bytes = self._block_bytes(request)
         num_blocks = request.kv_bytes // block_bytes
-        if num_blocks < 1:
-            raise ValueError(
-                f"{request.kv_bytes:,} bytes of KV cache hold no block of "
-                f"{block_bytes:,} bytes. Raise kv_cache_gib."
-            )
         reservation = secrets.token_hex(8)
         kv_bytes = num_blocks * block_bytes
         with self._lock:
@@ -107,6 +101,16 @@ class Reservations:
             self.ledger.free_bytes / GIB,
         )
         return CapacityReserved(reservation, num_blocks, kv_bytes)
+
+    def _block_bytes(self, request: ReserveCapacity) -> int:
+        _check_geometry(request.geometry)
+        block_bytes = bytes_per_block(request.geometry, self._attention)
+        if request.kv_bytes < block_bytes:
+            raise ValueError(
+                f"{request.kv_bytes:,} bytes of KV cache hold no block of "
+                f"{block_bytes:,} bytes. Raise kv_cache_gib."
+            )
+        return block_bytes
 
     def open(self, request: OpenSession) -> SessionOpened:
         """Turn a reservation of the caller into a pool.

@@ -246,11 +246,10 @@ class Session:
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes
         transport.send(header)
-        counters = self._counters
-        counters.queue_s += started - asked
-        counters.attend_s += attended - started
+        self._counters.queue_s += started - asked
+        self._counters.attend_s += attended - started
         send_s = time.perf_counter() - attended
-        counters.add(
+        self._counters.add(
             planned.num_attended_tokens, layout.num_bytes, num_bytes, 0.0, send_s
         )
 

@@ -41,7 +41,7 @@ class Transport(ABC):
 
         Args:
             header: ``num_bytes`` must equal the sum of the payload's bytes.
-            payload: Contiguous byte views that are sent one after another. What
+            payload: Contiguous bytes ``[n]`` that are sent one after another. What
                 `payload_buffer` returned is not copied where memory is shared.
 
         Raises:
@@ -83,7 +83,7 @@ class Transport(ABC):
 
     @abstractmethod
     def receive_payload_into(self, target: memoryview) -> None:
-        """Read the payload of the current frame into ``target``, filling it.
+        """Read the payload of the current frame into all of ``target`` ``[num_bytes]``.
 
         Raises:
             OSError: The peer is gone, stopped in the middle of the payload, or sends it

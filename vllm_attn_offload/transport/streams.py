@@ -42,7 +42,7 @@ class ByteStream(ABC):
         """Send all bytes of the buffers, within the stall timeout and 1 s per MB.
 
         Args:
-            buffers: Contiguous bytes; the list is used up.
+            buffers: Contiguous bytes ``[n]`` each; the list is used up.
 
         Raises:
             OSError: The peer is gone, or did not take the bytes in time.
@@ -53,7 +53,7 @@ class ByteStream(ABC):
         """Fill a view, within ``timeout_s`` and 1 s per MB.
 
         Args:
-            view: Contiguous bytes.
+            view: Contiguous bytes ``[num_bytes]``.
             timeout_s: Seconds to wait; None waits for ever for the first byte, and for
                 the stall timeout from then on.
 
