@@ -29,6 +29,11 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameFlag
+from vllm_attn_offload.protocol.geometry import (
+    KVGroup,
+    LayerGeometry,
+    SessionGeometry,
+)
 from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 16
@@ -40,6 +45,18 @@ MAX_KIB_PER_SESSION = 20
 #: What allocators and checks of arrays take in passing.
 SLACK_BYTES = 24 << 20
 NO_SLOTS = "gets no shared memory but frames on its socket"
+
+
+def many_heads() -> SessionGeometry:
+    """Layers of several shapes, so that each has a plan of its own."""
+    return SessionGeometry(
+        "float32",
+        [KVGroup(16)],
+        [
+            LayerGeometry(f"layers.{i}", 0, i, 512 << i, 512, 8, 8, 1.0)
+            for i in range(3)
+        ],
+    )
 
 
 @pytest.fixture
@@ -94,10 +111,20 @@ def test_an_engine_leaves_room_for_others(node: NodeProcess) -> None:
             client.close()
 
 
-@pytest.mark.parametrize("kernel", ["cpp", "torch"])
-def test_plans_take_what_was_counted(kernel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "geometry", "num_reqs", "width"),
+    [
+        ("cpp", GEOMETRY, 4096, 512),
+        ("torch", GEOMETRY, 4096, 512),
+        ("cpp", many_heads(), 2048, 8),
+    ],
+    ids=["cpp", "torch", "heads"],
+)
+def test_plans_take_what_was_counted(
+    kernel: str, geometry: SessionGeometry, num_reqs: int, width: int, tmp_path: Path
+) -> None:
     """Tables as long and as wide as a session may send, for all micro-batches."""
-    num_reqs, num_blocks, width = 4096, 64, 512
+    num_blocks = min(64, width)
     with (
         running_node(
             tmp_path, "--kv-cache-gib", "0.25", "--attention-kernel", kernel
@@ -105,15 +132,15 @@ def test_plans_take_what_was_counted(kernel: str, tmp_path: Path) -> None:
         closing(ControlClient(node.address, TIMEOUT_S)) as control,
     ):
         come_and_go(node.address)
-        reserved = control.reserve(reservation(GEOMETRY, 4 * KV_BYTES))
+        reserved = control.reserve(reservation(geometry, 64 << 20))
         request = msgspec.structs.replace(
             session_of(reserved.reservation, num_blocks, width), max_num_reqs=num_reqs
         )
-        sizes = FrameSizes(GEOMETRY, request)
+        sizes = FrameSizes(geometry, request)
         counted = sum(sizes.longest()) + sizes.plan_bytes
         before = peak_kib(node)
         opened = control.open_session(request)
-        client = NodeClient(node.address, attach_request(opened, GEOMETRY), TIMEOUT_S)
+        client = NodeClient(node.address, attach_request(opened, geometry), TIMEOUT_S)
         step = StepMetadata(
             query_start_loc=np.minimum(np.arange(num_reqs + 1), 2048).astype(np.int32),
             seq_lens=np.full(num_reqs, 16 * num_blocks, np.int32),

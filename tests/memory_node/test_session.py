@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from node_process import NodeProcess, eventually, running_node
@@ -20,7 +22,12 @@ from raw_session import RawSession, encode_step, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.native.attention import load_cpu_library
-from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
+from vllm_attn_offload.protocol.frames import (
+    FRAME_HEADER_BYTES,
+    FrameFlag,
+    FrameHeader,
+    FrameKind,
+)
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 NUM_BLOCKS = 40
@@ -312,6 +319,37 @@ def test_bad_frame_ends_only_its_session(
         with pytest.raises(ConnectionError):
             broken.receive()
     healthy.assert_exact()
+
+
+def test_memory_runs_out_in_one_session(node: NodeProcess) -> None:
+    """Its worker is told, in a frame; others go on."""
+    geometry = make_geometry()
+    batch = PagedBatch(geometry, NUM_BLOCKS, 2)
+    with (
+        closing(RawSession(node.address, geometry, NUM_BLOCKS)) as other,
+        closing(
+            RawSession(node.address, geometry, NUM_BLOCKS, max_blocks_per_req=1 << 20)
+        ) as session,
+    ):
+        step, qkv = batch.grow([37, 5])
+        # Larger than what an allocator keeps at hand.
+        header = FrameHeader(FrameKind.STEP, step=1, num_bytes=200 << 20)
+        packed = bytearray(FRAME_HEADER_BYTES)
+        header.pack_into(packed)
+        limits = resource.prlimit(node.process.pid, resource.RLIMIT_AS)
+        used = psutil.Process(node.process.pid).memory_info().vms
+        resource.prlimit(node.process.pid, resource.RLIMIT_AS, (used, limits[1]))
+        try:
+            session.send_raw(packed)
+            kind, payload = session.receive()
+        finally:
+            resource.prlimit(node.process.pid, resource.RLIMIT_AS, limits)
+        assert kind == FrameKind.ERROR
+        assert b"the memory node could not compute (MemoryError" in payload
+        other.send_step(step)
+        out, _ = other.attend(0, qkv)
+        assert max_error(out, batch.expected(torch.float64)[0]) < 1e-5
+    assert "Traceback" not in node.log()
 
 
 def test_dropped_channel_ends_only_its_session(

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+
+import msgspec
+
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import OpenSession
 from vllm_attn_offload.protocol.step import StepLimits
@@ -12,10 +16,13 @@ from vllm_attn_offload.transport.cuda_memory import DeviceRows, SharedDevice
 
 MAX_MICRO_BATCHES = 2
 _MAX_ERROR_BYTES = 1 << 16
-#: A kernel's plan keeps so much of a block-table entry, of a row to store and of a
-#: query row; measured, and rounded up.
-_PLAN_BYTES_PER_ENTRY = 16
+#: A kernel's plan keeps 12 bytes of a block-table entry, 32 of a query row and KV head,
+#: 8 of a stored row; its arrays may have grown to twice of what they hold.
+_PLAN_BYTES_PER_ENTRY = 24
+_PLAN_BYTES_PER_HEAD = 64
 _PLAN_BYTES_PER_ROW = 32
+#: Per CPU of the node: parts of 32 rows that wait for their merge, and one that paused.
+_PARTS_PER_CPU = 9
 #: In device memory decode steps of large batches fit; prefills need not.
 _MAX_ROWS_BYTES = 16 << 20
 
@@ -36,6 +43,13 @@ class FrameSizes:
 
     def __init__(self, geometry: SessionGeometry, opened: OpenSession) -> None:
         self._rows = [TokenLayout.of(layer) for layer in geometry.layers]
+        # Layers that differ in nothing else share a plan.
+        self._shapes = list(
+            {
+                msgspec.structs.replace(layer, name="", storage=0, softmax_scale=0.0)
+                for layer in geometry.layers
+            }
+        )
         self._item_bytes = DTYPE_BYTES[geometry.dtype]
         self._max_reqs = opened.max_num_reqs
         self._max_tokens = opened.max_num_tokens
@@ -72,15 +86,19 @@ class FrameSizes:
 
         A plan keeps entries of blocks that the pool has, once for each kind of layers.
         """
-        limits = self.limits[0]
+        steps = sum(each.max_step_bytes for each in self.limits)
+        return steps + MAX_MICRO_BATCHES * sum(map(self._one_plan_bytes, self._shapes))
+
+    def _one_plan_bytes(self, layer: LayerGeometry) -> int:
+        limits = self.limits[layer.group]
         width = min(limits.max_blocks_per_req, limits.num_blocks)
-        rows = limits.max_num_tokens + limits.max_num_reqs
-        plan = (
+        part_bytes = 32 * 4 * (layer.v_head_size + 2)
+        return (
             _PLAN_BYTES_PER_ENTRY * limits.max_num_reqs * width
-            + _PLAN_BYTES_PER_ROW * rows
+            + _PLAN_BYTES_PER_HEAD * limits.max_num_tokens * layer.num_kv_heads
+            + _PLAN_BYTES_PER_ROW * (limits.max_num_tokens + limits.max_num_reqs)
+            + _PARTS_PER_CPU * len(os.sched_getaffinity(0)) * part_bytes
         )
-        num_plans = MAX_MICRO_BATCHES * len(set(self.kinds))
-        return num_plans * plan + sum(each.max_step_bytes for each in self.limits)
 
     def device_rows(self, device: SharedDevice) -> DeviceRows:
         """Memory of ``device`` for the rows of decode steps."""

@@ -23,7 +23,7 @@ from vllm_attn_offload.memory_node.decode_attention import (
     create_decode_attention,
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
-from vllm_attn_offload.memory_node.log_formatter import LogFormatter
+from vllm_attn_offload.memory_node.escape_filter import EscapeFilter
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
@@ -70,14 +70,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _begin_logging() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        LogFormatter(
-            "(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
-            "%m-%d %H:%M:%S",
-        )
+    logging.basicConfig(
+        level=logging.INFO,
+        format="(MemoryNode pid=%(process)d) %(levelname)s %(asctime)s %(message)s",
+        datefmt="%m-%d %H:%M:%S",
     )
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(EscapeFilter())
     strangers.addFilter(RateLimitFilter(burst=500, per_s=5))
 
 

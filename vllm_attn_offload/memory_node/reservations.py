@@ -34,6 +34,8 @@ _MAX_RESERVATIONS = 256
 #: No engine takes more of these, and of the memory for frames, than that.
 _ENGINE_SHARE = 0.75
 _MAX_FRAME_BYTES = 1 << 30
+#: A session ends after the slice that it computes.
+_CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -60,6 +62,8 @@ class Reservations:
         self._attention = attention
         self._turns = FairLock()
         self._lock = threading.Lock()
+        self._closed = threading.Condition(self._lock)
+        self._num_closing = 0
         self._held: dict[str, _Reservation] = {}
         # Frames are received into memory of their own, which engines also compete for.
         self.max_frame_bytes = max(_MAX_FRAME_BYTES, kv_bytes // 4)
@@ -195,10 +199,16 @@ class Reservations:
         """Free a reservation and its session; unknown names are ignored."""
         with self._lock:
             entry = self._held.pop(reservation, None)
-        if entry is None:
-            return
-        if entry.session is not None:
-            entry.session.close()
+            if entry is None:
+                return
+            self._num_closing += 1
+        try:
+            if entry.session is not None:
+                entry.session.close()
+        finally:
+            with self._closed:
+                self._num_closing -= 1
+                self._closed.notify_all()
         self.ledger.release(reservation)
         logger.info(
             "released engine %s rank %d; %.2f GiB are free",
@@ -208,11 +218,16 @@ class Reservations:
         )
 
     def release_all(self) -> None:
-        """Free everything."""
+        """Free everything, and wait for what other threads are freeing.
+
+        A process that ends while one of its threads computes may crash.
+        """
         with self._lock:
             names = list(self._held)
         for name in names:
             self.release(name)
+        with self._closed:
+            self._closed.wait_for(lambda: not self._num_closing, _CLOSE_TIMEOUT_S)
 
     def stats(self) -> list[SessionStats]:
         """Counters of the open sessions."""

@@ -120,11 +120,12 @@ class Session:
             logger.info("data channel of %s ended: %s", self._engine, error)
         except (MemoryError, RuntimeError, ValueError) as error:
             # What a kernel or an allocation raises; other sessions go on.
-            logger.exception("session of %s failed", self._engine)
+            problem = f"{type(error).__name__}: {error}".rstrip(": ")
+            logger.error("session of %s failed: %s", self._engine, problem)
             _send_error(
                 transport,
-                f"the memory node could not compute: {type(error).__name__}: {error}. "
-                "See its log; give it more memory or lower max_num_batched_tokens.",
+                f"the memory node could not compute ({problem}). Give it more memory, "
+                "or lower max_num_batched_tokens or max_num_seqs.",
             )
 
     def close(self) -> None:

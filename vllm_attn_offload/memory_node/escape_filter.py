@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import traceback
 
 
-class LogFormatter(logging.Formatter):
+class EscapeFilter(logging.Filter):
     """Shows what is not printable as an escape sequence, in every record.
 
     Tracebacks keep their lines, each behind a bar: none looks like a record.
     """
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Format all but the traceback."""
-        return _escaped(super().formatMessage(record))
-
-    def formatException(self, *arguments: Any) -> str:  # noqa: N802
-        """Format a traceback."""
-        lines = super().formatException(*arguments).split("\n")
-        return "\n".join(f"  | {_escaped(line)}" for line in lines)
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Escape the record's text; every record passes."""
+        record.msg, record.args = _escaped(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0] is not None:
+            lines = "".join(traceback.format_exception(*record.exc_info)).split("\n")
+            record.exc_text = "\n".join(f"  | {_escaped(line)}" for line in lines)
+        return True
 
 
 def _escaped(text: str) -> str:
