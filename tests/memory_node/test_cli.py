@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,21 +81,40 @@ def test_sigint_on_tcp(start: Callable[..., NodeProcess]) -> None:
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
-def test_default_address_is_for_one_user(variable: str, tmp_path: Path) -> None:
+def test_default_address_is_for_one_user(variable: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "XDG_RUNTIME_DIR"}
-    environment[variable] = str(tmp_path)
-    with subprocess.Popen(
-        [COMMAND, *START], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    # A socket's path is short.
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as directory,
+        subprocess.Popen(
+            [COMMAND, *START],
+            env=environment | {variable: directory},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         assert process.stderr is not None
         announced = process.stderr.readline()
-        (path,) = tmp_path.rglob("vllm-memory-node.sock")
+        (path,) = Path(directory).rglob("vllm-memory-node.sock")
         assert f"ready on unix:{path}:" in announced
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         if variable == "TMPDIR":
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         ControlClient(f"unix:{path}", 5).close()
         process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_default_address_is_too_long(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [COMMAND, *START],
+        env=os.environ | {"XDG_RUNTIME_DIR": f"{tmp_path}/{100 * 'x'}"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ended.returncode == 2
+    assert "Allowed: 1 to 107. Use a shorter path" in ended.stderr
 
 
 def test_address_taken(node: NodeProcess) -> None:

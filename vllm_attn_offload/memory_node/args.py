@@ -46,7 +46,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     _add_trust_options(parser)
     _add_other_options(parser)
     options = parser.parse_args(argv)
-    options.listen = options.listen or default_address()
+    try:
+        options.listen = options.listen or _default_address()
+    except (OSError, ValueError) as error:
+        parser.error(f"no place for the default socket, so use --listen: {error}")
     if problem := _trust_problem(options):
         parser.error(problem)
     return options
@@ -63,17 +66,18 @@ def _add_listen_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def default_address() -> Address:
+def _default_address() -> Address:
     """Unix socket of this user, in a directory that no other user can write to.
 
     Raises:
         OSError: The directory cannot be made.
+        ValueError: Its path is too long for a socket.
     """
     directory = os.environ.get("XDG_RUNTIME_DIR")
     if not directory:
         directory = f"{tempfile.gettempdir()}/vllm-memory-node-{os.geteuid()}"
         Path(directory).mkdir(mode=0o700, exist_ok=True)
-    return Address(path=f"{directory}/vllm-memory-node.sock")
+    return Address.parse(f"unix:{directory}/vllm-memory-node.sock")
 
 
 def _add_other_options(parser: argparse.ArgumentParser) -> None:
