@@ -11,8 +11,8 @@ using namespace attn_offload;
 
 namespace {
 
-// About 30 us of a sliced layer, in cache elements times rows.
-constexpr int64_t kClockWork = int64_t{400} * kTile * 256;
+// About 100 us of a sliced layer, in cache elements times rows.
+constexpr int64_t kClockWork = int64_t{1200} * kTile * 256;
 
 // The clock is not read where there is no deadline.
 bool now_is_over(int64_t deadline_ns) {
