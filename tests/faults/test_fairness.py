@@ -96,7 +96,6 @@ def test_a_layer_waits_for_one_of_the_neighbour(
             if greedy.num_queued:
                 passed.append(greedy.num_served() - before)
         assert counters(small, 8).queue_s > 0
-    # The one under way when a layer is asked for, and one that begins before it is
-    # sent. More begin only where this process has to wait for a CPU.
-    assert sum(passed) > 0
-    assert statistics.median(passed) <= 2
+    # A layer waits for a slice of the one under way, and not for all of it. More pass
+    # only where this process has to wait for a CPU.
+    assert statistics.median(passed) <= 1
