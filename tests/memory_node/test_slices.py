@@ -51,7 +51,7 @@ def long_layer(node: NodeProcess) -> Iterator[RawSession]:
         )
         qkv = torch.zeros(NUM_ROWS, (9 + 3 + 3) * 64)
         session.send(session.layer_header(0, qkv), as_bytes(qkv))
-        assert eventually(lambda: counters(session).attend_s > 0)
+        assert eventually(lambda: counters(session).attend_s > 0, timeout_s=60)
         yield session
 
 
