@@ -9,9 +9,6 @@ from pathlib import Path
 
 import psutil
 
-#: vLLM's workers take a while to notice that their engine is gone.
-_END_TIMEOUT_S = 30.0
-
 
 class Footprint:
     """Processes of a server and the shared memory that they map.
@@ -38,8 +35,8 @@ class Footprint:
                 self.shared_memory.update(re.findall(r"/dev/shm/\S+", maps))
 
     def left(self) -> list[str]:
-        """Processes that do not end by themselves and shared memory that stays."""
-        _, alive = psutil.wait_procs(self.processes, timeout=_END_TIMEOUT_S)
+        """Processes that still run and shared memory that is still there."""
+        _, alive = psutil.wait_procs(self.processes, timeout=0)
         return [
             *(f"process {process.pid} {process.name()}" for process in alive),
             *sorted(path for path in self.shared_memory if Path(path).exists()),
