@@ -28,7 +28,7 @@ from rich.table import Table
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.session import SLICE_S
+from vllm_attn_offload.memory_node.session_pool import SLICE_S
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import (
     KVGroup,

@@ -97,6 +97,12 @@ class AttentionOffloadConfig:
         )
 
     @property
+    def open_nodes(self) -> list[str]:
+        """Remote nodes that anybody may use: with a token they would ask for it."""
+        nodes = () if self.auth_token_file else self.memory_nodes + self.standby_nodes
+        return [each for each in nodes if not Address.parse(each).is_local]
+
+    @property
     def num_nodes(self) -> int:
         """Number of memory nodes that serve the engine at a time."""
         return len(self.memory_nodes) or self.num_local_nodes

@@ -13,10 +13,10 @@ import sys
 import time
 import tracemalloc
 
+from vllm_attn_offload.memory_node.node_channel import open_node_channel
 from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
 from vllm_attn_offload.protocol.messages import AttachSession
 from vllm_attn_offload.transport.control import message_decoder, receive_message
-from vllm_attn_offload.transport.negotiate import open_node_channel
 
 #: CPU seconds of the process so far, and bytes that tracemalloc sees.
 USAGE = struct.Struct("<dq")

@@ -15,9 +15,12 @@ from vllm_attn_offload.errors import MemoryNodeError
 
 @pytest.mark.parametrize("node", ["node.invalid:7600", "127.0.0.1:1"])
 def test_remote_nodes_without_a_token_are_named(
-    node: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    node: str, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # vLLM's logger hands nothing on to the root's handlers.
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.addHandler(caplog.handler)
+    request.addfinalizer(lambda: vllm_logger.removeHandler(caplog.handler))
     config = AttentionOffloadConfig(memory_nodes=[node], startup_timeout_s=1.0)
     pool = NodePool(config, "engine", (), ControlClient)
     with pytest.raises(MemoryNodeError):

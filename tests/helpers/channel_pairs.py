@@ -8,14 +8,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vllm_attn_offload.memory_node.node_channel import open_node_channel
 from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.control import message_decoder, receive_message
-from vllm_attn_offload.transport.negotiate import (
-    open_node_channel,
-    open_worker_channel,
-)
+from vllm_attn_offload.transport.negotiate import open_worker_channel
 from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.trust import Credentials

@@ -15,13 +15,11 @@ import time
 
 from channel_pairs import receive_attached
 
+from vllm_attn_offload.memory_node.node_channel import open_node_channel
 from vllm_attn_offload.protocol.frames import FrameHeader
 from vllm_attn_offload.protocol.messages import ChannelOffer
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.negotiate import (
-    open_node_channel,
-    open_worker_channel,
-)
+from vllm_attn_offload.transport.negotiate import open_worker_channel
 
 SLOT_BYTES = 1 << 20
 OFFER = ChannelOffer(list(range(64)), 1, True)

@@ -11,16 +11,18 @@ from node_process import eventually
 
 from vllm_attn_offload.memory_node.fair_lock import FairLock
 
+ENGINE = "engine"
+
 
 def test_turns_are_handed_over_in_order() -> None:
     turns = FairLock()
     taken: list[int] = []
 
     def take(number: int) -> None:
-        with turns:
+        with turns.turns_of(ENGINE):
             taken.append(number)
 
-    with turns:
+    with turns.turns_of(ENGINE):
         threads = [threading.Thread(target=take, args=(n,)) for n in range(8)]
         for count, thread in enumerate(threads, 1):
             thread.start()
@@ -38,16 +40,16 @@ def test_a_greedy_thread_waits_in_line() -> None:
 
     def greedy() -> None:
         while not is_over.is_set():
-            with turns:
+            with turns.turns_of(ENGINE):
                 taken.append("greedy")
                 assert eventually(lambda: turns.num_waiting == 1 or is_over.is_set())
 
-    with turns:
+    with turns.turns_of(ENGINE):
         thread = threading.Thread(target=greedy)
         thread.start()
         assert eventually(lambda: turns.num_waiting == 1)
     for _ in range(10):
-        with turns:
+        with turns.turns_of(ENGINE):
             taken.append("other")
             # The greedy thread is back in line before the turn ends.
             assert eventually(lambda: turns.num_waiting == 1)
@@ -62,11 +64,10 @@ def test_an_engine_has_one_turn_for_all_its_sessions() -> None:
     taken: list[str] = []
 
     def take(engine: str) -> None:
-        turns.acquire(engine)
-        taken.append(engine)
-        turns.release()
+        with turns.turns_of(engine):
+            taken.append(engine)
 
-    with turns:
+    with turns.turns_of(ENGINE):
         threads = [
             threading.Thread(target=take, args=(engine,))
             for engine in [*64 * ["many"], *3 * ["few"]]
@@ -86,7 +87,7 @@ def test_one_at_a_time() -> None:
     def work() -> None:
         nonlocal inside, most, total
         for _ in range(200):
-            with turns:
+            with turns.turns_of(ENGINE):
                 inside += 1
                 most = max(most, inside)
                 total += 1
@@ -103,7 +104,7 @@ def test_one_at_a_time() -> None:
 
 def test_turn_ends_with_an_exception() -> None:
     turns = FairLock()
-    with pytest.raises(ValueError, match="inside"), turns:
+    with pytest.raises(ValueError, match="inside"), turns.turns_of(ENGINE):
         raise ValueError("inside")
-    with turns:
+    with turns.turns_of(ENGINE):
         assert turns.num_waiting == 0

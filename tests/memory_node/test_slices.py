@@ -15,7 +15,7 @@ from node_process import NodeProcess, eventually, running_node
 from paged_batch import PagedBatch, max_error
 from raw_session import RawSession, as_bytes, make_geometry
 
-from vllm_attn_offload.memory_node.session import SLICE_S
+from vllm_attn_offload.memory_node.session_pool import SLICE_S
 from vllm_attn_offload.protocol.messages import SessionCounters
 from vllm_attn_offload.protocol.step import StepMetadata
 

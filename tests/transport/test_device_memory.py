@@ -13,6 +13,7 @@ from channel_pairs import pattern, receive_attached
 from host_device import HostDevice
 
 from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.memory_node.node_channel import NUM_SLOTS, open_node_channel
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameHeader
 from vllm_attn_offload.protocol.messages import Attached, SlotLayout
@@ -25,10 +26,8 @@ from vllm_attn_offload.transport.device_memory import (
     rows_num_bytes,
 )
 from vllm_attn_offload.transport.negotiate import (
-    NUM_SLOTS,
     ROWS_ARE_SHARED,
     offer_channel,
-    open_node_channel,
     open_worker_channel,
 )
 

@@ -13,16 +13,13 @@ from pathlib import Path
 import pytest
 from channel_pairs import Sockets, receive_attached, tcp_pair
 
+from vllm_attn_offload.memory_node.node_channel import open_node_channel
 from vllm_attn_offload.native.waits import load_waits
 from vllm_attn_offload.protocol.frames import FrameHeader
 from vllm_attn_offload.protocol.messages import ChannelOffer
 from vllm_attn_offload.transport.address import Address, check_peer
 from vllm_attn_offload.transport.base import Transport
-from vllm_attn_offload.transport.negotiate import (
-    offer_channel,
-    open_node_channel,
-    open_worker_channel,
-)
+from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 from vllm_attn_offload.transport.spin_policy import SPIN_US, process_cpu_ids, spin_us
 
 

@@ -128,3 +128,22 @@ def shard_geometry(
             for layer in geometry.layers
         ],
     )
+
+
+def divide_blocks(
+    num_blocks: int, held: tuple[int, ...], partition: PartitionKind
+) -> tuple[int, ...]:
+    """Divide the blocks of a pool between nodes.
+
+    Args:
+        num_blocks: Blocks of the pool; no more than the nodes hold.
+        held: Blocks that each node holds.
+        partition: What is divided between the nodes.
+    """
+    if partition == "heads":
+        return (num_blocks,) * len(held)
+    total = sum(held)
+    counts = [num_blocks * each // total for each in held]
+    for index in range(num_blocks - sum(counts)):
+        counts[index] += 1
+    return tuple(counts)

@@ -64,7 +64,8 @@ class NodeHandle:
         self._process: MemoryNodeProcess | None = None
         self._killed: MemoryNodeProcess | None = None
         self._control: ControlClient | None = None
-        self._watched: ControlClient | None = None
+        self._on_loss: Callable[[MemoryNodeError], None] | None = None
+        self._cause = "there is no connection to it."
         self._shares: list[RankShare] = []
         self._reservations: list[str] = []
         self._total_gib: float | None = None
@@ -97,7 +98,10 @@ class NodeHandle:
             self._total_gib = self._control.info.kv_bytes_total / GIB
             self.is_lost = False
             threading.Thread(
-                target=self._keep_alive, args=(self._control,), daemon=True
+                target=self._monitor,
+                args=(self._control,),
+                name="MemoryNodeMonitor",
+                daemon=True,
             ).start()
 
     def start(self) -> None:
@@ -179,18 +183,13 @@ class NodeHandle:
         return [self._open(share, generation, limits) for share in self._shares]
 
     def watch(self, on_loss: Callable[[MemoryNodeError], None]) -> None:
-        """Report the loss of this connection, once, from a thread.
+        """Report the loss of a connection, once, from a thread.
 
         Args:
             on_loss: Called with the reason, after the node was marked as lost.
         """
-        control = self._watched = self._channel()
-        threading.Thread(
-            target=self._watch,
-            args=(control, on_loss),
-            name="MemoryNodeMonitor",
-            daemon=True,
-        ).start()
+        self._on_loss = on_loss
+        self._channel()  # Raises if it was lost before.
 
     def check(self) -> None:
         """Mark the node as lost if it does not answer."""
@@ -282,29 +281,13 @@ class NodeHandle:
     def _channel(self) -> ControlClient:
         control = self._control
         if control is None:
-            raise MemoryNodeError(self.address, "there is no connection to it.")
+            raise MemoryNodeError(self.address, self._cause)
         return control
 
-    def _keep_alive(self, control: ControlClient) -> None:
-        """Send heartbeats while the model loads, until `watch` does.
-
-        A node ends idle connections where others need room.
-        """
-        with contextlib.suppress(OSError, ValueError, MemoryNodeError):
-            while control is not self._watched:
-                control.ping(self._timeout_s)
-                if control.wait_until_lost(self._heartbeat_s):
-                    return
-
-    @property
-    def _heartbeat_s(self) -> float:
-        return min(_MAX_HEARTBEAT_S, self._timeout_s / _HEARTBEATS_PER_TIMEOUT)
-
-    def _watch(
-        self, control: ControlClient, on_loss: Callable[[MemoryNodeError], None]
-    ) -> None:
+    def _monitor(self, control: ControlClient) -> None:
+        """Send heartbeats, so that the node keeps the connection while models load."""
         cause = "the connection was closed there."
-        interval_s = self._heartbeat_s
+        interval_s = min(_MAX_HEARTBEAT_S, self._timeout_s / _HEARTBEATS_PER_TIMEOUT)
         with contextlib.suppress(OSError, ValueError):  # closed by us meanwhile
             while not control.wait_until_lost(interval_s):
                 try:
@@ -313,4 +296,6 @@ class NodeHandle:
                     cause = error.cause
                     break
         if not self._is_leaving and self.lose(control):
-            on_loss(MemoryNodeError(self.address, f"it was lost: {cause}"))
+            self._cause = f"it was lost: {cause}"
+            if self._on_loss is not None:
+                self._on_loss(MemoryNodeError(self.address, self._cause))

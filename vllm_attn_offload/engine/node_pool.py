@@ -10,6 +10,7 @@ from vllm_attn_offload.client.node_client import Attachment
 from vllm_attn_offload.client.partition import (
     PartitionKind,
     choose_partition,
+    divide_blocks,
     pool_blocks,
     shard_geometry,
 )
@@ -24,7 +25,6 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import GIB, ReserveCapacity, Shard
-from vllm_attn_offload.transport.address import Address
 
 logger = get_logger(__name__)
 
@@ -82,15 +82,12 @@ class NodePool:
                 )
 
     def _warn_of_open_nodes(self) -> None:
-        """Name remote nodes that anybody may use: a token would have been asked for."""
-        addresses = self._config.memory_nodes + self._config.standby_nodes
-        remote = [each for each in addresses if not Address.parse(each).is_local]
-        if remote and not self._config.auth_token_file:
+        if nodes := self._config.open_nodes:
             logger.warning(
                 "Attention offload: no token is set for %s, so whoever reaches them "
                 "can use them, and take their memory. Start them with "
                 "--auth-token-file and set auth_token_file.",
-                ", ".join(remote),
+                ", ".join(nodes),
             )
 
     def reserve(self, geometries: list[SessionGeometry], num_engines: int) -> list[int]:
@@ -145,7 +142,7 @@ class NodePool:
         """
         self._limits = limits
         by_rank = [
-            _divide(count, held, self.partition)
+            divide_blocks(count, held, self.partition)
             for count, held in zip(num_blocks, self._blocks_by_rank(), strict=True)
         ]
         for node, counts in zip(self._nodes, zip(*by_rank, strict=True), strict=True):
@@ -298,16 +295,3 @@ class NodePool:
             self.partition,
             reason,
         )
-
-
-def _divide(
-    num_blocks: int, held: tuple[int, ...], partition: PartitionKind
-) -> tuple[int, ...]:
-    """Divide the blocks of a pool, which may be smaller than what the nodes hold."""
-    if partition == "heads":
-        return (num_blocks,) * len(held)
-    total = sum(held)
-    counts = [num_blocks * each // total for each in held]
-    for index in range(num_blocks - sum(counts)):
-        counts[index] += 1
-    return tuple(counts)

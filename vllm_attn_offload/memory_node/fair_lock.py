@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import AbstractContextManager
 
 
 class FairLock:
     """Lets one thread at a time compute, engine by engine.
 
     A plain lock goes to whoever runs when it is released, and that is the session that
-    just used it: its next layer would overtake those who wait. Here ``release`` gives
-    the lock to the engine that waited for longest, and of its sessions to the first in
-    line, so that nobody waits for more than one turn of each other engine, and for
-    those of its own.
+    just used it: its next layer would overtake those who wait. Here it goes to the
+    engine that waited for longest, and of its sessions to the first in line, so that
+    nobody waits for more than one turn of each other engine, and for those of its own.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,14 @@ class FairLock:
         with self._guard:
             return sum(map(len, self._line.values()))
 
-    def acquire(self, engine: str = "") -> None:
-        """Wait for a turn of ``engine``."""
+    def turns_of(self, engine: str) -> AbstractContextManager[None]:
+        """Return the context of every turn of an engine; any thread may enter it.
+
+        The next in line has the lock already when it is left.
+        """
+        return _Turns(self, engine)
+
+    def _acquire(self, engine: str) -> None:
         with self._guard:
             if not self._is_taken:
                 self._is_taken = True
@@ -40,8 +46,7 @@ class FairLock:
             self._line.setdefault(engine, deque()).append(turn)
         turn.acquire()
 
-    def release(self) -> None:
-        """End the turn; the next in line has it already when this returns."""
+    def _release(self) -> None:
         with self._guard:
             if not self._line:
                 self._is_taken = False
@@ -52,8 +57,14 @@ class FairLock:
             if sessions:
                 self._line[engine] = sessions
 
+
+class _Turns(AbstractContextManager[None]):
+    def __init__(self, lock: FairLock, engine: str) -> None:
+        self._lock = lock
+        self._engine = engine
+
     def __enter__(self) -> None:
-        self.acquire()
+        self._lock._acquire(self._engine)
 
     def __exit__(self, *exception: object) -> None:
-        self.release()
+        self._lock._release()

@@ -13,10 +13,11 @@ from typing import Any
 from vllm_attn_offload.memory_node.capacity import CapacityError, CapacityLedger
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.fair_lock import FairLock
+from vllm_attn_offload.memory_node.frame_budget import ENGINE_SHARE, FrameBudget
+from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
 from vllm_attn_offload.protocol.geometry import SessionGeometry
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
 from vllm_attn_offload.protocol.messages import (
     GIB,
     AttachSession,
@@ -26,13 +27,10 @@ from vllm_attn_offload.protocol.messages import (
     SessionOpened,
     SessionStats,
 )
-from vllm_attn_offload.protocol.step import step_num_bytes
 
 logger = logging.getLogger(__name__)
 
 _MAX_RESERVATIONS = 256
-#: No engine takes more of these, and of the memory for frames, than that.
-_ENGINE_SHARE = 0.75
 _MAX_FRAME_BYTES = 1 << 30
 #: A session ends after the slice that it computes.
 _CLOSE_TIMEOUT_S = 10.0
@@ -44,7 +42,6 @@ class _Reservation:
     engine_id: str
     num_blocks: int
     kv_bytes: int
-    frame_bytes: int = 0
     attach_token: str = ""
     session: Session | None = None
 
@@ -66,11 +63,9 @@ class Reservations:
         self._num_closing = 0
         self._held: dict[str, _Reservation] = {}
         # Frames are received into memory of their own, which engines also compete for.
-        self.max_frame_bytes = max(_MAX_FRAME_BYTES, kv_bytes // 4)
+        self.frames = FrameBudget(max(_MAX_FRAME_BYTES, kv_bytes // 4))
 
-    def reserve(
-        self, request: ReserveCapacity, engine_id: str = ""
-    ) -> CapacityReserved:
+    def reserve(self, request: ReserveCapacity, engine_id: str) -> CapacityReserved:
         """Hold memory for a worker.
 
         Args:
@@ -134,14 +129,16 @@ class Reservations:
                 f"but {entry.kv_bytes / GIB:.2f} GiB are reserved. Raise kv_cache_gib "
                 "or lower num_gpu_blocks_override."
             )
-        _check_longest_frame(entry.request.geometry, request)
-        session = self._session(entry, request)
+        sizes = FrameSizes(entry.request.geometry, request)
+        _check_longest_frame(sizes)
+        # A frame each way, a checked STEP, and its plans.
+        num_bytes = sum(sizes.longest()) + sizes.plan_bytes
+        self.frames.hold(request.reservation, entry.engine_id, num_bytes)
         try:
-            self._hold_frames(entry, session, request)
-        except CapacityError:
-            session.close()
+            entry.session = self._session(entry, request, sizes)
+        except Exception:
+            self.frames.release(request.reservation)
             raise
-        entry.session = session
         entry.attach_token = secrets.token_hex(16)
         logger.info(
             "opened session %s: engine %s rank %d, %d layers, %d blocks",
@@ -179,21 +176,17 @@ class Reservations:
             if entry is None or entry.session is None:
                 return False  # it was closed meanwhile, which its data channel notices
             num_bytes = (num_slots - 1) * sum(entry.session.sizes.longest())
-            free = self._free_frame_bytes(entry.engine_id)
-            if num_bytes <= free:
-                entry.frame_bytes += num_bytes
-                return True
-        logger.warning(
-            "engine %s gets no shared memory but frames on its socket, which are "
-            "slower: its slots take %.2f GiB more, and %.2f of the %.2f GiB that this "
-            "node keeps for frames are free. Lower max_num_batched_tokens, or start "
-            "the node with a larger --kv-cache-gib.",
-            entry.request.engine,
-            num_bytes / GIB,
-            free / GIB,
-            self.max_frame_bytes / GIB,
-        )
-        return False
+            try:
+                self.frames.hold(session, entry.engine_id, num_bytes)
+            except CapacityError as error:
+                logger.warning(
+                    "engine %s gets no shared memory but frames on its socket, which "
+                    "are slower: %s",
+                    entry.request.engine,
+                    error,
+                )
+                return False
+        return True
 
     def release(self, reservation: str) -> None:
         """Free a reservation and its session; unknown names are ignored."""
@@ -210,6 +203,7 @@ class Reservations:
                 self._num_closing -= 1
                 self._closed.notify_all()
         self.ledger.release(reservation)
+        self.frames.release(reservation)
         logger.info(
             "released engine %s rank %d; %.2f GiB are free",
             entry.request.engine,
@@ -235,47 +229,21 @@ class Reservations:
             sessions = [entry.session for entry in self._held.values()]
         return [session.stats() for session in sessions if session]
 
-    def _hold_frames(
-        self, entry: _Reservation, session: Session, request: OpenSession
-    ) -> None:
-        """Account for a frame each way, and for a checked STEP and its plans."""
-        num_bytes = sum(session.sizes.longest()) + session.sizes.plan_bytes
-        with self._lock:
-            free = self._free_frame_bytes(entry.engine_id)
-            if num_bytes > free:
-                raise CapacityError(
-                    f"{num_bytes / GIB:.2f} GiB for frames and plans were asked for, "
-                    f"but {free / GIB:.2f} of the "
-                    f"{self.max_frame_bytes / GIB:.2f} GiB that this node keeps for "
-                    "them are free for this engine. Lower max_num_batched_tokens or "
-                    "max_num_seqs, stop another engine, or start the node with a "
-                    "larger --kv-cache-gib."
-                )
-            entry.frame_bytes = num_bytes
-
-    def _free_frame_bytes(self, engine_id: str) -> int:
-        """Bytes for frames that an engine may still take."""
-        total = own = 0
-        for entry in self._held.values():
-            total += entry.frame_bytes
-            own += entry.frame_bytes if entry.engine_id == engine_id else 0
-        share = int(_ENGINE_SHARE * self.max_frame_bytes)
-        return max(0, min(self.max_frame_bytes - total, share - own))
-
     def _check_share(self, engine_id: str) -> None:
         engines = [entry.engine_id for entry in self._held.values()]
-        most = int(_ENGINE_SHARE * _MAX_RESERVATIONS)
+        most = int(ENGINE_SHARE * _MAX_RESERVATIONS)
         if engines.count(engine_id) >= most:
             raise CapacityError(
                 f"this engine holds {most} reservations; at most {most} of "
                 f"{_MAX_RESERVATIONS} may belong to one engine. Close some of them."
             )
 
-    def _session(self, entry: _Reservation, request: OpenSession) -> Session:
+    def _session(
+        self, entry: _Reservation, request: OpenSession, sizes: FrameSizes
+    ) -> Session:
+        turns = self._turns.turns_of(entry.engine_id)
         try:
-            return Session(
-                entry.request, request, self._attention, self._turns, entry.engine_id
-            )
+            return Session(entry.request, request, self._attention, turns, sizes)
         # torch reports a full GPU as a RuntimeError.
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(
@@ -285,17 +253,8 @@ class Reservations:
             ) from error
 
 
-def _step_bytes(request: OpenSession) -> int:
-    return step_num_bytes(
-        request.max_num_reqs, request.max_num_tokens, request.max_blocks_per_req
-    )
-
-
-def _check_longest_frame(geometry: SessionGeometry, request: OpenSession) -> None:
-    row_bytes = DTYPE_BYTES[geometry.dtype] * max(
-        TokenLayout.of(layer).width for layer in geometry.layers
-    )
-    longest = max(_step_bytes(request), request.max_num_tokens * row_bytes)
+def _check_longest_frame(sizes: FrameSizes) -> None:
+    longest, _ = sizes.longest()
     if longest > _MAX_FRAME_BYTES:
         raise ValueError(
             f"frames of up to {longest / GIB:.2f} GiB were asked for; at most "

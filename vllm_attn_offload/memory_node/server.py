@@ -20,6 +20,7 @@ from vllm_attn_offload.memory_node.connections import (
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
+from vllm_attn_offload.memory_node.node_channel import NUM_SLOTS, open_node_channel
 from vllm_attn_offload.memory_node.reservations import Reservations
 from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
@@ -49,7 +50,6 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
-from vllm_attn_offload.transport.negotiate import NUM_SLOTS, open_node_channel
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class MemoryNode:
     @property
     def max_frame_bytes(self) -> int:
         """Budget for frames and plans of all engines, beside that for KV blocks."""
-        return self._reservations.max_frame_bytes
+        return self._reservations.frames.total_bytes
 
     def start(self) -> None:
         """Accept connections in the background."""

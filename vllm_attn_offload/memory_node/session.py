@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -15,10 +16,9 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     LayerCall,
     SharedRowsAttention,
 )
-from vllm_attn_offload.memory_node.fair_lock import FairLock
 from vllm_attn_offload.memory_node.frame_sizes import MAX_MICRO_BATCHES, FrameSizes
-from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.memory_node.planned_step import PlannedStep
+from vllm_attn_offload.memory_node.session_pool import SessionPool
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import (
@@ -34,8 +34,6 @@ from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 
 logger = logging.getLogger(__name__)
 
-#: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
-SLICE_S = 0.003
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
@@ -51,8 +49,8 @@ class Session:
         reserved: What the engine reserved: geometry and shard.
         opened: Pool size and the largest step.
         attention: The node's kernel.
-        turns: Lock of the node's sessions, held while one of them computes.
-        engine_id: Name of the engine's control connection, which shares its turns.
+        turns: Context in which nobody else computes.
+        sizes: Sizes of the session's frames.
     """
 
     def __init__(
@@ -60,8 +58,8 @@ class Session:
         reserved: ReserveCapacity,
         opened: OpenSession,
         attention: DecodeAttention[Any, Any],
-        turns: FairLock,
-        engine_id: str,
+        turns: AbstractContextManager[None],
+        sizes: FrameSizes,
     ) -> None:
         self.geometry = reserved.geometry
         self.generation = opened.generation
@@ -69,16 +67,12 @@ class Session:
         self._engine = reserved.engine
         self._shard = reserved.shard
         self._attention = attention
-        self._turns = turns
-        self._engine_id = engine_id
-        self._cache = PagedKVCache(self.geometry, opened.num_blocks, attention)
-        self._pools = [
-            attention.bind(self.geometry, layer, self._cache.region(layer))
-            for layer in self.geometry.layers
-        ]
-        self.sizes = FrameSizes(self.geometry, opened)
+        self.sizes = sizes
         self._steps: dict[tuple[int, int], PlannedStep] = {}
         self._counters = SessionCounters()
+        self._pool = SessionPool(
+            self.geometry, opened.num_blocks, attention, turns, self._counters
+        )
         self._step = memoryview(bytearray(0))
         self._transport: Transport | None = None
 
@@ -93,8 +87,8 @@ class Session:
         return SessionStats(
             engine=self._engine,
             tp_rank=self._shard.tp_rank,
-            num_blocks=self._cache.num_blocks,
-            kv_bytes=self._cache.num_bytes,
+            num_blocks=self._pool.num_blocks,
+            kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
             counters=msgspec.structs.replace(self._counters),
         )
@@ -107,9 +101,7 @@ class Session:
         """
         header = FrameHeader()
         try:
-            with self._turns:
-                self._raise_if_closed()
-                self._transport = transport
+            self._pool.while_open(lambda: self._use(transport))
             while True:
                 transport.receive_header(header, None)
                 self._serve_frame(transport, header)
@@ -130,18 +122,13 @@ class Session:
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
-        with self._turns:
-            self._pools.clear()
-            self._steps.clear()
-            transport = self._transport
-        # Nobody computes on it any more, and unmapping 1 GiB takes up to 0.1 s.
-        self._cache.close()
-        if transport is not None:
-            transport.close()
+        self._pool.close(self._steps.clear)
+        # Whoever attaches from now on finds the pool closed.
+        if self._transport is not None:
+            self._transport.close()
 
-    def _raise_if_closed(self) -> None:
-        if not self._pools:
-            raise ConnectionResetError("the session was closed")
+    def _use(self, transport: Transport) -> None:
+        self._transport = transport
 
     def _serve_frame(self, transport: Transport, header: FrameHeader) -> None:
         started = time.perf_counter()
@@ -200,7 +187,7 @@ class Session:
             if lse_bytes
             else LayerCall(payload, layout, reply, None)
         )
-        self._compute(header.layer, planned.plan, call)
+        self._pool.compute(header.layer, planned.plan, call)
         attended = time.perf_counter()
         if num_rows or header.flags & _WANT_ACK:
             header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes
@@ -233,63 +220,14 @@ class Session:
         if not transport.fits(num_bytes):
             raise ProtocolError(f"{num_bytes:,} bytes of output in device memory")
         out = transport.rows_buffer(num_bytes)
-        asked = time.perf_counter()
-        self._turns.acquire(self._engine_id)
-        try:
-            self._raise_if_closed()
-            started = time.perf_counter()
-            self._attention.attend_rows(
-                self._pools[header.layer], planned.plan, rows, layout, out
-            )
-        finally:
-            self._turns.release()
-        self._attention.finish_rows(planned.plan)
+        self._pool.compute_rows(header.layer, planned.plan, rows, layout, out)
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes
         transport.send(header)
-        self._counters.queue_s += started - asked
-        self._counters.attend_s += attended - started
         send_s = time.perf_counter() - attended
         self._counters.add(
             planned.num_attended_tokens, layout.num_bytes, num_bytes, 0.0, send_s
         )
-
-    def _compute(self, layer: int, plan: Any, call: LayerCall) -> None:
-        """Store and attend, slice by slice, in turn with other engines."""
-        is_first, is_done = True, False
-        while not is_done:
-            asked = time.perf_counter()
-            self._turns.acquire(self._engine_id)
-            try:
-                self._counters.queue_s += time.perf_counter() - asked
-                is_done = self._compute_slice(layer, plan, call, is_first=is_first)
-            finally:
-                self._turns.release()
-            is_first = False
-        if call.layout.num_query_rows:
-            started = time.perf_counter()
-            self._attention.finish(plan, call)
-            self._counters.attend_s += time.perf_counter() - started
-
-    def _compute_slice(
-        self, layer: int, plan: Any, call: LayerCall, *, is_first: bool
-    ) -> bool:
-        """One turn of a layer; True after its last one.
-
-        No reference to a pool outlives the turn: ``close`` unmaps it next.
-        """
-        self._raise_if_closed()
-        attention, pool = self._attention, self._pools[layer]
-        started = stored = time.perf_counter()
-        if is_first and call.layout.num_tokens:
-            attention.store(pool, plan, call)
-            stored = time.perf_counter()
-            self._counters.store_s += stored - started
-        if not call.layout.num_query_rows:
-            return True
-        is_done = attention.attend(pool, plan, call, SLICE_S)
-        self._counters.attend_s += time.perf_counter() - stored
-        return is_done
 
     def _planned_layer(self, header: FrameHeader) -> tuple[PlannedStep, PayloadLayout]:
         """The step and the payload of a LAYER, whose header is checked."""

@@ -11,13 +11,11 @@ import socket
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.native.waits import load_waits
-from vllm_attn_offload.protocol.messages import Attached, ChannelOffer, SlotLayout
+from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
-from vllm_attn_offload.transport.control import send_message
 from vllm_attn_offload.transport.cuda_memory import (
     DeviceMemory,
-    DeviceRows,
     SharedDevice,
 )
 from vllm_attn_offload.transport.device_memory import (
@@ -32,18 +30,13 @@ from vllm_attn_offload.transport.socket_transport import SocketTransport
 from vllm_attn_offload.transport.spin_policy import (
     process_cpu_ids,
     remote_spin_us,
-    spin_us,
 )
 
-# The memory node's process has handlers of its own; a compute node's loggers must be
-# children of vLLM's.
-logger = logging.getLogger(__name__)
-_worker_logger = logging.getLogger(f"vllm.{__name__}")
+# Not by `get_logger`, which imports vLLM: benchmarks and tests open channels without.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 #: A worker logs it where rows of decode steps pass no host.
 ROWS_ARE_SHARED = "Rows of decode steps pass through memory of the memory node's GPU"
-#: Unread frames each way: STEP and LAYER of two micro-batches.
-NUM_SLOTS = 4
 
 
 def offer_channel(
@@ -103,112 +96,14 @@ def open_worker_channel(
         stall_timeout_s=timeout_s,
         spin_us=spin,
     )
-    return _shared_transport(setup)
+    return open_shared_transport(setup)
 
 
-def open_node_channel(
-    sock: socket.socket,
-    offer: ChannelOffer | None,
-    *,
-    request_bytes: int,
-    reply_bytes: int,
-    timeout_s: float,
-    device_rows: DeviceRows | None = None,
-) -> Transport:
-    """Choose a transport, answer the worker with Attached, and open the node's side.
-
-    Args:
-        sock: Connection of the worker; owned by the transport.
-        offer: What the worker brings, or None for frames on the connection.
-        request_bytes: Longest payload that the worker may send.
-        reply_bytes: Longest payload that the node sends.
-        timeout_s: Longest pause of the worker, in seconds.
-        device_rows: What the node can share of its GPU.
-
-    Raises:
-        OSError: The worker is gone.
-    """
-    waits, spin = load_waits(), _node_spin_us(sock, offer)
-    layout = SlotLayout(NUM_SLOTS, request_bytes, reply_bytes)
-    memory = _create_memory(sock, offer, layout)
-    if memory is None or waits is None:
-        send_message(sock, Attached(spin_us=spin), timeout_s)
-        return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
-    setup = ChannelSetup(
-        sock,
-        memory,
-        waits,
-        *_allocate_rows(offer, device_rows),
-        is_node=True,
-        stall_timeout_s=timeout_s,
-        spin_us=spin,
-    )
-    _send_setup(setup, layout)
-    return _shared_transport(setup)
-
-
-def _send_setup(setup: ChannelSetup, layout: SlotLayout) -> None:
-    """Tell the worker what was chosen, and pass the memory.
-
-    Raises:
-        OSError: The worker is gone; the memory is closed.
-    """
-    try:
-        answer = Attached(
-            shared_memory=layout,
-            device_memory=setup.rows_layout,
-            spin_us=setup.spin_us,
-        )
-        send_message(setup.sock, answer, setup.stall_timeout_s)
-        setup.memory.send_to(setup.sock)
-        if setup.rows is not None:
-            socket.send_fds(setup.sock, [b"\0"], [setup.rows.descriptor])
-    except OSError:
-        setup.memory.close()
-        if setup.rows is not None:
-            setup.rows.close()
-        raise
-
-
-def _shared_transport(setup: ChannelSetup) -> SharedMemoryTransport:
+def open_shared_transport(setup: ChannelSetup) -> SharedMemoryTransport:
+    """Open the transport of either side over memory that both map."""
     if setup.rows is None:
         return SharedMemoryTransport(setup)
     return DeviceMemoryTransport(setup)
-
-
-def _create_memory(
-    sock: socket.socket, offer: ChannelOffer | None, layout: SlotLayout
-) -> ChannelMemory | None:
-    """Make memory to share with a worker; None, and why in the log, if that fails."""
-    obstacle = _obstacle(sock, offer)
-    if not obstacle:
-        try:
-            return ChannelMemory.create(layout)
-        except (OSError, ValueError) as error:
-            obstacle = f"it cannot be made: {error}"
-    logger.info("a worker attached without shared memory (%s)", obstacle)
-    return None
-
-
-def _allocate_rows(
-    offer: ChannelOffer | None, device_rows: DeviceRows | None
-) -> tuple[DeviceMemory | None, SlotLayout | None]:
-    """Allocate slots of this node's GPU for a worker on a GPU of this host."""
-    if device_rows is None or offer is None:
-        return None, None
-    if not offer.device:
-        logger.info("rows of a worker pass through the host: it offers no GPU")
-        return None, None
-    layout = SlotLayout(NUM_SLOTS, device_rows.request_bytes, device_rows.reply_bytes)
-    try:
-        memory = device_rows.device.allocate(rows_num_bytes(layout))
-    except OSError as error:
-        logger.warning("rows of a worker pass through the host: %s", error)
-        return None, None
-    is_same = offer.device == device_rows.device.name
-    where = "the same GPU" if is_same else f"GPU {offer.device}"
-    logger.info("rows of a worker on %s are offered memory of this GPU", where)
-    return memory, layout
 
 
 def _map_rows(
@@ -234,41 +129,23 @@ def _map_rows(
     try:
         memory = device.map(descriptors[0], rows_num_bytes(layout))
     except OSError as error:
-        _worker_logger.warning(
+        logger.warning(
             "Rows pass through the host: this GPU cannot reach the memory node's (%s)",
             error,
         )
         return None
-    _worker_logger.info(ROWS_ARE_SHARED)
+    logger.info(ROWS_ARE_SHARED)
     return memory
 
 
-def _obstacle(sock: socket.socket, offer: ChannelOffer | None) -> str:
-    """Say why memory cannot be shared with this worker; "" if it can."""
-    if sock.family != socket.AF_UNIX:
-        return "its connection is TCP"
-    if offer is None or not offer.shared_memory:
-        return "it has no C library"
-    if load_waits() is None:
-        return "this node was installed without a compiler"
-    return ""
-
-
 def _worker_spin_us(sock: socket.socket, attached: Attached) -> int:
-    if _is_same_host(sock):
+    if is_same_host(sock):
         return attached.spin_us
     return remote_spin_us(process_cpu_ids())
 
 
-def _node_spin_us(sock: socket.socket, offer: ChannelOffer | None) -> int:
-    cpu_ids = os.sched_getaffinity(0)
-    if offer is None or not _is_same_host(sock):
-        return remote_spin_us(cpu_ids)
-    # The kernel works on every CPU of the node.
-    return spin_us(cpu_ids, len(cpu_ids), set(offer.cpu_ids), offer.num_threads)
-
-
-def _is_same_host(sock: socket.socket) -> bool:
+def is_same_host(sock: socket.socket) -> bool:
+    """Return True if the peer of a connected socket runs on this host."""
     if sock.family == socket.AF_UNIX:
         return True
     return sock.getpeername()[0] == sock.getsockname()[0]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV pool of one session, which is computed on in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from vllm_attn_offload.memory_node.decode_attention.base import (
+    DecodeAttention,
+    LayerCall,
+    SharedRowsAttention,
+)
+from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
+from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.messages import SessionCounters
+
+#: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
+SLICE_S = 0.003
+
+
+class SessionPool:
+    """KV blocks of all layers of a session, and the attention over them.
+
+    No reference to a layer's pool outlives a turn: ``close`` unmaps it next. Every
+    method but the constructor and ``close`` raises ConnectionResetError once the pool
+    is closed.
+
+    Args:
+        geometry: Layers of the session.
+        num_blocks: Blocks of every layer.
+        attention: The node's kernel.
+        turns: Context in which nobody else computes.
+        counters: Times are added to it.
+    """
+
+    def __init__(
+        self,
+        geometry: SessionGeometry,
+        num_blocks: int,
+        attention: DecodeAttention[Any, Any],
+        turns: AbstractContextManager[None],
+        counters: SessionCounters,
+    ) -> None:
+        self._attention = attention
+        self._turns = turns
+        self._counters = counters
+        self._cache = PagedKVCache(geometry, num_blocks, attention)
+        self._pools = [
+            attention.bind(geometry, layer, self._cache.region(layer))
+            for layer in geometry.layers
+        ]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of every layer."""
+        return self._cache.num_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return self._cache.num_bytes
+
+    def while_open(self, use: Callable[[], None]) -> None:
+        """Call a function in a turn in which the pool is open."""
+        with self._turns:
+            self._raise_if_closed()
+            use()
+
+    def compute(self, layer: int, plan: Any, call: LayerCall) -> None:
+        """Store and attend, slice by slice, in turn with other engines."""
+        is_first, is_done = True, False
+        while not is_done:
+            asked = time.perf_counter()
+            with self._turns:
+                is_done = self._compute_slice(layer, plan, call, asked, is_first)
+            is_first = False
+        if call.layout.num_query_rows:
+            started = time.perf_counter()
+            self._attention.finish(plan, call)
+            self._counters.attend_s += time.perf_counter() - started
+
+    def compute_rows(self, layer: int, plan: Any, *rows: Any) -> None:
+        """Store and attend with rows in device memory, in one turn.
+
+        Args:
+            layer: Index of the layer.
+            plan: Plan of the step.
+            rows: Rows, their layout and the output, as `attend_rows` takes them.
+        """
+        attention = self._attention
+        assert isinstance(attention, SharedRowsAttention)
+        asked = time.perf_counter()
+        with self._turns:
+            self._raise_if_closed()
+            started = time.perf_counter()
+            attention.attend_rows(self._pools[layer], plan, *rows)
+        attention.finish_rows(plan)
+        self._counters.queue_s += started - asked
+        self._counters.attend_s += time.perf_counter() - started
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Free the blocks.
+
+        Args:
+            then: Called in the turn after which nobody computes any more.
+        """
+        with self._turns:
+            self._pools.clear()
+            then()
+        # Not in the turn: unmapping 1 GiB takes up to 0.1 s.
+        self._cache.close()
+
+    def _compute_slice(
+        self, layer: int, plan: Any, call: LayerCall, asked: float, is_first: bool
+    ) -> bool:
+        """One turn of a layer; True after its last one."""
+        self._raise_if_closed()
+        attention, pool, counters = self._attention, self._pools[layer], self._counters
+        started = time.perf_counter()
+        counters.queue_s += started - asked
+        if is_first and call.layout.num_tokens:
+            attention.store(pool, plan, call)
+            stored = time.perf_counter()
+            counters.store_s += stored - started
+            started = stored
+        if not call.layout.num_query_rows:
+            return True
+        is_done = attention.attend(pool, plan, call, SLICE_S)
+        counters.attend_s += time.perf_counter() - started
+        return is_done
+
+    def _raise_if_closed(self) -> None:
+        if not self._pools:
+            raise ConnectionResetError("the session was closed")
