@@ -279,8 +279,7 @@ class NodeHandle:
         return Attachment(self.address, session, token, generation, share.num_opened)
 
     def _channel(self) -> ControlClient:
-        control = self._control
-        if control is None:
+        if (control := self._control) is None:
             raise MemoryNodeError(self.address, self._cause)
         return control
 

@@ -208,9 +208,10 @@ class Session:
         layout: PayloadLayout,
     ) -> None:
         """Serve a layer whose rows and output lie in device memory."""
+        attention = self._attention
         if (
             not isinstance(transport, DeviceMemoryTransport)
-            or not isinstance(self._attention, SharedRowsAttention)
+            or not isinstance(attention, SharedRowsAttention)
             or not planned.num_query_rows
             or header.flags & _WANT_LSE
         ):
@@ -220,7 +221,9 @@ class Session:
         if not transport.fits(num_bytes):
             raise ProtocolError(f"{num_bytes:,} bytes of output in device memory")
         out = transport.rows_buffer(num_bytes)
-        self._pool.compute_rows(header.layer, planned.plan, rows, layout, out)
+        self._pool.compute_rows(
+            attention, header.layer, planned.plan, rows, layout, out
+        )
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes
         transport.send(header)

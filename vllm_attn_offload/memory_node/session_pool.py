@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
@@ -15,7 +15,11 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
 )
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import SessionCounters
+
+if TYPE_CHECKING:
+    import torch
 
 #: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
 SLICE_S = 0.003
@@ -82,21 +86,30 @@ class SessionPool:
             self._attention.finish(plan, call)
             self._counters.attend_s += time.perf_counter() - started
 
-    def compute_rows(self, layer: int, plan: Any, *rows: Any) -> None:
+    def compute_rows(
+        self,
+        attention: SharedRowsAttention[Any, Any],
+        layer: int,
+        plan: Any,
+        rows: torch.Tensor,
+        layout: PayloadLayout,
+        out: torch.Tensor,
+    ) -> None:
         """Store and attend with rows in device memory, in one turn.
 
         Args:
+            attention: The node's kernel, known to take such rows.
             layer: Index of the layer.
             plan: Plan of the step.
-            rows: Rows, their layout and the output, as `attend_rows` takes them.
+            rows: uint8 ``[num_bytes]``: q, k and v.
+            layout: Where they lie in ``rows``.
+            out: uint8 ``[num_bytes]``, filled.
         """
-        attention = self._attention
-        assert isinstance(attention, SharedRowsAttention)
         asked = time.perf_counter()
         with self._turns:
             self._raise_if_closed()
             started = time.perf_counter()
-            attention.attend_rows(self._pools[layer], plan, *rows)
+            attention.attend_rows(self._pools[layer], plan, rows, layout, out)
         attention.finish_rows(plan)
         self._counters.queue_s += started - asked
         self._counters.attend_s += time.perf_counter() - started

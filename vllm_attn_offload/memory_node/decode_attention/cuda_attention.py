@@ -8,8 +8,6 @@ waits, without the node's lock: another session's kernels run while rows come ba
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vllm_attn_offload.memory_node.decode_attention.base import (
@@ -119,13 +117,11 @@ class CudaDecodeAttention(
     def allocate(self, num_bytes: int) -> CudaRegion:
         return CudaRegion(num_bytes, self.device)
 
-    def poison(self, region: Any) -> None:
-        assert isinstance(region, CudaRegion)
+    def poison(self, region: CudaRegion) -> None:
         region.bytes.fill_(0xFF)
         torch.cuda.synchronize(self.device)
 
-    def view(self, region: Any, dtype: str) -> torch.Tensor:
-        assert isinstance(region, CudaRegion)
+    def view(self, region: CudaRegion, dtype: str) -> torch.Tensor:
         item_bytes = TORCH_DTYPES[dtype].itemsize
         whole = len(region) // item_bytes * item_bytes
         return region.bytes[:whole].view(TORCH_DTYPES[dtype])
