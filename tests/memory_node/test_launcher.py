@@ -168,7 +168,7 @@ def test_many_descriptors_are_open(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner needs root")
 def test_directory_of_another_user(tmp_path: Path) -> None:
     """No node starts in it, and nothing in it is touched."""
-    theirs = tmp_path / "run" / "theirs"
+    theirs = tmp_path / "run" / "node.sock"
     theirs.parent.mkdir(mode=0o700)
     theirs.touch()
     os.chown(theirs.parent, 12345, -1)

@@ -66,19 +66,18 @@ class MemoryNodeProcess:
             options += ["--auth-token-file", auth_token_file]
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_directory(directory)
-            self._start(options, startup_timeout_s)
+            check_directory(directory)  # Nothing is removed from one of another user.
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self.stop)
+                self._start(options, startup_timeout_s)
+                on_failure.pop_all()
         except OSError as error:
-            self.stop()
             raise MemoryNodeError(
                 self.address,
                 f"it could not be started ({error}). A node needs a directory, a "
                 "process and a few file descriptors. Free or allow more of what is "
                 "missing (ulimit -a).",
             ) from error
-        except BaseException:
-            self.stop()
-            raise
 
     @property
     def pid(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker tells the executor that a step ran without a memory node."""
+"""Output of a step that ran without a memory node, from worker to executor."""
 
 from __future__ import annotations
 

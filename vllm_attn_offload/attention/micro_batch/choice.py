@@ -119,7 +119,7 @@ class MicroBatchChoice:
         return self._option != 1
 
     def wants_cut(self, num_rows: int, num_tokens: int) -> bool:
-        """Whether a decode step should be cut.
+        """Return True if a decode step should be split.
 
         Args:
             num_rows: Requests of the step.

@@ -24,7 +24,7 @@ MAX_QUERY_LEN = 16
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """What a kernel plan depends on; layers of a group that share it share a plan."""
+    """Shape of a layer's heads; layers of a group with the same one share a plan."""
 
     num_query_heads: int
     num_kv_heads: int
