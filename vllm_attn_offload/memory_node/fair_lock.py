@@ -36,35 +36,32 @@ class FairLock:
         """
         return _Turns(self, engine)
 
-    def _acquire(self, engine: str) -> None:
-        with self._guard:
-            if not self._is_taken:
-                self._is_taken = True
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._line.setdefault(engine, deque()).append(turn)
-        turn.acquire()
-
-    def _release(self) -> None:
-        with self._guard:
-            if not self._line:
-                self._is_taken = False
-                return
-            engine = next(iter(self._line))
-            sessions = self._line.pop(engine)
-            sessions.popleft().release()
-            if sessions:
-                self._line[engine] = sessions
-
 
 class _Turns(AbstractContextManager[None]):
+    # Entered once per layer: the lock's own fields, and no call in between.
     def __init__(self, lock: FairLock, engine: str) -> None:
         self._lock = lock
         self._engine = engine
 
     def __enter__(self) -> None:
-        self._lock._acquire(self._engine)
+        lock = self._lock
+        with lock._guard:
+            if not lock._is_taken:
+                lock._is_taken = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            lock._line.setdefault(self._engine, deque()).append(turn)
+        turn.acquire()
 
     def __exit__(self, *exception: object) -> None:
-        self._lock._release()
+        lock = self._lock
+        with lock._guard:
+            if not lock._line:
+                lock._is_taken = False
+                return
+            engine = next(iter(lock._line))
+            sessions = lock._line.pop(engine)
+            sessions.popleft().release()
+            if sessions:
+                lock._line[engine] = sessions

@@ -81,7 +81,7 @@ class SessionPool:
             with self._turns:
                 is_done = self._compute_slice(layer, plan, call, asked, is_first)
             is_first = False
-        if call.layout.num_query_rows:
+        if self._attention.finishes_later and call.layout.num_query_rows:
             started = time.perf_counter()
             self._attention.finish(plan, call)
             self._counters.attend_s += time.perf_counter() - started

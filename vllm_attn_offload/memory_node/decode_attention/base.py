@@ -64,6 +64,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
 
     #: Shown in NodeInfo and in the log.
     name: str
+    #: ``attend`` returns before its results are there, as on a GPU.
+    finishes_later = False
 
     def allocate(self, num_bytes: int) -> Region:
         """Memory for one storage, all zero, so that it shows no other engine's data.
@@ -135,10 +137,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         """
 
     def finish(self, plan: PlanT, call: LayerCall) -> None:
-        """Wait for what ``attend`` began; called without the node's lock.
-
-        Does nothing where ``attend`` returns with its results, as on a CPU.
-        """
+        """Wait for what ``attend`` began, where ``finishes_later``; not in a turn."""
+        raise NotImplementedError
 
 
 class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):

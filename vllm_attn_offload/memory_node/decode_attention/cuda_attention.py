@@ -107,6 +107,8 @@ class CudaDecodeAttention(
     ``attend`` uses the rows that ``store`` has brought to the GPU just before.
     """
 
+    finishes_later = True
+
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.shared_device = CudaDevice(device)
