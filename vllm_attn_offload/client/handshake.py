@@ -99,7 +99,9 @@ def call(
         )
     except TimeoutError as error:
         raise MemoryNodeError(
-            address, f"no answer to {type(request).__name__} within {timeout_s:g} s."
+            address,
+            f"no answer to {type(request).__name__} within {timeout_s:g} s. Check that "
+            "it runs, or raise startup_timeout_s or request_timeout_s.",
         ) from error
     except ssl.SSLError as error:
         raise _tls_failed(address, error) from error
@@ -110,7 +112,8 @@ def call(
     if not isinstance(reply, expected):
         raise MemoryNodeError(
             address,
-            f"{type(reply).__name__} came in answer to {type(request).__name__}.",
+            f"{type(reply).__name__} came in answer to {type(request).__name__}. Check "
+            f"that vllm-attn-offload {__version__} runs there.",
         )
     return reply
 

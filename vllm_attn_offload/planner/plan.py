@@ -44,6 +44,8 @@ PLAN_EPILOG = """examples:
 def positive(kind: type) -> Callable[[str], float]:
     """Option type: a number of `kind` (int or float) above zero."""
 
+    whole = " whole" if kind is int else ""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -51,8 +53,8 @@ def positive(kind: type) -> Callable[[str], float]:
             value = 0
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed here. It must be a positive {kind.__name__}. "
-                "Give a number above zero."
+                f"{text!r} is not allowed here. It must be a{whole} number above zero. "
+                "Give another one."
             )
         return value
 
