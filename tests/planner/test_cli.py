@@ -106,7 +106,7 @@ def test_plan_bad_number(capsys: pytest.CaptureFixture[str], context: str) -> No
     pair = ["--compute", "H100", "--memory", "H20"]
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(CONFIGS / "llama-3-8b"), *pair, "--context", context])
-    assert "must be a positive int" in capsys.readouterr().err
+    assert "must be a whole number above zero" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
