@@ -153,6 +153,11 @@ def test_memory_short(tmp_path: Path) -> None:
         (("--kv-cache-gib", "0"), "'0' is not a size. Allowed: a number above 0"),
         (("--kv-cache-gib", "nan"), "'nan' is not a size"),
         (("--cpus", "4096"), "'4096' is not a list of usable CPUs. Allowed here:"),
+        (("--cpus", "a-b"), "'a-b' is not a list of usable CPUs. Allowed here:"),
+        (("--cpus", "0,"), "'0,' is not a list of usable CPUs"),
+        (("--cpus", "0,1-0"), "'0,1-0' is not a list of usable CPUs"),
+        (("--cpus", "0-0-0"), "'0-0-0' is not a list of usable CPUs"),
+        (("--cpus", "0-99999999999"), "'0-99999999999' is not a list of usable CPUs"),
         (("--device", "tpu"), "'tpu' is not a device"),
     ],
 )

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -103,6 +104,47 @@ def test_node_ends_at_start(tmp_path: Path) -> None:
             tmp_path / "run", kv_cache_gib=1e6, cpus="", startup_timeout_s=30
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_cache_gib": 1e6}, "--kv-cache-gib 1e+06 is more than the "),
+        ({"cpus": "4096"}, "argument --cpus: '4096' is not a list of usable CPUs"),
+        ({"auth_token_file": "/nowhere"}, "/nowhere"),
+        ({"device": "cuda:999"}, "--device cuda:999 is not on this host"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_last_words_are_part_of_the_error(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    """What a node says before it ends is in the log, and its last line in the error."""
+    defaults: dict[str, Any] = {"kv_cache_gib": 0.1, "cpus": ""}
+    with pytest.raises(MemoryNodeError) as error:
+        MemoryNodeProcess(
+            tmp_path / "run", startup_timeout_s=60, **(defaults | options)
+        )
+    logged = capfd.readouterr().err.strip().splitlines()[-1]
+    _, _, last = str(error.value).partition("It said: ")
+    assert said in last
+    assert logged.endswith(last.partition(" In the engine's options, check ")[0])
+    assert "MemoryNode pid" not in last
+
+
+def test_log_goes_on_after_the_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    node = MemoryNodeProcess(
+        tmp_path / "run", kv_cache_gib=0.1, cpus="", startup_timeout_s=30
+    )
+    node.stop()
+    lines = capfd.readouterr().err.splitlines()
+    assert f"ready on {node.address}" in lines[0]
+    assert lines[-1].endswith("stopping")
 
 
 def test_node_is_late(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.transport.address import check_directory
@@ -16,6 +18,12 @@ from vllm_attn_offload.transport.address import check_directory
 _MODULE = "vllm_attn_offload.memory_node.main"
 _SOCKET = "node.sock"
 _STOP_TIMEOUT_S = 5.0
+_STDERR = 2
+_MAX_SAID_BYTES = 1 << 20
+#: In front of what a node says: its logger's prefix, or that of wrong options.
+_PREFIX = re.compile(
+    r"\(MemoryNode pid=\d+\) [A-Z]+ \S+ \S+ |vllm-memory-node: error: "
+)
 
 
 def local_address(directory: Path) -> str:
@@ -118,7 +126,11 @@ class MemoryNodeProcess:
 
     def _start(self, options: list[str], timeout_s: float) -> None:
         parent_read, self._parent_write = os.pipe()
-        with os.fdopen(parent_read, "rb"):
+        # Until it is ready a node talks into a file, whose end is part of the error.
+        with (
+            os.fdopen(parent_read, "rb"),
+            os.fdopen(os.memfd_create("memory-node-start"), "rb") as said,
+        ):
             ready_read, ready_write = os.pipe()
             with os.fdopen(ready_read, "rb"):
                 with os.fdopen(ready_write, "wb"):
@@ -132,15 +144,26 @@ class MemoryNodeProcess:
                             *("--parent-fd", str(parent_read)),
                         ],
                         stdin=subprocess.DEVNULL,
+                        # Once it is ready it talks there (see main.py).
+                        stdout=_STDERR,
+                        stderr=said.fileno(),
                         pass_fds=(ready_write, parent_read),
                         # A Ctrl-C in the terminal must reach the engine only: it stops
                         # the node.
                         start_new_session=True,
                     )
-                self._wait_until_ready(self._process, ready_read, timeout_s)
+                try:
+                    self._wait_until_ready(self._process, ready_read, said, timeout_s)
+                finally:
+                    with contextlib.suppress(OSError):  # nobody reads our log
+                        os.write(_STDERR, _read(said))
 
     def _wait_until_ready(
-        self, process: subprocess.Popen[bytes], ready_fd: int, timeout_s: float
+        self,
+        process: subprocess.Popen[bytes],
+        ready_fd: int,
+        said: BinaryIO,
+        timeout_s: float,
     ) -> None:
         # Not select: it takes no descriptor from 1,024 on.
         poller = select.poll()
@@ -154,8 +177,9 @@ class MemoryNodeProcess:
             code = self._end(process)
             raise MemoryNodeError(
                 self.address,
-                f"it ended at start with exit code {code}. Its message is above; "
-                "check kv_cache_gib and local_node_cpus.",
+                f"it ended at start with exit code {code}. It said: {_last_line(said)} "
+                "In the engine's options, check kv_cache_gib (--kv-cache-gib there) "
+                "and local_node_cpus (--cpus there).",
             )
 
     def _end(self, process: subprocess.Popen[bytes]) -> int:
@@ -171,3 +195,14 @@ class MemoryNodeProcess:
                 f"process {process.pid} was killed and has not ended within "
                 f"{_STOP_TIMEOUT_S:g} s. Its memory is not free before.",
             ) from error
+
+
+def _read(said: BinaryIO) -> bytes:
+    # The node writes at the same position: it must not move.
+    return os.pread(said.fileno(), _MAX_SAID_BYTES, 0)
+
+
+def _last_line(said: BinaryIO) -> str:
+    text = _read(said).decode(errors="replace").strip()
+    line = _PREFIX.sub("", text.rpartition("\n")[2], count=1) or "nothing"
+    return line if line.endswith((".", ")")) else f"{line}."

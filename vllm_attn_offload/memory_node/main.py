@@ -32,6 +32,7 @@ from vllm_attn_offload.transport.trust import Credentials
 
 logger = logging.getLogger(__name__)
 
+_STDOUT, _STDERR = 1, 2
 #: Of free memory: the host's is needed by others, a GPU serves nothing else.
 _DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
 
@@ -200,6 +201,9 @@ def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
         node.max_frame_bytes / GIB,
         ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     )
+    if options.parent_fd is not None:
+        # The parent kept what was said until now, and passes stdout for all else.
+        os.dup2(_STDOUT, _STDERR)
     if options.ready_fd is not None:
         # A parent that is gone already is noticed by its other pipe.
         with contextlib.suppress(BrokenPipeError):
