@@ -19,7 +19,7 @@ from node_process import eventually
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess, local_address
 
 PARENT = """
 import sys, time
@@ -210,7 +210,7 @@ def test_many_descriptors_are_open(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner needs root")
 def test_directory_of_another_user(tmp_path: Path) -> None:
     """No node starts in it, and nothing in it is touched."""
-    theirs = tmp_path / "run" / "node.sock"
+    theirs = Path(local_address(tmp_path / "run").removeprefix("unix:"))
     theirs.parent.mkdir(mode=0o700)
     theirs.touch()
     os.chown(theirs.parent, 12345, -1)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +118,10 @@ def _check_deadline(recovery_timeout_s: float) -> None:
 
 
 def _new_run_dir() -> Path:
-    return Path(tempfile.gettempdir()) / f"attn-offload-{uuid.uuid4().hex[:12]}"
+    """Name a directory whose sockets fit wherever vLLM's own, ``<36 bytes>``, do."""
+    from vllm import envs
+
+    return Path(envs.VLLM_RPC_BASE_PATH) / f"attn-offload-{uuid.uuid4().hex[:8]}"
 
 
 def _remove_run_dirs(base: Path) -> None:

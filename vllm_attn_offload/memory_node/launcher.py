@@ -16,7 +16,7 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.transport.address import check_directory
 
 _MODULE = "vllm_attn_offload.memory_node.main"
-_SOCKET = "node.sock"
+_SOCKET = "sock"  # short, because a socket's path must be
 _STOP_TIMEOUT_S = 5.0
 _STDERR = 2
 _MAX_SAID_BYTES = 1 << 20
