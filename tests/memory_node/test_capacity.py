@@ -34,7 +34,7 @@ def test_reserve_names_both_numbers() -> None:
     with pytest.raises(CapacityError) as error:
         ledger.reserve("b", 2 * GIB)
     assert "2.00 GiB of KV cache were asked for" in str(error.value)
-    assert "only 1.00 of 4.00 GiB are free" in str(error.value)
+    assert "only 1.00 GiB of 4.00 GiB are free" in str(error.value)
     assert "Lower kv_cache_gib" in str(error.value)
     assert ledger.free_bytes == GIB
 

@@ -22,6 +22,7 @@ from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.placement import local_nodes
+from vllm_attn_offload.engine.pool_size import check_pool_size
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
@@ -74,15 +75,26 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
 
         Returns:
             Bytes per rank, in vLLM's own bytes per block.
+
+        Raises:
+            ValueError: The pool holds no request of max_model_len.
         """
         super().determine_available_memory()
         geometries: list[SessionGeometry] = self.collective_rpc("session_geometry")
+        specs_by_rank = self.get_kv_cache_specs()
         block_bytes = [
             sum(spec.page_size_bytes for spec in specs.values())
-            for specs in self.get_kv_cache_specs()
+            for specs in specs_by_rank
         ]
         num_blocks = self._pool.reserve(
             geometries, data_parallel_size(self.vllm_config)
+        )
+        check_pool_size(
+            self.vllm_config,
+            next(iter(specs_by_rank[0].values())).block_size,
+            min(num_blocks),
+            self._pool.nodes,
+            self._pool.partition,
         )
         return [
             count * num_bytes

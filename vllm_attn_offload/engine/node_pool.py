@@ -23,6 +23,7 @@ from vllm_attn_offload.engine.node_handle import (
 )
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
+from vllm_attn_offload.protocol.byte_size import byte_size
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import GIB, ReserveCapacity, Shard
 
@@ -59,6 +60,11 @@ class NodePool:
         self._on_loss: Callable[[MemoryNodeError], None] | None = None
         self._limits: SessionLimits | None = None
         self._is_closed = False
+
+    @property
+    def nodes(self) -> Sequence[NodeHandle]:
+        """The nodes that hold the pool."""
+        return self._nodes
 
     def join(self) -> None:
         """Start or connect to all nodes at once.
@@ -281,17 +287,13 @@ class NodePool:
     def _log_capacity(self, reason: str) -> None:
         for node in self._nodes:
             logger.info(
-                "Attention offload: memory node %s (%s, %s kernel) holds %.2f GiB of "
+                "Attention offload: memory node %s (%s, %s kernel) holds %s of "
                 "KV cache, %s blocks; limits of the compute host do not apply",
-                node.address,
-                node.info.device,
-                node.info.attention_kernel,
-                node.kv_bytes / GIB,
+                *(node.address, node.info.device, node.info.attention_kernel),
+                byte_size(node.kv_bytes),
                 f"{min(node.num_blocks):,}",
             )
         logger.info(
             "Attention offload: %d memory node(s), partition by %s, because %s",
-            len(self._nodes),
-            self.partition,
-            reason,
+            *(len(self._nodes), self.partition, reason),
         )

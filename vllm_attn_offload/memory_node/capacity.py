@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_attn_offload.protocol.messages import GIB
+from vllm_attn_offload.protocol.byte_size import byte_size
 
 
 class CapacityError(RuntimeError):
@@ -42,8 +42,8 @@ class CapacityLedger:
         with self._lock:
             if num_bytes > self._free():
                 raise CapacityError(
-                    f"{num_bytes / GIB:.2f} GiB of KV cache were asked for, but only "
-                    f"{self._free() / GIB:.2f} of {self.total_bytes / GIB:.2f} GiB are "
+                    f"{byte_size(num_bytes)} of KV cache were asked for, but only "
+                    f"{byte_size(self._free())} of {byte_size(self.total_bytes)} are "
                     "free. Lower kv_cache_gib, stop another engine of this node, or "
                     "start the node with a larger --kv-cache-gib."
                 )

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuses a pool that holds no request of the longest context, before vLLM does.
+
+vLLM's own sentence names its limits on the compute host, which do not apply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from vllm_attn_offload.client.partition import PartitionKind, divide_blocks
+from vllm_attn_offload.protocol.byte_size import byte_size
+from vllm_attn_offload.protocol.messages import GIB
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class HoldsBlocks(Protocol):
+    """A memory node with the blocks of each rank and the bytes of all ranks."""
+
+    address: str
+
+    @property
+    def num_blocks(self) -> Sequence[int]: ...
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+
+def check_pool_size(
+    vllm_config: VllmConfig,
+    block_size: int,
+    num_blocks: int,
+    nodes: Sequence[HoldsBlocks],
+    partition: PartitionKind,
+) -> None:
+    """Compare a pool with what vLLM is going to ask of it (``get_kv_cache_configs``).
+
+    Args:
+        vllm_config: The engine's configuration; a length that vLLM chooses may be 1.
+        block_size: Tokens per block.
+        num_blocks: Blocks of the rank with the fewest.
+        nodes: What is reserved.
+        partition: What is divided between the nodes.
+
+    Raises:
+        ValueError: One request of max_model_len does not fit.
+    """
+    model, override = vllm_config.model_config, vllm_config.cache_config
+    wanted = 1 if model.original_max_model_len == -1 else model.max_model_len
+    # vLLM never hands out one of the blocks.
+    needed = math.ceil(wanted / block_size) + 1
+    if override.num_gpu_blocks_override is not None:
+        if override.num_gpu_blocks_override < needed:
+            raise ValueError(
+                f"num_gpu_blocks_override={override.num_gpu_blocks_override} was "
+                f"given. Allowed with max_model_len={wanted}: at least {needed} "
+                f"blocks of {block_size} tokens. Raise it or leave it out, or lower "
+                "--max-model-len."
+            )
+    elif num_blocks < needed:
+        raise ValueError(
+            _too_small(block_size, wanted, num_blocks, needed, nodes, partition)
+        )
+
+
+def _too_small(
+    block_size: int,
+    wanted: int,
+    num_blocks: int,
+    needed: int,
+    nodes: Sequence[HoldsBlocks],
+    partition: PartitionKind,
+) -> str:
+    held = [min(node.num_blocks) for node in nodes]
+    counts = divide_blocks(needed, tuple(held), partition)
+    # Of all ranks; what is reserved is a whole number of blocks.
+    bytes_needed = max(
+        node.kv_bytes // blocks * count
+        for node, blocks, count in zip(nodes, held, counts, strict=True)
+    )
+    per_node = ", ".join(
+        f"{node.address} {blocks * block_size:,} tokens in {byte_size(node.kv_bytes)}"
+        for node, blocks in zip(nodes, held, strict=True)
+    )
+    fits = (num_blocks - 1) * block_size
+    shorter = f"lower --max-model-len to {fits} or less, " if fits else ""
+    return (
+        f"One request of {wanted:,} tokens (max_model_len) must fit in the KV cache, "
+        f"and the memory nodes hold {fits:,} ({per_node}; vLLM keeps one block of "
+        f"{block_size} empty). Allowed: at least {byte_size(bytes_needed)} on each "
+        f"node. Set kv_cache_gib to {_round_up(bytes_needed)} or more, which the node "
+        f"must have free (--kv-cache-gib there), {shorter}or add a memory node."
+    )
+
+
+def _round_up(num_bytes: int) -> str:
+    """Write GiB with four digits or more, so that they are enough."""
+    digits = max(2, 3 - math.floor(math.log10(num_bytes / GIB)))
+    return f"{math.ceil(num_bytes / GIB * 10**digits) / 10**digits:.{digits}f}"
