@@ -17,24 +17,23 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.memory_node.args import parse_options
-from vllm_attn_offload.memory_node.capacity import available_host_bytes
+from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS, strangers
 from vllm_attn_offload.memory_node.decode_attention import (
     create_decode_attention,
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.escape_filter import EscapeFilter
+from vllm_attn_offload.memory_node.memory_claim import MemoryClaim, claim_memory
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
-from vllm_attn_offload.protocol.messages import GIB
+from vllm_attn_offload.protocol.byte_size import byte_size
 from vllm_attn_offload.transport.trust import Credentials
 
 logger = logging.getLogger(__name__)
 
 _STDOUT, _STDERR = 1, 2
-#: Of free memory: the host's is needed by others, a GPU serves nothing else.
-_DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 
 class _StartError(RuntimeError):
@@ -52,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
     try:
-        node = _create_node(options)
-    except _StartError as error:
+        claim = claim_memory(options.kv_cache_gib, options.device)
+        node = _create_node(options, claim.kv_bytes)
+    except (_StartError, CapacityError) as error:
         logger.error("%s", error)
         return 1
     node.start()
-    _announce(node, options)
+    _announce(node, claim, options)
     if options.parent_fd is not None:
         _stop_with_parent(options.parent_fd, stop)
     stop.wait()
@@ -91,14 +91,13 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _create_node(options: argparse.Namespace) -> MemoryNode:
-    """Claim memory, the metrics port and the address.
+def _create_node(options: argparse.Namespace, kv_bytes: int) -> MemoryNode:
+    """Claim the metrics port and the address.
 
     Raises:
         _StartError: One of them cannot be had.
     """
     credentials = _credentials(options)
-    kv_bytes = _kv_bytes(options)
     registry = CollectorRegistry()
     if options.metrics_port is not None:
         _serve_metrics(options.metrics_port, registry)
@@ -142,36 +141,6 @@ def _credentials(options: argparse.Namespace) -> Credentials:
     return credentials
 
 
-def _kv_bytes(options: argparse.Namespace) -> int:
-    available = _available_bytes(options.device)
-    if options.kv_cache_gib is None:
-        return int(available * _DEFAULT_SHARE[options.device.partition(":")[0]])
-    kv_bytes = int(options.kv_cache_gib * GIB)
-    if kv_bytes > available:
-        raise _StartError(
-            f"--kv-cache-gib {options.kv_cache_gib:g} is more than the "
-            f"{available / GIB:.2f} GiB of memory that are available. Lower it or "
-            "stop other processes."
-        )
-    return kv_bytes
-
-
-def _available_bytes(device: str) -> int:
-    if device == "cpu":
-        return available_host_bytes()
-    import torch
-
-    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device not in present:
-        raise _StartError(
-            f"--device {device} is not on this host. Allowed here: "
-            f"{', '.join(['cpu', *present])}. Choose one of them, or install torch "
-            "for CUDA and check nvidia-smi."
-        )
-    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
-    return int(free_bytes)
-
-
 def _create_attention(options: argparse.Namespace) -> DecodeAttention[Any, Any]:
     try:
         return create_decode_attention(options.attention_kernel, options.device)
@@ -189,18 +158,23 @@ def _serve_metrics(port: int, registry: CollectorRegistry) -> None:
         ) from error
 
 
-def _announce(node: MemoryNode, options: argparse.Namespace) -> None:
+def _announce(
+    node: MemoryNode, claim: MemoryClaim, options: argparse.Namespace
+) -> None:
     info = node.info()
     logger.info(
-        "ready on %s: device %s, attention kernel %s, %.2f GiB for KV blocks, at most "
-        "%.2f GiB for frames and plans, CPUs %s",
+        "ready on %s: device %s, attention kernel %s, %s for KV blocks (%s), at most "
+        "%s for frames and plans, CPUs %s",
         node.address,
         info.device,
         info.attention_kernel,
-        info.kv_bytes_total / GIB,
-        node.max_frame_bytes / GIB,
+        byte_size(info.kv_bytes_total),
+        claim.describe(),
+        byte_size(node.max_frame_bytes),
         ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     )
+    if warning := claim.warning():
+        logger.warning("%s", warning)
     if options.parent_fd is not None:
         # The parent kept what was said until now, and passes stdout for all else.
         os.dup2(_STDOUT, _STDERR)
