@@ -103,7 +103,7 @@ def attention_time(
     Every layer call has a fixed part, and one per request (storing k and v, starting
     its softmax).
     """
-    kv_bytes = rows * shape.kv_bytes(context)
+    kv_bytes = rows * shape.kv_read_bytes(context)
     if device.attention_gbps is not None:
         work = kv_bytes / (device.attention_gbps * 1e9)
     else:

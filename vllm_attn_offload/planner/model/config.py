@@ -7,20 +7,15 @@ import json
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
+from vllm_attn_offload.planner.model.layers import layer_shapes
 from vllm_attn_offload.planner.model.parameters import count_parameters
-from vllm_attn_offload.planner.model.shape import (
-    LayerShape,
-    ModelShape,
-    gqa_layers,
-    mla_layers,
-)
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
@@ -186,7 +181,7 @@ def shape_from_config(
     return ModelShape(
         name=name,
         hidden_size=config["hidden_size"],
-        layers=_layer_shapes(config, name),
+        layers=layer_shapes(config, name),
         dense_params=count.linear + count.lm_head,
         dense_bytes=(count.linear * linear_bits + count.lm_head * base_bits) / 8,
         lm_head_params=count.lm_head,
@@ -222,34 +217,3 @@ def _weight_bits(
         )
     # MXFP4 checkpoints quantize only the experts.
     return (base if method == "mxfp4" else bits), bits, base
-
-
-def _layer_shapes(config: Mapping[str, Any], name: str) -> tuple[LayerShape, ...]:
-    num_layers = config["num_hidden_layers"]
-    num_heads = config["num_attention_heads"]
-    if config.get("kv_lora_rank"):
-        rope = config["qk_rope_head_dim"]
-        return (mla_layers(num_layers, num_heads, config["kv_lora_rank"], rope),)
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
-    head_size = config.get("head_dim") or config["hidden_size"] // num_heads
-    window = config.get("sliding_window")
-    if config.get("use_sliding_window") is False:
-        window = None
-    default = "sliding_attention" if window else "full_attention"
-    kinds = Counter(config.get("layer_types") or [default] * num_layers)
-    allowed = {
-        "full_attention": None,
-        "sliding_attention": window,
-        "chunked_attention": config.get("attention_chunk_size"),
-    }
-    unknown = sorted(set(kinds) - set(allowed))
-    if unknown:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(unknown)}. The planner knows "
-            f"{', '.join(allowed)}. Attention of other kinds cannot be offloaded; "
-            "use another model."
-        )
-    return tuple(
-        gqa_layers(n, num_heads, num_kv_heads, head_size, window=allowed[kind])
-        for kind, n in kinds.items()
-    )

@@ -33,14 +33,16 @@ def count_parameters(config: Mapping[str, Any]) -> ParameterCount:
     num_layers = config["num_hidden_layers"]
     matrices = 2 if config.get("model_type") in UNGATED_MLP else 3
     num_experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
-    moe_layers = _moe_layers(config, num_layers) if num_experts else 0
-    inner = config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden
-    moe_inner = config.get("moe_intermediate_size") or inner
+    is_moe = [bool(num_experts) and moe for moe in _moe_layers(config, num_layers)]
+    moe_layers = sum(is_moe)
+    inner = _inner_sizes(config, num_layers)
+    moe_inner = config.get("moe_intermediate_size") or inner[0]
     shared = config.get("shared_expert_intermediate_size") or (
         (config.get("n_shared_experts") or 0) * moe_inner
     )
     linear = num_layers * _attention(config)
-    linear += (num_layers - moe_layers) * matrices * hidden * inner
+    dense = sum(size for size, moe in zip(inner, is_moe, strict=True) if not moe)
+    linear += matrices * hidden * dense
     linear += moe_layers * (matrices * hidden * shared + hidden * num_experts)
     table = config["vocab_size"] * hidden
     # A tied table is read as the output projection in every step, so it counts there.
@@ -58,15 +60,28 @@ def _first(config: Mapping[str, Any], *names: str) -> int:
     return next((config[name] for name in names if config.get(name)), 0)
 
 
-def _moe_layers(config: Mapping[str, Any], num_layers: int) -> int:
-    """Layers with routed experts (DeepSeek: after the first k; Qwen: every n-th)."""
+def _inner_sizes(config: Mapping[str, Any], num_layers: int) -> list[int]:
+    """Width of each layer's feed-forward; Gemma-3n gives one per layer."""
+    sizes = config.get("intermediate_size") or config.get("ffn_dim")
+    sizes = sizes or 4 * config["hidden_size"]
+    return sizes if isinstance(sizes, list) else [sizes] * num_layers
+
+
+def _moe_layers(config: Mapping[str, Any], num_layers: int) -> list[bool]:
+    """True for layers with routed experts.
+
+    transformers spells them out, or: DeepSeek after the first k, Qwen every n-th.
+    """
+    kinds = config.get("mlp_layer_types")
+    if kinds:
+        return [kind == "sparse" for kind in kinds]
     dense_first = config.get("first_k_dense_replace") or 0
     step = config.get("decoder_sparse_step") or 1
     dense_only = set(config.get("mlp_only_layers") or ())
-    return sum(
+    return [
         i >= dense_first and (i + 1) % step == 0 and i not in dense_only
         for i in range(num_layers)
-    )
+    ]
 
 
 def _attention(config: Mapping[str, Any]) -> int:

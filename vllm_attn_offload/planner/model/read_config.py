@@ -11,14 +11,8 @@ import json
 import sys
 from typing import Any
 
-# Names that some families spell differently; transformers maps them on access.
-CANONICAL = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-)
+# Computed by some families' classes, and then not among the values they write.
+COMPUTED = ("layer_types", "num_hidden_layers")
 
 
 def main(paths: list[str]) -> int:
@@ -32,19 +26,30 @@ def main(paths: list[str]) -> int:
 def read(path: str) -> dict[str, Any]:
     """One file's values with the config class's defaults filled in."""
     try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import PretrainedConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
         return {"error": "no-transformers", "detail": str(error)}
-    with open(path, encoding="utf-8") as file:
-        raw = json.load(file)
+    # Decodes infinities, which strict JSON cannot hold.
+    raw, _ = PretrainedConfig.get_config_dict(path)
     if raw["model_type"] not in CONFIG_MAPPING:
         return {"error": "unknown-type", "detail": raw["model_type"]}
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw).get_text_config()
-    except (TypeError, ValueError) as error:
-        return {"error": "rejected", "detail": str(error)}
-    values = config.to_dict()
-    values |= {k: getattr(config, k) for k in CANONICAL if hasattr(config, k)}
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        text = config.get_text_config()
+        values = text.to_dict() | {
+            key: value for key in COMPUTED if (value := getattr(text, key, None))
+        }
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        return {"error": "rejected", "detail": " ".join(str(error).split())}
+    for canonical, own in text.attribute_map.items():
+        if own in values:
+            values[canonical] = values[own]
+    # DeepSeek's class maps head_dim to this one, so that a given head_dim replaces it.
+    if rope := raw.get("text_config", raw).get("qk_rope_head_dim"):
+        values["qk_rope_head_dim"] = rope
+    values["is_encoder_decoder"] = config.is_encoder_decoder
     values.setdefault("quantization_config", raw.get("quantization_config"))
     values["dtype"] = values.get("dtype") or raw.get("torch_dtype") or raw.get("dtype")
     return {"config": values}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -12,7 +13,8 @@ class LayerShape:
 
     All element counts are per token and layer. `window` is the number of cached tokens
     a query sees (None: all). `flops_per_kv_token` is the work of one query token on one
-    cached token, QK^T and PV together.
+    cached token, QK^T and PV together. Layers with `shares_kv` read an earlier layer's
+    keys and values, and keep none.
     """
 
     num_layers: int
@@ -23,6 +25,7 @@ class LayerShape:
     out_elements: int
     flops_per_kv_token: int
     window: int | None = None
+    shares_kv: bool = False
 
     def visible(self, context: float) -> float:
         """Cached tokens that a query at `context` reads."""
@@ -129,8 +132,15 @@ class ModelShape:
 
     def kv_bytes(self, context: float) -> float:
         """KV bytes of one request with `context` cached tokens, windows respected."""
+        return self._kv_bytes(context, [g for g in self.layers if not g.shares_kv])
+
+    def kv_read_bytes(self, context: float) -> float:
+        """KV bytes that one query token over `context` cached tokens reads."""
+        return self._kv_bytes(context, self.layers)
+
+    def _kv_bytes(self, context: float, layers: Iterable[LayerShape]) -> float:
         elements = sum(
-            g.num_layers * g.kv_elements * g.visible(context) for g in self.layers
+            g.num_layers * g.kv_elements * g.visible(context) for g in layers
         )
         return elements * self.kv_element_bytes
 
@@ -156,7 +166,7 @@ class ModelShape:
         total = 0.0
         for g in self.layers:
             q = g.q_elements * self.activation_bytes
-            kv = g.kv_elements * self.activation_bytes
+            kv = 0.0 if g.shares_kv else g.kv_elements * self.activation_bytes
             out = g.out_elements * self.activation_bytes
             if partition == "blocks" and num_nodes > 1:
                 lse = 4 * g.num_heads

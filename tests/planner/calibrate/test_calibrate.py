@@ -42,7 +42,7 @@ from vllm_attn_offload.planner.hardware.network import Network
 from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_fit_line() -> None:

@@ -11,7 +11,7 @@ import pytest
 from vllm_attn_offload.planner.model.config import read_model_shape
 from vllm_attn_offload.planner.model.shape import ModelShape
 
-CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.mark.parametrize(
