@@ -119,7 +119,7 @@ def test_counts_several_nodes_together(
     config = engine_config()
     nodes = Node("a:1", [4]), Node("b:2", [2])
     message = refusal(config, 6, *nodes)
-    assert "hold 160 (a:1 128 tokens in 0.12 MiB, b:2 64 tokens in 0.06 MiB;" in (
+    assert "hold 160 (a:1 128 tokens in 0.12 MiB, b:2 64 tokens in 64.00 KiB;" in (
         message
     )
     assert "at least 0.19 MiB on each node" in message

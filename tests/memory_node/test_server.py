@@ -188,7 +188,7 @@ def test_reserve_more_than_is_left(node: NodeProcess, control: ControlClient) ->
         with pytest.raises(MemoryNodeError) as error:
             control.reserve(reservation(make_geometry(), 128 * MIB))
         assert "0.12 GiB of KV cache were asked for" in str(error.value)
-        assert "only 0.06 GiB of 0.25 GiB are free" in str(error.value)
+        assert "only 64.00 MiB of 0.25 GiB are free" in str(error.value)
         assert "refused ReserveCapacity: 0.12 GiB" in node.log()
         left = control.reserve(reservation(make_geometry(), 63 * MIB))
         control.close_session(left.reservation)

@@ -42,7 +42,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         type=_positive,
         metavar="GIB",
         help="memory for KV blocks of all engines together (default: half of the "
-        "memory that is available at start; 90 %% of a GPU's free memory)",
+        "memory that is available at start and that no other node of the host has "
+        "promised; 90 %% of such memory of a GPU)",
+    )
+    parser.add_argument(
+        "--preallocate",
+        action="store_true",
+        help="take the memory for KV blocks from the host at start, and lock it there "
+        "where RLIMIT_MEMLOCK allows; without it a block takes memory when it is first "
+        "written",
     )
     _add_trust_options(parser)
     _add_other_options(parser)
@@ -51,6 +59,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         options.listen = options.listen or _default_address()
     except (OSError, ValueError) as error:
         parser.error(f"no place for the default socket, so use --listen: {error}")
+    if options.preallocate and options.device != "cpu":
+        parser.error(
+            f"--preallocate was given with --device {options.device}. Allowed: it "
+            "with --device cpu; GPU memory is taken whenever an engine joins. Leave "
+            "it out."
+        )
     if problem := _trust_problem(options):
         parser.error(problem)
     return options

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -11,7 +12,10 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
     Region,
 )
+from vllm_attn_offload.protocol.byte_size import byte_size
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
+
+logger = logging.getLogger(__name__)
 
 #: With this variable set, new blocks hold NaN: what reads them by mistake shows it.
 POISON_VARIABLE = "ATTN_OFFLOAD_POISON_KV"
@@ -33,15 +37,20 @@ class PagedKVCache:
         attention: DecodeAttention[Any, Any],
     ) -> None:
         self.num_blocks = num_blocks
-        self._regions = {
-            storage: attention.allocate(num_blocks * num_bytes)
-            for storage, num_bytes in _block_bytes(geometry, attention).items()
-        }
+        self._arena = attention.arena
+        self._regions: dict[int, Region | memoryview] = {}
+        try:
+            for storage, num_bytes in _block_bytes(geometry, attention).items():
+                region = self._allocate(attention, num_blocks * num_bytes)
+                self._regions[storage] = region
+        except BaseException:
+            self.close()
+            raise
         if os.environ.get(POISON_VARIABLE):
             for region in self._regions.values():
                 attention.poison(region)
 
-    def region(self, layer: LayerGeometry) -> Region:
+    def region(self, layer: LayerGeometry) -> Region | memoryview:
         """Memory of the layer's storage, as the attention kernel allocated it."""
         return self._regions[layer.storage]
 
@@ -56,8 +65,27 @@ class PagedKVCache:
         Raises:
             BufferError: A tensor still views a region.
         """
-        for region in self._regions.values():
-            region.close()
+        for storage, region in list(self._regions.items()):
+            if isinstance(region, memoryview):
+                assert self._arena is not None
+                self._arena.free(region)
+            else:
+                region.close()
+            del self._regions[storage]
+
+    def _allocate(
+        self, attention: DecodeAttention[Any, Any], num_bytes: int
+    ) -> Region | memoryview:
+        """Take memory that was touched at start, if there is any in one piece."""
+        if self._arena is not None:
+            if region := self._arena.allocate(num_bytes):
+                return region
+            logger.warning(
+                "%s are free only in pieces of what was touched at start, and are "
+                "taken from the host",
+                byte_size(num_bytes),
+            )
+        return attention.allocate(num_bytes)
 
 
 def bytes_per_block(geometry: SessionGeometry, layout: BlockLayout) -> int:

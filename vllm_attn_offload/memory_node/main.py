@@ -24,6 +24,7 @@ from vllm_attn_offload.memory_node.decode_attention import (
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.escape_filter import EscapeFilter
+from vllm_attn_offload.memory_node.kv_arena import KVArena
 from vllm_attn_offload.memory_node.memory_claim import MemoryClaim, claim_memory
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
@@ -52,12 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         os.sched_setaffinity(0, options.cpus)
     try:
         claim = claim_memory(options.kv_cache_gib, options.device)
-        node = _create_node(options, claim.kv_bytes)
+        arena = _create_arena(claim) if options.preallocate else None
+        node = _create_node(options, claim.kv_bytes, arena)
     except (_StartError, CapacityError) as error:
         logger.error("%s", error)
         return 1
-    node.start()
-    _announce(node, claim, options)
+    if arena is not None:
+        arena.touch(stop)
+    if not stop.is_set():
+        node.start()
+        _announce(node, claim, options)
     if options.parent_fd is not None:
         _stop_with_parent(options.parent_fd, stop)
     stop.wait()
@@ -91,7 +96,20 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _create_node(options: argparse.Namespace, kv_bytes: int) -> MemoryNode:
+def _create_arena(claim: MemoryClaim) -> KVArena:
+    try:
+        return KVArena(claim.kv_bytes)
+    except OSError as error:
+        raise _StartError(
+            f"--preallocate of {byte_size(claim.kv_bytes)} failed: {error.strerror}. "
+            "Allowed: what the kernel maps. Lower --kv-cache-gib, or leave "
+            "--preallocate out."
+        ) from error
+
+
+def _create_node(
+    options: argparse.Namespace, kv_bytes: int, arena: KVArena | None
+) -> MemoryNode:
     """Claim the metrics port and the address.
 
     Raises:
@@ -102,6 +120,7 @@ def _create_node(options: argparse.Namespace, kv_bytes: int) -> MemoryNode:
     if options.metrics_port is not None:
         _serve_metrics(options.metrics_port, registry)
     attention = _create_attention(options)
+    attention.arena = arena
     try:
         node = MemoryNode(
             options.listen, attention, options.device, kv_bytes, credentials

@@ -52,10 +52,14 @@ class SessionPool:
         self._turns = turns
         self._counters = counters
         self._cache = PagedKVCache(geometry, num_blocks, attention)
-        self._pools = [
-            attention.bind(geometry, layer, self._cache.region(layer))
-            for layer in geometry.layers
-        ]
+        try:
+            self._pools = [
+                attention.bind(geometry, layer, self._cache.region(layer))
+                for layer in geometry.layers
+            ]
+        except BaseException:
+            self._cache.close()
+            raise
 
     @property
     def num_blocks(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import msgspec
 
+from vllm_attn_offload.memory_node.kv_arena import KVArena
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.step import StepMetadata
@@ -66,6 +67,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     name: str
     #: ``attend`` returns before its results are there, as on a GPU.
     finishes_later = False
+    #: Memory that the node holds from the start; None: sessions bring their own.
+    arena: KVArena | None = None
 
     def allocate(self, num_bytes: int) -> Region:
         """Memory for one storage, all zero, so that it shows no other engine's data.
@@ -78,10 +81,10 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     def poison(self, region: Any) -> None:
         """Fill a region with a byte that makes every float NaN."""
         chunk = b"\xff" * (1 << 20)
-        region.seek(0)
-        while len(region) - region.tell() >= len(chunk):
-            region.write(chunk)
-        region.write(chunk[: len(region) - region.tell()])
+        with memoryview(region) as view:
+            for begin in range(0, len(view), len(chunk)):
+                end = min(begin + len(chunk), len(view))
+                view[begin:end] = chunk[: end - begin]
 
     @abstractmethod
     def bind(
