@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import parse_id_list
@@ -20,7 +19,10 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import data_parallel_size, run_dir
 from vllm_attn_offload.engine.node_handle import Launch
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+from vllm_attn_offload.memory_node.launcher import (
+    MemoryNodeProcess,
+    unpromised_host_bytes,
+)
 from vllm_attn_offload.protocol.messages import GIB
 
 if TYPE_CHECKING:
@@ -106,7 +108,11 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
         return []
     if binding != "auto":
         # CPUs of all data-parallel ranks; each rank knows only its own workers.
-        bound = {cpu for part in binding.split("|") for cpu in parse_id_list(part)}
+        bound = {
+            cpu
+            for part in binding.split("|")
+            for cpu in _cpu_list("VLLM_CPU_OMP_THREADS_BIND", part)
+        }
         return sorted(os.sched_getaffinity(0) - bound)
     if envs.VLLM_CPU_NUM_OF_RESERVED_CPU is None:
         # vLLM reads it later, when it binds the workers.
@@ -129,13 +135,23 @@ def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[
     elif num_nodes == 1:
         return [config.local_node_cpus]
     else:
-        cpus = parse_id_list(config.local_node_cpus)
+        cpus = _cpu_list("local_node_cpus", config.local_node_cpus)
     if len(cpus) < num_nodes:
         return [",".join(map(str, cpus))] * num_nodes
     bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
     return [
         ",".join(map(str, cpus[begin:end])) for begin, end in itertools.pairwise(bounds)
     ]
+
+
+def _cpu_list(option: str, text: str) -> list[int]:
+    try:
+        return parse_id_list(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{option}={text!r} was given. Allowed: CPU numbers and ranges of them. "
+            "Write for example 8-15 or 0,2."
+        ) from error
 
 
 def local_kv_cache_gib(
@@ -150,7 +166,7 @@ def local_kv_cache_gib(
     num_nodes = config.num_local_nodes * num_engines
     if config.kv_cache_gib is not None or num_nodes == 1:
         return config.kv_cache_gib
-    return psutil.virtual_memory().available * _LOCAL_SHARE / num_nodes / GIB
+    return unpromised_host_bytes() * _LOCAL_SHARE / num_nodes / GIB
 
 
 def local_devices(
