@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_attn_offload.planner.model.config import read_model_shape
+from vllm_attn_offload.planner.model.layers import layer_shapes
+from vllm_attn_offload.planner.model.parameters import count_parameters
 from vllm_attn_offload.planner.model.shape import ModelShape
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -51,13 +53,13 @@ def test_parameter_count_equals_transformers(
 
     config = AutoConfig.from_pretrained(CONFIGS / name)
     config.num_hidden_layers = 2
-    config.layer_types = getattr(config, "layer_types", [None, None])[:2]
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:2]
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from vllm_attn_offload.planner.model.parameters import count_parameters
-
-    count = count_parameters(config.to_dict())
+    values = config.to_dict()
+    count = count_parameters(values, layer_shapes(values, name))
     counted = count.linear + count.experts + count.lm_head + count.embedding
     real = sum(p.numel() for p in model.parameters())
     assert counted == pytest.approx(real, rel=1e-3)

@@ -233,6 +233,17 @@ def test_shared_layers_read_but_keep_nothing(tmp_path: Path) -> None:
     assert shape.wire_bytes() == 30 * q_and_out + 20 * per_layer
 
 
+def test_hybrid_weights_are_those_of_its_class(tmp_path: Path) -> None:
+    """Jamba has state-space layers, and 16 experts in every other layer."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(REAL["jamba"][1] | {"intermediate_size": 14336}))
+    shape = read_model_shape(str(path))
+    assert shape.kv_bytes_per_token == REAL["jamba"][0]
+    # Published: 52B in all, 12B of them active.
+    assert shape.num_params / 1e9 == pytest.approx(51.6, abs=0.1)
+    assert shape.flops_per_token / 2e9 == pytest.approx(12, abs=0.5)
+
+
 def test_unknown_family_is_refused(tmp_path: Path) -> None:
     """ChatGLM's class exists only in vLLM."""
     path = tmp_path / "config.json"

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from vllm_attn_offload.planner.model.layers import layer_shapes
-from vllm_attn_offload.planner.model.parameters import count_parameters
+from vllm_attn_offload.planner.model.parameters import count_parameters, follows_rules
 from vllm_attn_offload.planner.model.shape import ModelShape
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
@@ -72,8 +72,17 @@ def read_configs(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     for path in paths:
         _check_names_a_type(path)
+    configs = dict(zip(paths, _read(paths), strict=True))
+    odd = [path for path, config in configs.items() if not follows_rules(config)]
+    if odd:
+        configs |= zip(odd, _read(odd, "--count"), strict=True)
+    return [configs[path] for path in paths]
+
+
+def _read(paths: Sequence[Path], *options: str) -> list[dict[str, Any]]:
+    script = str(Path(__file__).with_name("read_config.py"))
     child = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("read_config.py")), *paths],
+        [sys.executable, script, *options, *paths],
         capture_output=True,
         text=True,
         check=False,
@@ -118,6 +127,12 @@ def _config_error(path: Path, kind: str, detail: str) -> str:
             f"model_type {detail!r} in {path} is unknown to the installed "
             "transformers. Allowed are the types of its CONFIG_MAPPING. Update "
             "transformers, or use a supported model."
+        )
+    if kind == "no-class":
+        return (
+            f"The weights of {path} cannot be counted: {detail}. Models with layers "
+            "that do not attend are counted in transformers' causal language model of "
+            "their family. Update transformers, or use another model."
         )
     return (
         f"transformers rejected {path}: {detail}. The values must satisfy the model's "
@@ -176,12 +191,13 @@ def shape_from_config(
                 f"The config of {name} has no {key}. The planner needs a decoder-only "
                 "transformer. Use another model."
             )
-    count = count_parameters(config)
+    layers = layer_shapes(config, name)
+    count = count_parameters(config, layers)
     linear_bits, expert_bits, base_bits = _weight_bits(config, name, weight_bits)
     return ModelShape(
         name=name,
         hidden_size=config["hidden_size"],
-        layers=layer_shapes(config, name),
+        layers=layers,
         dense_params=count.linear + count.lm_head,
         dense_bytes=(count.linear * linear_bits + count.lm_head * base_bits) / 8,
         lm_head_params=count.lm_head,

@@ -15,15 +15,20 @@ from typing import Any
 COMPUTED = ("layer_types", "num_hidden_layers")
 
 
-def main(paths: list[str]) -> int:
-    """Print one {"config": ...} or {"error": kind, "detail": text} per path."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    for path in paths:
-        print(json.dumps(read(path), default=str))
+def main(arguments: list[str]) -> int:
+    """Print one {"config": ...} or {"error": kind, "detail": text} per path.
+
+    After ``--count`` each config has "parameters", counted in the model's own class.
+    """
+    is_counting = arguments[0] == "--count"
+    if not is_counting:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    for path in arguments[is_counting:]:
+        print(json.dumps(read(path, is_counting), default=str))
     return 0
 
 
-def read(path: str) -> dict[str, Any]:
+def read(path: str, is_counting: bool) -> dict[str, Any]:
     """One file's values with the config class's defaults filled in."""
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -52,7 +57,42 @@ def read(path: str) -> dict[str, Any]:
     values["is_encoder_decoder"] = config.is_encoder_decoder
     values.setdefault("quantization_config", raw.get("quantization_config"))
     values["dtype"] = values.get("dtype") or raw.get("torch_dtype") or raw.get("dtype")
+    if is_counting:
+        try:
+            values["parameters"] = count(text)
+        except Exception as error:  # of hundreds of model classes, any
+            return {"error": "no-class", "detail": " ".join(str(error).split())}
     return {"config": values}
+
+
+def count(config: Any) -> dict[str, int]:
+    """Parameters by use, of a model without memory.
+
+    Raises:
+        Exception: transformers has no causal language model for the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lm_head = model.get_output_embeddings().weight
+    tables = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.weight is not lm_head
+    }
+    embedding = sum(table.numel() for table in tables)
+    experts = sum(
+        p.numel() for name, p in model.named_parameters() if ".experts." in name
+    )
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "linear": total - experts - lm_head.numel() - embedding,
+        "experts": experts,
+        "lm_head": lm_head.numel(),
+        "embedding": embedding,
+    }
 
 
 if __name__ == "__main__":
