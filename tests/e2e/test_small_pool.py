@@ -47,4 +47,8 @@ def test_pool_holds_no_request(tiny_model: str) -> None:
         engine.stdout
     )
     assert "Set kv_cache_gib to 0.000" in engine.stdout
+    _, _, after = engine.stdout.partition("Engine core initialization failed")
+    (last,) = (line for line in after.splitlines() if "ERROR" in line)
+    assert "One request of 256 tokens (max_model_len) must fit in the" in last
+    assert last.endswith("or add a memory node.")
     assert "gpu_memory_utilization`" not in engine.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.engine.outage_board import OutageBoard
+from vllm_attn_offload.engine.start_failure import say_why_at_exit
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,7 +58,7 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
         return  # One of several API servers; their parent process has done the rest.
     directory = _new_run_dir()
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
-    OutageBoard.create()
+    say_why_at_exit(OutageBoard.create())
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)

@@ -24,6 +24,7 @@ from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.pool_size import check_pool_size
 from vllm_attn_offload.engine.recovery import Recovery
+from vllm_attn_offload.engine.start_failure import tells_why
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
@@ -51,6 +52,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         MemoryNodeError: A memory node cannot be started, reached or used.
     """
 
+    @tells_why
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()
@@ -70,6 +72,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self._leave_memory_nodes()
             raise
 
+    @tells_why
     def determine_available_memory(self) -> list[int]:
         """Reserve the pool on the memory nodes and report it as KV memory.
 
@@ -101,6 +104,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             for count, num_bytes in zip(num_blocks, block_bytes, strict=True)
         ]
 
+    @tells_why
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         """Open the sessions, allocate the stubs, connect the data channels.
 

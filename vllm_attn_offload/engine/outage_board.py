@@ -10,9 +10,9 @@ import msgspec
 from vllm_attn_offload.engine.outage_notice import Outage
 
 _VARIABLE = "ATTN_OFFLOAD_OUTAGE_BOARD"
-_SLOT_BYTES = 2048
+_SLOT_BYTES = 4096
 #: More of a node's name and of a cause is not shown.
-_MAX_TEXT = 500
+_MAX_TEXT = 1000
 
 
 class OutageBoard:

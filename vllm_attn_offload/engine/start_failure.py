@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why an engine did not start, told last: vLLM's frontend only says that it did not."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from vllm_attn_offload.engine.outage_board import OutageBoard
+from vllm_attn_offload.engine.outage_notice import Outage
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.logger import get_logger
+
+if TYPE_CHECKING:
+    from vllm.v1.executor.abstract import Executor
+
+logger = get_logger(__name__)
+
+_ExecutorT = TypeVar("_ExecutorT", bound="Executor")
+_P = ParamSpec("_P")
+_ResultT = TypeVar("_ResultT")
+
+
+def tells_why(
+    start: Callable[Concatenate[_ExecutorT, _P], _ResultT],
+) -> Callable[Concatenate[_ExecutorT, _P], _ResultT]:
+    """Show the frontend the sentence with which a method of an executor fails."""
+
+    @functools.wraps(start)
+    def wrapper(executor: _ExecutorT, *args: _P.args, **kwargs: _P.kwargs) -> _ResultT:
+        try:
+            return start(executor, *args, **kwargs)
+        except (MemoryNodeError, ValueError) as error:
+            if board := OutageBoard.find():
+                node = error.node if isinstance(error, MemoryNodeError) else ""
+                cause = (
+                    error.cause if isinstance(error, MemoryNodeError) else str(error)
+                )
+                now = time.monotonic()
+                outage = Outage(node, cause, now, now, now, is_final=True)
+                board.write(executor.parallel_config.data_parallel_index, outage)
+            raise
+
+    return wrapper
+
+
+def say_why_at_exit(board: OutageBoard) -> None:
+    """Log the sentence behind the traceback with which this process ends, if any."""
+    atexit.register(_say_why, board)
+
+
+def _say_why(board: OutageBoard) -> None:
+    if not hasattr(sys, "last_value"):
+        return  # No exception ended the process, so the caller has dealt with it.
+    for outage in filter(None, board.read()):
+        if outage.is_final:
+            node = f"Memory node {outage.node}: " if outage.node else ""
+            logger.error("%s%s", node, outage.cause)
