@@ -97,7 +97,7 @@ def test_explicit_excess_warns(start: Start, prefix: tuple[str, ...]) -> None:
         start("--kv-cache-gib", f"{most}"),
     )
     assert "WARNING" not in first.log()
-    announced, warning = second.log().splitlines()[:2]
+    warning, announced = second.log().splitlines()[:2]
     assert "ready on" in announced
     assert "WARNING" in warning
     assert f"--kv-cache-gib {kv_bytes(second) / GIB:g} and the " in warning

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except (_StartError, CapacityError) as error:
         logger.error("%s", error)
         return 1
+    if warning := claim.warning():
+        logger.warning("%s", warning)
     if arena is not None:
         arena.touch(stop)
     if not stop.is_set():
@@ -192,8 +194,6 @@ def _announce(
         byte_size(node.max_frame_bytes),
         ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     )
-    if warning := claim.warning():
-        logger.warning("%s", warning)
     if options.parent_fd is not None:
         # The parent kept what was said until now, and passes stdout for all else.
         os.dup2(_STDOUT, _STDERR)

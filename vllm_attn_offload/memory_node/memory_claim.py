@@ -67,7 +67,7 @@ def claim_memory(kv_cache_gib: float | None, device: str) -> MemoryClaim:
     available, total, name = _memory(device)
     promises = Promises()
     with contextlib.ExitStack() as locked:
-        promised, unknown, promise = 0, "", None
+        promised, unknown = 0, ""
         try:
             locked.enter_context(promises.lock())
             if device == "cpu":
@@ -78,8 +78,10 @@ def claim_memory(kv_cache_gib: float | None, device: str) -> MemoryClaim:
         except OSError as error:
             unknown = error.strerror or str(error)
         kv_bytes = _kv_bytes(kv_cache_gib, device, available, promised)
-        with contextlib.suppress(OSError):  # ``unknown`` says why
+        try:
             promise = promises.add(name, kv_bytes)
+        except OSError as error:
+            promise, unknown = None, unknown or error.strerror or str(error)
         return MemoryClaim(kv_bytes, available, promised, unknown, promise)
 
 

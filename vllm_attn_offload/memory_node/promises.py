@@ -35,7 +35,7 @@ class Promises:
     def __init__(self, registry: str = _REGISTRY) -> None:
         self._registry = registry
         self._name = re.compile(
-            rf"@{re.escape(registry)}/promise/([\w-]+)/(\d+)/(\d+)/(\d+)/(\d+)$"
+            rf"@{re.escape(registry)}/([\w-]+)/(\d+)/(\d+)/(\d+)/(\d+)$"
         )
 
     @contextlib.contextmanager
@@ -69,7 +69,7 @@ class Promises:
         resident = psutil.Process().memory_info().rss
         place = f"{device}/{_pid_namespace()}/{os.getpid()}"
         sock = socket.socket(socket.AF_UNIX)
-        sock.bind(f"\0{self._registry}/promise/{place}/{num_bytes}/{resident}")
+        sock.bind(f"\0{self._registry}/{place}/{num_bytes}/{resident}")
         return sock
 
     def promised_bytes(self, device: str) -> int:
