@@ -115,7 +115,7 @@ def test_cache_of_a_session_lies_in_the_arena() -> None:
     assert kinds[1] is not memoryview
     for layer in geometry.layers:
         attention.poison(inside.region(layer))
-        assert bytes(memoryview(inside.region(layer))[-3:]) == b"\xff" * 3  # type: ignore[arg-type]
+        assert bytes(memoryview(inside.region(layer))[-3:]) == b"\xff" * 3
     inside.close()
     inside.close()
     beside.close()
