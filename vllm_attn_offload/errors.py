@@ -29,5 +29,12 @@ class NodeDefectError(MemoryNodeError):
     """
 
 
+class NodeFailedError(MemoryNodeError):
+    """A memory node answers that it could not compute: memory may be short there.
+
+    For a moment only, or the same work fails again.
+    """
+
+
 class ProtocolError(RuntimeError):
     """A peer sent something that the protocol does not allow."""

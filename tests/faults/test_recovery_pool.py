@@ -29,7 +29,11 @@ from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.recovery import Recovery
-from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
+from vllm_attn_offload.errors import (
+    MemoryNodeError,
+    NodeDefectError,
+    NodeFailedError,
+)
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import GIB, AttachSession
 from vllm_attn_offload.worker.lost_step import LostStep
@@ -53,6 +57,7 @@ def opened_pool(
     num_blocks: int = 100,
     num_opened: int | None = None,
     start: Callable[..., MemoryNodeProcess] | None = None,
+    limits: SessionLimits = LIMITS,
 ) -> Iterator[tuple[NodePool, Losses, list[Attachment]]]:
     """A pool with one worker's sessions, watched."""
     launches = [
@@ -64,7 +69,7 @@ def opened_pool(
     try:
         pool.join()
         assert pool.reserve([GEOMETRY], 1) == [num_blocks]
-        (attachments,) = pool.open_sessions([num_opened or num_blocks], LIMITS)
+        (attachments,) = pool.open_sessions([num_opened or num_blocks], limits)
         pool.watch(losses.put)
         yield pool, losses, attachments
     finally:
@@ -275,14 +280,7 @@ def test_a_node_that_refuses_its_work_ends_the_engine(tmp_path: Path) -> None:
     """With its own sentence and at once: asked again, it would refuse again."""
     with opened_pool(options(), tmp_path) as (pool, losses, (attachment,)):
         recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
-        request = AttachSession(
-            attachment.session,
-            attachment.attach_token,
-            attachment.generation,
-            GEOMETRY.digest(),
-            worker_kv_bytes=0,
-        )
-        with closing(NodeClient(attachment.address, request, 5.0)) as client:
+        with closing(_data_channel(attachment)) as client:
             client.post_layer(7, 0, 0, 0, memoryview(bytes(64)), has_queries=True)
             with pytest.raises(NodeDefectError) as refusal:
                 client.receive_out(0, memoryview(bytearray(64)))
@@ -293,6 +291,64 @@ def test_a_node_that_refuses_its_work_ends_the_engine(tmp_path: Path) -> None:
         assert losses.get(timeout=10).cause == refusal.value.cause
         assert pool.generation == 0
         recovery.close()
+
+
+def test_a_node_that_fails_the_same_way_twice_ends_the_engine(tmp_path: Path) -> None:
+    """Memory may be short for a moment; without a token in between it is a defect."""
+    given: list[list[Attachment]] = []
+    limits = SessionLimits(2048, 64, 1 << 19)
+    with opened_pool(options(), tmp_path, limits=limits) as (pool, losses, before):
+
+        def attach(attachments: list[list[Attachment]]) -> list[NodeFailure | None]:
+            given.append(attachments[0])
+            return [None]
+
+        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0))
+        failure = _out_of_memory(before[0])
+        recovery.report_loss(failure)
+        recovery.finish()
+        recovery.note_progress()
+        recovery.report_loss(_out_of_memory(given[-1][0]))
+        recovery.finish()
+        assert losses.empty()
+        recovery.report_loss(_out_of_memory(given[-1][0]))
+        with pytest.raises(NodeFailedError, match="could not compute"):
+            recovery.finish()
+        assert losses.get(timeout=10).cause == failure.cause
+        recovery.close()
+
+
+def _data_channel(attachment: Attachment) -> NodeClient:
+    request = AttachSession(
+        attachment.session,
+        attachment.attach_token,
+        attachment.generation,
+        GEOMETRY.digest(),
+        worker_kv_bytes=0,
+    )
+    return NodeClient(attachment.address, request, 5.0)
+
+
+def _out_of_memory(attachment: Attachment) -> NodeFailedError:
+    """Let a session's node run out of memory for a STEP, and return what it says."""
+    with (
+        closing(ControlClient(attachment.address, 5)) as control,
+        closing(_data_channel(attachment)) as client,
+    ):
+        pid = control.info.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_AS)
+        used = psutil.Process(pid).memory_info().vms
+        resource.prlimit(pid, resource.RLIMIT_AS, (used, limits[1]))
+        try:
+            # Larger than what an allocator keeps at hand.
+            client.post_step(1, 0, 0, memoryview(bytearray(100 << 20)))
+            with pytest.raises(NodeFailedError) as failure:
+                client.receive_out(0, memoryview(bytearray(64)))
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_AS, limits)
+    reported = pickle.loads(pickle.dumps(LostStep(None, 0, failure.value))).error
+    assert isinstance(reported, NodeFailedError)
+    return reported
 
 
 def test_workers_that_cannot_attach_for_a_while(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ import msgspec
 import torch
 
 from vllm_attn_offload.client.handshake import call, connect
-from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError, ProtocolError
+from vllm_attn_offload.errors import (
+    MemoryNodeError,
+    NodeDefectError,
+    NodeFailedError,
+    ProtocolError,
+)
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.messages import Attached, AttachSession
 from vllm_attn_offload.transport.base import Transport
@@ -182,6 +187,7 @@ class NodeClient:
         Raises:
             MemoryNodeError: The node is gone or too slow.
             NodeDefectError: It refused the layer, or answered with something else.
+            NodeFailedError: It could not compute.
         """
         try:
             self._receive_out_header(layer, out.nbytes, allowance_s)
@@ -260,7 +266,9 @@ class NodeClient:
         header = self._reply_header
         self._transport.receive_header(header, self._timeout_s + allowance_s)
         if header.kind == FrameKind.ERROR:
-            raise NodeDefectError(self.address, self._read_error(header))
+            is_failure = header.flags & FrameFlag.FAILED.value
+            kind = NodeFailedError if is_failure else NodeDefectError
+            raise kind(self.address, self._read_error(header))
         if header.kind != FrameKind.OUT or header.layer != layer:
             raise ProtocolError(f"a frame of kind {header.kind} was not expected")
         if header.num_bytes != num_bytes:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
-from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
+from vllm_attn_offload.errors import (
+    MemoryNodeError,
+    NodeDefectError,
+    NodeFailedError,
+)
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ class Recovery:
     recovery pending: a thread brings the nodes back and opens the next generation; the
     engine's own thread drops all computed tokens, then calls ``finish``, which gives
     the new sessions to the workers. In between, no computed result is used. A node that
-    answers but refuses its work would refuse it again: that ends the engine.
+    answers but refuses its work would refuse it again: that ends the engine, as does a
+    node that says twice, without a decoded token in between, why it cannot compute.
 
     Args:
         pool: The engine's memory nodes.
@@ -69,6 +75,7 @@ class Recovery:
         self._num_attempts = 0
         self._logged: set[str] = set()
         self._num_fruitless = 0
+        self._failures: set[str] = set()
         # Now: where a loss is noticed, there may be no room for a thread.
         threading.Thread(
             target=self._run, name="MemoryNodeRecovery", daemon=True
@@ -107,7 +114,7 @@ class Recovery:
             if generation <= self._lost or self._is_closed:
                 return
             self._lost, self._error = generation, error
-            if isinstance(error, NodeDefectError):
+            if isinstance(error, NodeDefectError) or self._failed_before(error):
                 self._end_with(error)
             elif self.is_pending and not self._is_reopening:
                 logger.error(
@@ -123,6 +130,7 @@ class Recovery:
     def note_progress(self) -> None:
         """Record that a step decoded a token since the last loss."""
         self._num_fruitless = 0
+        self._failures.clear()
 
     def finish(self) -> None:
         """Wait for new sessions and give them to the workers; in the engine's thread.
@@ -179,6 +187,15 @@ class Recovery:
                     "a decoded token in between."
                 )
             return self._reopened
+
+    def _failed_before(self, error: MemoryNodeError) -> bool:
+        """Remember a failure; True where it is not the first of its kind."""
+        if not isinstance(error, NodeFailedError):
+            return False
+        kind = re.sub(r"\d+", "#", str(error))  # sizes may differ
+        is_known = kind in self._failures
+        self._failures.add(kind)
+        return is_known
 
     def _begin(self, error: MemoryNodeError) -> None:
         self._is_reopening = True

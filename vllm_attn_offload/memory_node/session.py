@@ -118,6 +118,7 @@ class Session:
                 transport,
                 f"the memory node could not compute ({problem}). Give it more memory, "
                 "or lower max_num_batched_tokens or max_num_seqs.",
+                FrameFlag.FAILED,
             )
 
     def close(self) -> None:
@@ -260,9 +261,13 @@ class Session:
         return planned, layout
 
 
-def _send_error(transport: Transport, message: str) -> None:
+def _send_error(
+    transport: Transport, message: str, flags: FrameFlag = FrameFlag.NONE
+) -> None:
     payload = memoryview(message.encode())
-    header = FrameHeader(kind=FrameKind.ERROR, num_bytes=payload.nbytes)
+    header = FrameHeader(
+        kind=FrameKind.ERROR, flags=flags.value, num_bytes=payload.nbytes
+    )
     try:
         transport.send(header, payload)
     except OSError as error:

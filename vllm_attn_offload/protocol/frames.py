@@ -18,13 +18,14 @@ class FrameKind(IntEnum):
 
 
 class FrameFlag(IntFlag):
-    """Options of a LAYER frame.
+    """Options of a LAYER frame, and one of an ERROR frame.
 
     ``WANT_LSE`` asks for the log-sum-exp behind the output. ``FUSED`` says that the
     payload is one row ``q | k | v`` per token; otherwise it is all of q, then all of k,
     then all of v. ``WANT_ACK`` asks for an empty OUT where there is nothing to attend.
     ``ON_DEVICE`` says that the rows lie in the frame's slot of device memory, and asks
-    for an OUT that does so, too.
+    for an OUT that does so, too. ``FAILED`` says that the node could not compute what
+    the protocol allows.
     """
 
     NONE = 0
@@ -32,6 +33,7 @@ class FrameFlag(IntFlag):
     FUSED = 2
     WANT_ACK = 4
     ON_DEVICE = 8
+    FAILED = 16
 
 
 FRAME_MAGIC = 0x4F415631
