@@ -72,8 +72,7 @@ class NodeExchange:
             micro_batch: Index of the micro-batch.
             share: Rows and tokens of the node.
             slowest_token_s: Seconds that a query row may take for one cached token
-                before the node counts as lost. Ten times and more what a kernel takes,
-                because the node serves other engines in between.
+                before the node counts as lost, other engines' turns included.
         """
         self._step, self._micro_batch = number, micro_batch
         self._query_rows, self._stored_rows, self._positions = (

@@ -21,7 +21,10 @@ from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
-#: Attention is allowed to read KV at this rate before its node counts as lost.
+#: Attention is allowed to read KV at this rate before its node counts as lost. One core
+#: reads thirty times faster and more; turns are a slice for each engine, so this covers
+#: a queue of thirty engines that are as busy. Waiting for one's turn alone takes
+#: milliseconds of the deadline that every answer has.
 _SLOWEST_BYTES_PER_S = 50e6
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
