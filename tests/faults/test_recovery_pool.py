@@ -351,6 +351,25 @@ def _out_of_memory(attachment: Attachment) -> NodeFailedError:
     return reported
 
 
+def test_heartbeats_while_the_model_loads(start_node: StartNode) -> None:
+    """From the join on, with nothing reserved: the node keeps such a connection."""
+    answered = threading.Semaphore(0)
+
+    class Heartbeats(ControlClient):
+        def ping(self, timeout_s: float) -> None:
+            super().ping(timeout_s)
+            answered.release()
+
+    config = options(
+        memory_nodes=(start_node("127.0.0.1:0").address,), request_timeout_s=1.0
+    )
+    pool = NodePool(config, "engine", [], Heartbeats)
+    pool.join()
+    for _ in range(3):
+        assert answered.acquire(timeout=30)
+    pool.close()
+
+
 def test_workers_that_cannot_attach_for_a_while(tmp_path: Path) -> None:
     """More failures than losses are allowed: sessions nobody used are no losses."""
     failures = [NodeFailure("node", "no descriptor is free")] * 6
