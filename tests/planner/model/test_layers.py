@@ -205,6 +205,7 @@ def test_kv_bytes_per_token(configs: dict[str, dict[str, Any]], name: str) -> No
             {"layer_types": ["full_attention"]},
             "1 layer_types and 32 layers.*one for each.*Correct",
         ),
+        ({"num_kv_shared_layers": 32}, "32 layers, and num_kv_sh.*must keep.*Correct"),
         ({"layer_types": None}, "does not say which layers attend.*needs.*Add"),
         ({"layer_types": ["conv"] * 32}, "No layer of it attends.*needs.*Use another"),
         ({"index_topk": 2048}, "attends sparsely .index_topk=2048.*Use another model"),
@@ -249,4 +250,12 @@ def test_unknown_family_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "chatglm", "multi_query_group_num": 2}))
     with pytest.raises(ValueError, match="'chatglm'.*unknown to the installed"):
+        read_model_shape(str(path))
+
+
+def test_family_without_a_class_to_count_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "diffusion_gemma_text"}))
+    message = "cannot be counted: .*no model for diffusion_gemma_text.*Update"
+    with pytest.raises(ValueError, match=message):
         read_model_shape(str(path))

@@ -72,11 +72,7 @@ def read_configs(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     for path in paths:
         _check_names_a_type(path)
-    configs = dict(zip(paths, _read(paths), strict=True))
-    odd = [path for path, config in configs.items() if not follows_rules(config)]
-    if odd:
-        configs |= zip(odd, _read(odd, "--count"), strict=True)
-    return [configs[path] for path in paths]
+    return _read(paths)
 
 
 def _read(paths: Sequence[Path], *options: str) -> list[dict[str, Any]]:
@@ -130,9 +126,9 @@ def _config_error(path: Path, kind: str, detail: str) -> str:
         )
     if kind == "no-class":
         return (
-            f"The weights of {path} cannot be counted: {detail}. Models with layers "
-            "that do not attend are counted in transformers' causal language model of "
-            "their family. Update transformers, or use another model."
+            f"The weights of {path} cannot be counted: transformers says: {detail}. "
+            "Models of this family are counted in its causal language model. Update "
+            "transformers, or use another model."
         )
     return (
         f"transformers rejected {path}: {detail}. The values must satisfy the model's "
@@ -165,6 +161,9 @@ def read_model_shape(
     path = find_config(model)
     (config,) = read_configs([path])
     name = path.parent.name if path.name == "config.json" else path.stem
+    if not follows_rules(config):
+        layer_shapes(config, name)  # refuses within a second what it cannot describe
+        (config,) = _read([path], "--count")
     if dtype != "auto":
         config |= {"dtype": dtype}
     element_bytes = 2.0 if dtype == "auto" else DTYPE_BITS[dtype] / 8

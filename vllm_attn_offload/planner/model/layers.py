@@ -37,6 +37,8 @@ LATENT = frozenset(
     + ("longcat_flash", "pangu_ultra_moe")
 )
 EXPANDED_LATENT = frozenset(("minicpm3",))
+# Their windows do not count the query's own token.
+OPEN_WINDOW = frozenset(("cohere2", "cohere2_moe"))
 # A second cache of the tokens, of which a query reads some: not a number per layer.
 INDEXER = ("index_topk", "index_n_heads", "indexer_n_heads", "compress_ratios")
 
@@ -51,6 +53,12 @@ def layer_shapes(config: Mapping[str, Any], name: str) -> tuple[LayerShape, ...]
     num_layers = config["num_hidden_layers"]
     kinds = _layer_kinds(config, name)
     own_kv = num_layers - (config.get("num_kv_shared_layers") or 0)
+    if own_kv < 1:
+        raise ValueError(
+            f"{name} has {num_layers} layers, and num_kv_shared_layers="
+            f"{config['num_kv_shared_layers']}. Some must keep keys and values. "
+            "Correct the config.json."
+        )
     overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
     shapes = Counter(
         replace(
@@ -150,6 +158,8 @@ def _layer_shape(
     )
     attribute = ATTENDING[kind]
     window = _size(config, name, attribute) if attribute else None
+    if window and config.get("model_type") in OPEN_WINDOW:
+        window += 1
     return gqa_layers(1, heads, kv_heads, size, v_size, window)
 
 

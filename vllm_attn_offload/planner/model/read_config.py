@@ -60,6 +60,8 @@ def read(path: str, is_counting: bool) -> dict[str, Any]:
     if is_counting:
         try:
             values["parameters"] = count(text)
+        except KeyError:
+            return {"error": "no-class", "detail": f"no model for {text.model_type}"}
         except Exception as error:  # of hundreds of model classes, any
             return {"error": "no-class", "detail": " ".join(str(error).split())}
     return {"config": values}
@@ -69,13 +71,14 @@ def count(config: Any) -> dict[str, int]:
     """Parameters by use, of a model without memory.
 
     Raises:
-        Exception: transformers has no causal language model for the config.
+        KeyError: transformers has no causal language model for the config.
+        Exception: It has one, which does not take these values.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     lm_head = model.get_output_embeddings().weight
     tables = {
         module.weight

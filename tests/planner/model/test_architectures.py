@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture of transformers and vLLM: the planner's KV against vLLM's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_attn_offload.planner.model.config import read_configs
+from vllm_attn_offload.planner.model.layers import layer_shapes
+
+TIMEOUT_S = 600
+SPARSE, ENCODER, NO_ATTENTION = "attends sparsely", "encoder-decoder", "No layer of"
+REFUSED = {
+    "CohereAsrForConditionalGeneration": ENCODER,
+    "DeepseekV32ForCausalLM": SPARSE,
+    "DeepseekV4ForCausalLM": SPARSE,
+    "FalconMambaForCausalLM": NO_ATTENTION,
+    "Glm5NextForConditionalGeneration": SPARSE,
+    "GlmMoeDsaForCausalLM": SPARSE,
+    "HYV4ForCausalLM": SPARSE,
+    "Mamba2ForCausalLM": NO_ATTENTION,
+    "MambaForCausalLM": NO_ATTENTION,
+    "MiniMaxM3SparseForConditionalGeneration": SPARSE,
+    "Qwen4ExpForCausalLM": "layers of type indexed_attention",
+    "Qwen4ExpForConditionalGeneration": "layers of type indexed_attention",
+    "WhisperForConditionalGeneration": ENCODER,
+}
+#: Their sliding layers have heads of their own, which vLLM's rule leaves to the class.
+WITHOUT_RULE = {"InklingForCausalLM", "InklingForConditionalGeneration"}
+#: Compared with the KV caches of vLLM's classes, where this machine can make them;
+#: it can make more of them with torchvision.
+MIN_COMPARED = 85
+Layers = Counter[tuple[float, int | None]]
+
+
+@pytest.fixture(scope="module")
+def replies(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Path, Any]:
+    """What vLLM says, by config.json.
+
+    One process asks all classes, because importing vLLM takes as long as they do.
+    """
+    folder = tmp_path_factory.mktemp("architectures")
+    script = root / "tests" / "helpers" / "kv_cache_specs.py"
+    child = subprocess.run(
+        [sys.executable, str(script), str(folder)],
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert child.returncode == 0, child.stderr
+    lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
+    return {
+        folder / reply["name"] / "config.json": reply
+        for reply in map(json.loads, lines)
+    }
+
+
+@pytest.fixture(scope="module")
+def planned(replies: Mapping[Path, Any]) -> dict[str, Layers | str]:
+    """Bytes per token and window of the layers by name, or why there are none."""
+    configs = read_configs(list(replies))
+    names = [path.parent.name for path in replies]
+    return dict(zip(names, map(_layers, configs, names), strict=True))
+
+
+def _layers(config: Mapping[str, Any], name: str) -> Layers | str:
+    layers: Layers = Counter()
+    try:
+        for group in layer_shapes(config, name):
+            if not group.shares_kv:
+                layers[2.0 * group.kv_elements, group.window] += group.num_layers
+    except ValueError as refusal:
+        return str(refusal)
+    return layers
+
+
+def test_kv_of_every_architecture(
+    replies: Mapping[Path, Any], planned: Mapping[str, Layers | str]
+) -> None:
+    """Layer by layer: bytes per token, and which of them only keep a window."""
+    asked = {reply["name"]: reply for reply in replies.values()}
+    compared = {
+        name: Counter(map(tuple, asked[name]["layers"]))
+        for name in asked.keys() - REFUSED
+        if "layers" in asked[name]
+    }
+    wrong = {
+        name: (planned[name], layers)
+        for name, layers in compared.items()
+        if planned[name] != layers
+    }
+    assert wrong == {}
+    assert len(compared) >= MIN_COMPARED
+
+
+def test_kv_by_rule_where_no_class_can_be_made(
+    replies: Mapping[Path, Any], planned: Mapping[str, Layers | str]
+) -> None:
+    """vLLM's sizes of a layer, for classes that need a GPU or another package."""
+    by_rule = {
+        reply["name"]: Counter(map(float, reply["rule"]))
+        for reply in replies.values()
+        if reply.get("rule") and reply["name"] not in REFUSED.keys() | WITHOUT_RULE
+    }
+    planned_bytes = {
+        name: sum((Counter({b: n}) for (b, _), n in planned[name].items()), Counter())
+        for name in by_rule
+    }
+    # Less where some layers do not attend, or share what others keep.
+    wrong = {
+        name: (planned_bytes[name], rule)
+        for name, rule in by_rule.items()
+        if not planned_bytes[name] <= rule
+    }
+    assert wrong == {}
+    unknown = {reply["name"] for reply in replies.values() if not _is_known(reply)}
+    assert unknown <= REFUSED.keys()
+
+
+def _is_known(reply: Mapping[str, Any]) -> bool:
+    return "layers" in reply or bool(reply["rule"])
+
+
+def test_refusals_name_the_reason(planned: Mapping[str, Layers | str]) -> None:
+    refused = {name: text for name, text in planned.items() if isinstance(text, str)}
+    assert refused.keys() == REFUSED.keys()
+    assert {n for n, text in refused.items() if REFUSED[n] not in text} == set()
