@@ -242,8 +242,31 @@ def make_parser() -> FlexibleArgumentParser:
     return parser
 
 
+def cases_of(name: str, args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Batch and context of every case of one shape."""
+    is_swept = name in (next(iter(SHAPES)), "smollm2-9-3-64-bf16")
+    return [MAIN_CASES[name], *(SWEEP if is_swept and not args.no_sweep else ())]
+
+
+def arena_mib_needed(args: argparse.Namespace) -> int:
+    """Size of the largest case, in whole blocks."""
+    sizes = [
+        batch * -(-context // args.block_size) * args.block_size * shape.token_bytes
+        for shape in map(SHAPES.__getitem__, args.shapes)
+        for batch, context in cases_of(shape.name, args)
+    ]
+    return -(-max(sizes) >> 20)
+
+
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    needed = arena_mib_needed(args)
+    if args.arena_mib < needed:
+        parser.error(
+            f"--arena-mib {args.arena_mib} does not hold the largest batch. It must be "
+            f"at least {needed}. Pass --arena-mib {needed}, or fewer --shapes."
+        )
     library = load_cpu_library()
     if library is None:
         raise SystemExit(
@@ -257,11 +280,8 @@ def main() -> None:
     results = []
     for name in args.shapes:
         bench = Bench(library, SHAPES[name], args)
-        cases = [MAIN_CASES[name]]
-        if not args.no_sweep and name in (next(iter(SHAPES)), "smollm2-9-3-64-bf16"):
-            cases += SWEEP
         for num_threads in args.threads:
-            for case in cases:
+            for case in cases_of(name, args):
                 results.append(bench.run(case, num_threads, args.repeats))
                 print(results[-1].row(), flush=True)
     about["load_average_after"] = os.getloadavg()
