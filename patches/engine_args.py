@@ -69,8 +69,8 @@ def _add_middleware(args: argparse.Namespace) -> None:
     from vllm_attn_offload.engine.args import MIDDLEWARE
 
     given = vars(args).get("middleware")
-    if given is not None and MIDDLEWARE not in given:
-        args.middleware = [*given, MIDDLEWARE]
+    if given is not None:
+        args.middleware = [*given, *(each for each in MIDDLEWARE if each not in given)]
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             apply_to_engine_args,
             choose_scheduler,
         )
-        from vllm_attn_offload.engine.frontend import export_node_metrics
+        from vllm_attn_offload.engine.node_metrics import export_node_metrics
 
         check_arguments(self)
         apply_to_engine_args(self)

@@ -79,11 +79,11 @@ class StatsCollector(Collector):
     """Turns node statistics into metric families whenever Prometheus scrapes.
 
     Args:
-        read_stats: Returns the current statistics by node address; nodes that do not
-            answer are left out.
+        read_stats: Returns the current statistics by node address; None of a node that
+            does not answer.
     """
 
-    def __init__(self, read_stats: Callable[[], Mapping[str, Stats]]) -> None:
+    def __init__(self, read_stats: Callable[[], Mapping[str, Stats | None]]) -> None:
         self._read_stats = read_stats
 
     def describe(self) -> list[Metric]:
@@ -92,7 +92,16 @@ class StatsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family per metric."""
-        stats = self._read_stats()
+        answers = self._read_stats()
+        up = GaugeMetricFamily(
+            "attn_offload:memory_node_up",
+            "1 if the memory node answered within a second, else 0.",
+            labels=("node",),
+        )
+        for node, answer in answers.items():
+            up.add_metric((node,), answer is not None)
+        yield up
+        stats = {node: answer for node, answer in answers.items() if answer}
         free = GaugeMetricFamily(
             "attn_offload:memory_node_kv_bytes_free",
             "Bytes of the node's KV budget that no engine holds.",

@@ -21,7 +21,10 @@ EXECUTOR_CLS = "vllm_attn_offload.engine.executor.AttentionOffloadExecutor"
 CPU_WORKER_CLS = "vllm_attn_offload.worker.cpu.CpuAttentionOffloadWorker"
 GPU_WORKER_CLS = "vllm_attn_offload.worker.gpu.GpuAttentionOffloadWorker"
 
-MIDDLEWARE = "vllm_attn_offload.engine.outage_middleware.OutageMiddleware"
+MIDDLEWARE = (
+    "vllm_attn_offload.engine.outage_middleware.OutageMiddleware",
+    "vllm_attn_offload.engine.metrics_middleware.MetricsMiddleware",
+)
 SCHEDULER_CLS = "vllm_attn_offload.engine.scheduler.AttentionOffloadScheduler"
 ASYNC_SCHEDULER_CLS = (
     "vllm_attn_offload.engine.scheduler.AsyncAttentionOffloadScheduler"

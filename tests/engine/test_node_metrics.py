@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory nodes on ``/metrics``: right numbers of those that answer, and in time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from node_process import NodeProcess, running_node
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_attn_offload.engine.node_metrics import NodeStatsReader
+from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.transport.trust import NO_CREDENTIALS
+
+NUM_SILENT = 12
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    cpu = str(max(os.sched_getaffinity(0)))
+    directory = tmp_path_factory.mktemp("node")
+    with running_node(directory, "--kv-cache-gib", "0.1", "--cpus", cpu) as process:
+        yield process
+
+
+@pytest.fixture
+def silent() -> Iterator[list[str]]:
+    """Hosts that accept connections and never answer."""
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            for _ in range(NUM_SILENT)
+        ]
+        yield [f"127.0.0.1:{each.getsockname()[1]}" for each in listeners]
+
+
+def test_one_second_for_all_nodes(
+    node: NodeProcess, silent: list[str], tmp_path: Path
+) -> None:
+    """Also in the next scrape, when the first one's threads still wait."""
+    dead = f"unix:{tmp_path / 'nobody'}"
+    reader = NodeStatsReader([*silent, node.address, dead], NO_CREDENTIALS)
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(reader.read))
+    with closing(reader):
+        for _ in range(3):
+            started = time.monotonic()
+            text = generate_latest(registry).decode()
+            assert time.monotonic() - started < NUM_SILENT / 2
+            up = f'attn_offload:memory_node_up{{node="{node.address}"}} 1.0'
+            assert up in text
+            for address in (*silent, dead):
+                assert f'memory_node_up{{node="{address}"}} 0.0' in text
+            assert f'kv_bytes_free{{node="{node.address}"}}' in text
+            assert text.count("kv_bytes_free{") == 1
+
+
+def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
+    """Nothing of an earlier scrape is shown."""
+    address = f"unix:{tmp_path / 'node.sock'}"
+    with closing(NodeStatsReader([address, silent[0]], NO_CREDENTIALS)) as reader:
+        assert reader.read()[address] is None
+        with running_node(tmp_path, "--kv-cache-gib", "0.1") as node:
+            stats = reader.read()[node.address]
+            assert stats is not None
+            assert stats.node.pid == node.process.pid
+        assert reader.read()[address] is None

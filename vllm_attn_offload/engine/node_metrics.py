@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of an engine's memory nodes for vLLM's ``/metrics``."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY
+
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.args import run_dir
+from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.logger import get_logger
+from vllm_attn_offload.memory_node.launcher import local_address
+from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.protocol.messages import Stats
+from vllm_attn_offload.transport.trust import Credentials
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+_SCRAPE_TIMEOUT_S = 1.0
+_exported: tuple[NodeStatsReader, StatsCollector] | None = None
+
+
+class NodeStatsReader:
+    """Asks all memory nodes at once for their counters whenever Prometheus scrapes.
+
+    It lives in an API server's process, which has no channel to the workers, so it
+    opens its own control connections.
+
+    Args:
+        addresses: Memory nodes of the engine.
+        credentials: Files with the token and certificates.
+    """
+
+    def __init__(self, addresses: list[str], credentials: Credentials) -> None:
+        self._addresses = addresses
+        self._credentials = credentials
+        self._clients: dict[str, ControlClient] = {}
+        self._threads = ThreadPoolExecutor(len(addresses) or 1, "MemoryNodeStats")
+        self._asked: dict[str, Future[Stats | None]] = {}
+        self._lock = threading.Lock()
+
+    def read(self) -> dict[str, Stats | None]:
+        """Return counters by address; None of a node without an answer in a second."""
+        with self._lock:
+            for address in self._addresses:
+                asked = self._asked.get(address)
+                # One that is still being asked is not asked twice.
+                if asked is None or asked.done():
+                    asked = self._threads.submit(self._read_node, address)
+                    self._asked[address] = asked
+            answered, _ = wait(self._asked.values(), _SCRAPE_TIMEOUT_S)
+            return {
+                address: asked.result() if asked in answered else None
+                for address, asked in self._asked.items()
+            }
+
+    def close(self) -> None:
+        """Let go of the nodes; a thread that waits for one ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for client in list(self._clients.values()):
+            client.close()
+
+    def _read_node(self, address: str) -> Stats | None:
+        try:
+            if address not in self._clients:
+                self._clients[address] = ControlClient(
+                    address, _SCRAPE_TIMEOUT_S, self._credentials
+                )
+            return self._clients[address].stats()
+        except MemoryNodeError as error:
+            if client := self._clients.pop(address, None):
+                client.close()
+            logger.warning_once("no metrics from a memory node: %s", error)
+            return None
+
+
+def export_node_metrics(
+    vllm_config: VllmConfig, config: AttentionOffloadConfig
+) -> None:
+    """Register an engine's nodes with Prometheus and drop those of an older engine.
+
+    A stat-logger plugin would do the same but, by being installed, turns vLLM's
+    statistics on even where ``--disable-log-stats`` was given and nothing is offloaded
+    (vllm/v1/engine/async_llm.py).
+    """
+    global _exported
+    if _exported is not None:
+        older, collector = _exported
+        REGISTRY.unregister(collector)
+        older.close()
+    reader = NodeStatsReader(_addresses(vllm_config, config), config.credentials)
+    _exported = reader, StatsCollector(reader.read)
+    REGISTRY.register(_exported[1])
+
+
+def exported_collector() -> StatsCollector | None:
+    """Return what this process exports, where it has an engine that offloads."""
+    return None if _exported is None else _exported[1]
+
+
+def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[str]:
+    """List the nodes of all engines behind this frontend."""
+    if config.memory_nodes:
+        return [*config.memory_nodes, *config.standby_nodes]
+    parallel = vllm_config.parallel_config
+    engines = range(parallel.data_parallel_size)
+    if parallel.data_parallel_external_lb:
+        engines = range(parallel.data_parallel_index, parallel.data_parallel_index + 1)
+    local = [
+        local_address(run_dir(engine, node))
+        for engine in engines
+        for node in range(config.num_local_nodes)
+    ]
+    return [*local, *config.standby_nodes]
