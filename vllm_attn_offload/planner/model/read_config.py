@@ -77,8 +77,9 @@ def count(config: Any) -> dict[str, int]:
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = model_class(config)
     lm_head = model.get_output_embeddings().weight
     tables = {
         module.weight
