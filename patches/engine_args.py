@@ -55,6 +55,8 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             engine_args.additional_config = with_options(
                 engine_args.additional_config, options or {}
             )
+            # One of several API servers parses what it is given before it has plugins.
+            args.additional_config = engine_args.additional_config
             _add_middleware(args)
         return engine_args
 
