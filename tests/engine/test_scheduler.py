@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,13 @@ import torch
 from harness import tiny_llama
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.distributed.kv_events import (
+    AllBlocksCleared,
+    EventBatch,
+    NullEventPublisher,
+)
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import (
@@ -19,7 +26,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
 )
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -88,9 +95,13 @@ def scheduler(vllm_config: VllmConfig, recovery: Recovery) -> AttentionOffloadSc
     )
 
 
-def add(scheduler: AttentionOffloadScheduler, num_prompt_tokens: int = 5) -> Request:
+def add(
+    scheduler: AttentionOffloadScheduler,
+    num_prompt_tokens: int = 5,
+    request_id: str = "r",
+) -> Request:
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)
-    request = Request("r", list(range(num_prompt_tokens)), params, None)
+    request = Request(request_id, list(range(num_prompt_tokens)), params, None)
     scheduler.add_request(request)
     return request
 
@@ -140,6 +151,58 @@ def test_a_lost_step_is_dropped(
     assert tokens(scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)) == []
     assert scheduler.schedule().num_scheduled_tokens == {"r": 6}
     assert list(request.output_token_ids) == [11]
+
+
+def test_a_pause_waits_for_what_a_loss_interrupted(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """It runs again in the pause; what came in meanwhile does not."""
+    request = add(scheduler)
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, sample(step, 11))
+    step = scheduler.schedule()
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    add(scheduler, request_id="new")
+    recovery.report_loss(LOSS, 0)
+    scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)
+    assert scheduler.get_num_unfinished_requests() == 1
+    for token in range(12, 61):
+        step = scheduler.schedule()
+        assert list(step.num_scheduled_tokens) == ["r"]
+        scheduler.update_from_output(step, sample(step, token))
+    assert request.num_output_tokens == 50
+    assert scheduler.get_num_unfinished_requests() == 0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert list(scheduler.schedule().num_scheduled_tokens) == ["new"]
+
+
+def test_an_interrupted_request_is_aborted_in_a_pause(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    add(scheduler)
+    step = scheduler.schedule()
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    recovery.report_loss(LOSS, 0)
+    scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)
+    scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.get_num_unfinished_requests() == 0
+    assert not scheduler.schedule().num_scheduled_tokens
+
+
+def test_subscribers_learn_of_a_loss_at_once(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """No request comes, so no step would tell them that nothing is cached."""
+    published: queue.SimpleQueue[EventBatch] = queue.SimpleQueue()
+
+    class Publisher(NullEventPublisher):
+        def publish(self, events: EventBatch) -> None:
+            published.put(events)
+
+    scheduler.kv_event_publisher = Publisher()
+    recovery.report_loss(LOSS, 0)
+    batch = published.get(timeout=30)
+    assert [type(event) for event in batch.events] == [AllBlocksCleared]
 
 
 def test_prefills_are_no_progress(

@@ -76,6 +76,8 @@ class Recovery:
         self._logged: set[str] = set()
         self._num_fruitless = 0
         self._failures: set[str] = set()
+        #: Called, in a thread, when the pool is back with nothing in it.
+        self.on_back: Callable[[], None] = lambda: None
         # Now: where a loss is noticed, there may be no room for a thread.
         threading.Thread(
             target=self._run, name="MemoryNodeRecovery", daemon=True
@@ -244,12 +246,15 @@ class Recovery:
                 self._note_failure(error)
                 continue
             with self._changed:
-                if self._lost < self._pool.generation:
+                is_back = self._lost < self._pool.generation
+                if is_back:
                     self._reopened, self._is_reopening = attachments, False
                     self._reopened_s = time.monotonic()
                     self._notice.end()
                     self._changed.notify_all()
-                    return
+            if is_back:
+                self.on_back()
+                return
 
     def _note_failure(self, error: Exception) -> None:
         self._num_attempts += 1

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import AllBlocksCleared, KVEventBatch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.request import RequestStatus
 
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.logger import get_logger
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     _SchedulerBase = Scheduler
 else:
@@ -35,6 +41,9 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._recovery = Recovery.of_engine(vllm_config)
+        self._recovery.on_back = self._publish_cleared
+        # Ids of requests that a loss took out of the batch and that wait to be back.
+        self._interrupted: set[str] = set()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan the next step, after a pending recovery has finished.
@@ -45,7 +54,16 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
         if self._recovery.is_pending:
             self._drop_computed()
             self._recovery.finish()
+        if self._interrupted:
+            self._admit_interrupted()
         return super().schedule(throttle_prefills)
+
+    def get_num_unfinished_requests(self) -> int:
+        """Count what ``pause`` must wait for: also what a loss has interrupted."""
+        count = super().get_num_unfinished_requests()
+        if self._interrupted and self.pause_state == PauseState.PAUSED_NEW:
+            count += len(self._interrupted_in_queue())
+        return count
 
     def update_from_output(
         self,
@@ -67,7 +85,33 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
             self._recovery.note_progress()
         return outputs
 
+    def _interrupted_in_queue(self) -> list[Request]:
+        return [r for r in self.waiting if r.request_id in self._interrupted]
+
+    def _admit_interrupted(self) -> None:
+        """Let them run where a pause keeps new requests out: they are not new."""
+        requests = filter(None, map(self.requests.get, self._interrupted))
+        self._interrupted = {
+            request.request_id
+            for request in requests
+            if request.status == RequestStatus.PREEMPTED
+        }
+        if self.pause_state == PauseState.PAUSED_NEW:
+            # vLLM admits from this queue in a pause, until it is empty.
+            queued = self._interrupted_in_queue()
+            self.waiting.remove_requests(queued)
+            for request in queued:
+                self.kv_holding_waiting.add_request(request)
+
+    def _publish_cleared(self) -> None:
+        """Tell subscribers of KV events at once: an idle engine takes no step."""
+        with contextlib.suppress(RuntimeError):  # the engine is leaving
+            self.kv_event_publisher.publish(
+                KVEventBatch(ts=time.time(), events=[AllBlocksCleared()])
+            )
+
     def _drop_computed(self) -> None:
+        self._interrupted.update(request.request_id for request in self.running)
         num_tokens = sum(request.num_computed_tokens for request in self.running)
         if self.running:
             logger.warning(
