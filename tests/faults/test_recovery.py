@@ -12,9 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import workload
@@ -95,6 +97,7 @@ def engine(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
         prompts,
         {"num_local_nodes": 2},
         *("--max-model-len", "512", "--max-num-batched-tokens", "128"),
+        VLLM_SERVER_DEV_MODE="1",  # for /pause
     )
     yield started
     started.server.kill_all()
@@ -135,6 +138,26 @@ def test_idle(engine: Engine) -> None:
     before = engine.num_recoveries()
     faults.kill(engine.nodes()[0])
     engine.assert_recovered(engine.stream(), before)
+
+
+def test_in_a_pause(engine: Engine) -> None:
+    """``mode=wait`` returns when all running requests have all their tokens."""
+    before = engine.num_recoveries()
+    streams = engine.stream()
+    # What waits for its first step is new, and would wait for the end of the pause.
+    assert eventually(lambda: all(streams.tokens), DEADLINE_S)
+    with ThreadPoolExecutor(1) as threads:
+        url = f"{engine.server.url}/pause"
+        paused = threads.submit(
+            httpx.post, url, params={"mode": "wait"}, timeout=DEADLINE_S
+        )
+        log = engine.server.log
+        assert eventually(lambda: "PAUSED_NEW" in log.read_text("utf-8"), DEADLINE_S)
+        faults.kill(random.choice(engine.nodes()))
+        assert paused.result().status_code == 200
+    assert streams.finish(5.0) == engine.undisturbed
+    assert httpx.post(f"{engine.server.url}/resume").status_code == 200
+    engine.assert_recovered(streams, before)
 
 
 def test_nothing_is_left(engine: Engine) -> None:
