@@ -144,7 +144,8 @@ def test_log_goes_on_after_the_start(
     node.stop()
     lines = capfd.readouterr().err.splitlines()
     assert f"ready on {node.address}" in lines[0]
-    assert lines[-1].endswith("stopping")
+    # Its end is noticed by a signal and by a closed pipe, in either order.
+    assert any(line.endswith("stopping") for line in lines)
 
 
 def test_node_is_late(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_a_closed_session_ends_its_layer(
         long_layer.receive()
 
 
+def test_a_closed_data_channel_ends_its_layer(
+    node: NodeProcess, long_layer: RawSession
+) -> None:
+    """The worker is gone, and its engine's control connection is not."""
+    long_layer.transport.close()
+    assert eventually(lambda: "in the middle of a layer" in node.log(), timeout_s=60)
+
+
 def test_a_stopping_node_ends_a_layer(
     node: NodeProcess, long_layer: RawSession
 ) -> None:

@@ -188,7 +188,7 @@ class Session:
             if lse_bytes
             else LayerCall(payload, layout, reply, None)
         )
-        self._pool.compute(header.layer, planned.plan, call)
+        self._pool.compute(header.layer, planned.plan, call, transport.has_ended)
         attended = time.perf_counter()
         if num_rows or header.flags & _WANT_ACK:
             header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
 SLICE_S = 0.003
+#: Rows of k and v that are stored in a turn; a core takes about 1 ms for 1 MiB.
+_STORE_BYTES = 2 << 20
+_ABANDONED = "the peer closed the channel in the middle of a layer"
 
 
 class SessionPool:
@@ -77,14 +80,32 @@ class SessionPool:
             self._raise_if_closed()
             use()
 
-    def compute(self, layer: int, plan: Any, call: LayerCall) -> None:
-        """Store and attend, slice by slice, in turn with other engines."""
-        is_first, is_done = True, False
+    def compute(
+        self, layer: int, plan: Any, call: LayerCall, has_ended: Callable[[], bool]
+    ) -> None:
+        """Store and attend, slice by slice, in turn with other engines.
+
+        Args:
+            layer: Index of the layer.
+            plan: Plan of the step.
+            call: The layer's payload and result buffers.
+            has_ended: Asked between slices if nobody waits for the result any more.
+
+        Raises:
+            ConnectionResetError: The pool was closed, or nobody waits.
+        """
+        num_tokens, is_done = call.layout.num_tokens, False
+        if call.layout.num_bytes > _STORE_BYTES and not self._attention.finishes_later:
+            stored = self._store_in_turns(layer, plan, call, has_ended)
+        else:
+            stored = 0
         while not is_done:
             asked = time.perf_counter()
             with self._turns:
-                is_done = self._compute_slice(layer, plan, call, asked, is_first)
-            is_first = False
+                is_done = self._compute_slice(layer, plan, call, asked, stored)
+            stored = num_tokens
+            if not is_done and has_ended():
+                raise ConnectionResetError(_ABANDONED)
         if self._attention.finishes_later and call.layout.num_query_rows:
             started = time.perf_counter()
             self._attention.finish(plan, call)
@@ -130,16 +151,36 @@ class SessionPool:
         # Not in the turn: unmapping 1 GiB takes up to 0.1 s.
         self._cache.close()
 
+    def _store_in_turns(
+        self, layer: int, plan: Any, call: LayerCall, has_ended: Callable[[], bool]
+    ) -> int:
+        """Store all rows but those of the last turn; returns how many."""
+        num_tokens = call.layout.num_tokens
+        num_rows = max(1, num_tokens * _STORE_BYTES // call.layout.num_bytes)
+        first = 0
+        for last in range(num_rows, num_tokens, num_rows):
+            asked = time.perf_counter()
+            with self._turns:
+                self._raise_if_closed()
+                started = time.perf_counter()
+                self._attention.store(self._pools[layer], plan, call, first, last)
+                self._counters.queue_s += started - asked
+                self._counters.store_s += time.perf_counter() - started
+            first = last
+            if has_ended():
+                raise ConnectionResetError(_ABANDONED)
+        return first
+
     def _compute_slice(
-        self, layer: int, plan: Any, call: LayerCall, asked: float, is_first: bool
+        self, layer: int, plan: Any, call: LayerCall, asked: float, stored: int
     ) -> bool:
-        """One turn of a layer; True after its last one."""
+        """One turn of a layer, ``stored`` rows of it are; True after its last one."""
         self._raise_if_closed()
         attention, pool, counters = self._attention, self._pools[layer], self._counters
         started = time.perf_counter()
         counters.queue_s += started - asked
-        if is_first and call.layout.num_tokens:
-            attention.store(pool, plan, call)
+        if stored < call.layout.num_tokens:
+            attention.store(pool, plan, call, stored)
             stored = time.perf_counter()
             counters.store_s += stored - started
             started = stored

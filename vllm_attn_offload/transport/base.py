@@ -91,5 +91,9 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def has_ended(self) -> bool:
+        """Return True if either side has closed the channel; reads nothing."""
+
+    @abstractmethod
     def close(self) -> None:
         """End the channel; wakes threads that wait in it. Safe to call twice."""

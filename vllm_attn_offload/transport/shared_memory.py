@@ -31,6 +31,7 @@ from vllm_attn_offload.transport.channel_memory import (
     Slot,
 )
 from vllm_attn_offload.transport.cuda_memory import DeviceMemory
+from vllm_attn_offload.transport.streams import has_hung_up
 
 _NOTHING_CAME = "nothing received for {:.1f} s"
 _NOTHING_TAKEN = "the peer takes no data"
@@ -156,6 +157,9 @@ class SharedMemoryTransport(Transport):
 
     def receive_payload_into(self, target: memoryview) -> None:
         target[:] = self._current_slot().payload[: target.nbytes]
+
+    def has_ended(self) -> bool:
+        return has_hung_up(self._sock)
 
     def close(self) -> None:
         self._is_closed = True

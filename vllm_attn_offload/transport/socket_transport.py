@@ -56,6 +56,9 @@ class SocketTransport(Transport):
     def receive_payload_into(self, target: memoryview) -> None:
         self._stream.receive_into(target, self._stall_timeout_s)
 
+    def has_ended(self) -> bool:
+        return self._stream.has_ended()
+
     def close(self) -> None:
         self._stream.close()
 

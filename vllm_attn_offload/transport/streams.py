@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import time
@@ -63,11 +64,25 @@ class ByteStream(ABC):
                 not all in time.
         """
 
+    def has_ended(self) -> bool:
+        """Return True if either side has closed the connection; reads nothing."""
+        return has_hung_up(self._sock)
+
     def close(self) -> None:
         """End the connection; wakes threads that wait in it."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Return True if a connection was closed, here or there; waits for nothing."""
+    poller = select.poll()
+    try:
+        poller.register(sock, select.POLLRDHUP)
+    except ValueError:  # closed here
+        return True
+    return bool(poller.poll(0))
 
 
 class TransferDeadline:

@@ -120,8 +120,23 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         """
 
     @abstractmethod
-    def store(self, pool: PoolT, plan: PlanT, call: LayerCall) -> None:
-        """Write the step's new k, v into the blocks."""
+    def store(
+        self,
+        pool: PoolT,
+        plan: PlanT,
+        call: LayerCall,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        """Write the step's new k, v into the blocks.
+
+        Args:
+            pool: Blocks of the layer.
+            plan: Plan of the step.
+            call: The layer.
+            first: First of the rows to write; 0 where ``finishes_later``.
+            last: Row behind them; None: all the rest.
+        """
 
     @abstractmethod
     def attend(

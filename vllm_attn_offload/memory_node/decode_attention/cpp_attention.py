@@ -37,6 +37,7 @@ from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
+_SLOT_BYTES = 8
 
 
 class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
@@ -118,14 +119,23 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
             raise ProtocolError(f"a step that cannot be planned: {error}") from error
         return plan
 
-    def store(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
-        calls, layout = plan.kinds[pool.kind], call.layout
+    def store(
+        self,
+        pool: _Pool,
+        plan: _KernelPlan,
+        call: LayerCall,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        calls, key, value = plan.kinds[pool.kind], call.layout.key, call.layout.value
         address = addressof(c_char.from_buffer(call.payload))
         store = calls.store
         store.cache = pool.address
-        store.key, store.key_stride = address + layout.key.offset, layout.key.stride
-        store.value = address + layout.value.offset
-        store.value_stride = layout.value.stride
+        store.key = address + key.offset + first * key.stride
+        store.value = address + value.offset + first * value.stride
+        store.key_stride, store.value_stride = key.stride, value.stride
+        store.slot_mapping = plan.slots_address + first * _SLOT_BYTES
+        store.num_tokens = (call.layout.num_tokens if last is None else last) - first
         self._library.store(self._threads, calls.cache, store)
 
     def attend(
@@ -191,7 +201,12 @@ class _KindCalls:
 
 
 class _KernelPlan:
-    """A step of one KV cache group, planned for each kind of its layers."""
+    """A step of one KV cache group, planned for each kind of its layers.
+
+    ``slots_address`` is that of its int64 slots.
+    """
+
+    slots_address: int
 
     def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
         self._library = library
@@ -216,8 +231,7 @@ class _KernelPlan:
         for calls in self.kinds:
             call.num_query_heads = calls.kind.num_query_heads
             self._library.plan_step(threads, calls.plan, call)
-            calls.store.slot_mapping = self._slots.ctypes.data
-            calls.store.num_tokens = step.num_tokens
+        self.slots_address = self._slots.ctypes.data
 
 
 class _SessionKinds:

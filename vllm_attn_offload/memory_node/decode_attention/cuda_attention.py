@@ -141,7 +141,14 @@ class CudaDecodeAttention(
             plan.fill(step)
         return plan
 
-    def store(self, pool: Pool, plan: _CudaKernelPlan, call: LayerCall) -> None:
+    def store(
+        self,
+        pool: Pool,
+        plan: _CudaKernelPlan,
+        call: LayerCall,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
         num_bytes = call.payload.nbytes
         host, device = plan.qkv.host[:num_bytes], plan.qkv.device[:num_bytes]
         # A layer that only stores is not waited for by ``finish``.

@@ -23,9 +23,10 @@ from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.step import StepMetadata
 
-#: Query rows x tokens that are attended at once: turns stay short, and gathering the
-#: tokens again for every part costs little.
-_MAX_SCORES = 1 << 22
+#: Tokens, and query rows x heads x tokens, that are attended at once, in a few ms. More
+#: rows than that have the tokens gathered again, for a quarter of the time.
+_MAX_TOKENS = 2048
+_MAX_SCORES = 1 << 19
 
 _TORCH_DTYPES = {
     "float32": torch.float32,
@@ -46,26 +47,32 @@ class _Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """Query rows of a request that are attended at once, and its int64 blocks."""
+class _Part:
+    """Query rows of a request, and tokens that they attend to at once.
+
+    ``blocks`` is int64 ``[num_blocks]``. With ``is_last`` no token is left.
+    """
 
     begin: int
     end: int
     blocks: torch.Tensor
-    seq_len: int
+    num_tokens: int
+    is_last: bool
 
 
 @dataclass(slots=True)
 class _KernelPlan:
-    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests.
+    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its parts.
 
-    ``num_done`` requests of an unfinished layer are attended.
+    ``num_done`` parts of an unfinished layer are attended; ``partial`` is the output of
+    a request's earlier ones, fp32, and its log-sum-exp.
     """
 
     stored_rows: torch.Tensor
     stored_slots: torch.Tensor
-    requests: tuple[_Request, ...]
+    parts: tuple[_Part, ...]
     num_done: int = 0
+    partial: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
@@ -104,22 +111,33 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         previous: _KernelPlan | None,
     ) -> _KernelPlan:
         block_size = geometry.groups[group].block_size
+        num_heads = max(layer.num_query_heads for layer in geometry.layers)
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
         return _KernelPlan(
             stored_rows=stored,
             stored_slots=slots[stored],
-            requests=tuple(
+            parts=tuple(
                 part
                 for index in range(step.num_reqs)
-                for part in _plan_request(step, index, block_size)
+                for part in _plan_request(step, index, block_size, num_heads)
             ),
         )
 
-    def store(self, pool: _Pool, plan: _KernelPlan, call: LayerCall) -> None:
+    def store(
+        self,
+        pool: _Pool,
+        plan: _KernelPlan,
+        call: LayerCall,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
         _, key, value = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
-        pool.key[plan.stored_slots] = key[plan.stored_rows]
-        pool.value[plan.stored_slots] = value[plan.stored_rows]
+        end = call.layout.num_tokens if last is None else last
+        begin, stop = torch.searchsorted(plan.stored_rows, torch.tensor([first, end]))
+        rows, slots = plan.stored_rows[begin:stop], plan.stored_slots[begin:stop]
+        pool.key[slots] = key[rows]
+        pool.value[slots] = value[rows]
 
     def attend(
         self, pool: _Pool, plan: _KernelPlan, call: LayerCall, slice_s: float = 0.0
@@ -132,47 +150,59 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         if call.lse is not None:
             lses = torch.frombuffer(call.lse, dtype=torch.float32).view(query.shape[:2])
         until = time.perf_counter() + slice_s if slice_s else math.inf
-        for request in plan.requests[plan.num_done :]:
-            rows = slice(request.begin, request.end)
-            outs[rows], lse = _attend_request(pool, request, query[rows])
-            if lses is not None:
-                lses[rows] = lse
+        for part in plan.parts[plan.num_done :]:
+            rows = slice(part.begin, part.end)
+            out, lse = _merged(plan.partial, *_attend_part(pool, part, query[rows]))
+            plan.partial = None if part.is_last else (out, lse)
+            if part.is_last:
+                outs[rows] = out
+                if lses is not None:
+                    lses[rows] = lse
             plan.num_done += 1
-            if time.perf_counter() > until and plan.num_done < len(plan.requests):
+            if time.perf_counter() > until and plan.num_done < len(plan.parts):
                 return False
         plan.num_done = 0
         return True
 
 
 def _plan_request(
-    step: StepMetadata, index: int, block_size: int
-) -> Iterator[_Request]:
+    step: StepMetadata, index: int, block_size: int, num_heads: int
+) -> Iterator[_Part]:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
-    if begin == end:
-        return
     seq_len = int(step.seq_lens[index])
     num_blocks = -(-seq_len // block_size)
     blocks = torch.from_numpy(step.block_table[index, :num_blocks].copy()).long()
-    num_rows = max(1, _MAX_SCORES // max(1, seq_len))
+    most_blocks = max(1, _MAX_TOKENS // block_size)
+    most_tokens = max(1, min(seq_len, most_blocks * block_size))
+    num_rows = max(1, _MAX_SCORES // (most_tokens * num_heads))
     for first in range(begin, end, num_rows):
-        yield _Request(first, min(end, first + num_rows), blocks, seq_len)
+        last = min(end, first + num_rows)
+        for block in range(0, max(1, num_blocks), most_blocks):
+            left = seq_len - block * block_size
+            num_tokens = min(left, most_tokens)
+            here = blocks[block : block + most_blocks]
+            yield _Part(first, last, here, num_tokens, num_tokens == left)
 
 
-def _attend_request(
-    pool: _Pool, request: _Request, query: torch.Tensor
+def _attend_part(
+    pool: _Pool, part: _Part, query: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend for one request; the query heads of a KV head are folded into rows."""
+    """Attend for rows of one request; the query heads of a KV head become rows.
+
+    Returns:
+        fp32 ``[num_rows, num_heads, v_head_size]`` and ``[num_rows, num_heads]``.
+    """
     num_rows, num_heads, head_size = query.shape
-    if not request.seq_len:
-        out = query.new_zeros(num_rows, num_heads, pool.layer.v_head_size)
+    if not part.num_tokens:
+        out = torch.zeros(num_rows, num_heads, pool.layer.v_head_size)
         return out, torch.full((num_rows, num_heads), -torch.inf)
     num_kv_heads = pool.layer.num_kv_heads
     group = num_heads // num_kv_heads
     # In fp32: rounding probabilities to bf16 would part from vLLM's own CPU kernel.
     # Not kept in the plan: they take 8 bytes a token.
     offsets = torch.arange(pool.block_size)
-    slots = (request.blocks[:, None] * pool.block_size + offsets).flatten()
-    slots = slots[: request.seq_len]
+    slots = (part.blocks[:, None] * pool.block_size + offsets).flatten()
+    slots = slots[: part.num_tokens]
     key = pool.key[slots].transpose(0, 1).float()
     value = pool.value[slots].transpose(0, 1).float()
     folded = (
@@ -194,7 +224,18 @@ def _attend_request(
         out[0, poisoned] = lse[0, poisoned] = torch.nan
     out = out[0].view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
     lse = lse[0].view(num_kv_heads, group, num_rows).permute(2, 0, 1)
-    return (
-        out.reshape(num_rows, num_heads, -1).to(pool.dtype),
-        lse.reshape(num_rows, num_heads),
-    )
+    return out.reshape(num_rows, num_heads, -1), lse.reshape(num_rows, num_heads)
+
+
+def _merged(
+    earlier: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp over the tokens of both, each as `_attend_part` gives."""
+    if earlier is None:
+        return out, lse
+    before, lse_before = earlier
+    total = torch.logaddexp(lse_before, lse)
+    weights = ((part - total).exp()[:, :, None] for part in (lse_before, lse))
+    return before * next(weights) + out * next(weights), total

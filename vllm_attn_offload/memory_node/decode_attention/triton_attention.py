@@ -101,8 +101,15 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
         plan.fill(step)
         return plan
 
-    def store(self, pool: Pool, plan: KernelPlan, call: LayerCall) -> None:
-        store_rows(pool, plan, call.payload, call.layout)
+    def store(
+        self,
+        pool: Pool,
+        plan: KernelPlan,
+        call: LayerCall,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        store_rows(pool, plan, call.payload, call.layout, slice(first, last))
 
     def attend(
         self, pool: Pool, plan: KernelPlan, call: LayerCall, slice_s: float = 0.0
@@ -126,11 +133,13 @@ def store_rows(
     plan: KernelPlan,
     payload: memoryview | torch.Tensor,
     layout: PayloadLayout,
+    rows: slice = slice(None),
 ) -> None:
-    """Write k and v of the payload, uint8 ``[num_bytes]``, into the pool."""
+    """Write rows of k and v of the payload, uint8 ``[num_bytes]``, into the pool."""
     if plan.num_tokens:
         _, key, value = payload_views(payload, layout, pool.layer, pool.key.dtype)
-        store_kv(key, value, pool.key, pool.value, plan.slot_mapping)
+        slots = plan.slot_mapping[rows]
+        store_kv(key[rows], value[rows], pool.key, pool.value, slots)
 
 
 def attend_rows(
