@@ -22,6 +22,9 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
 from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
     TorchDecodeAttention,
 )
+from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
+    TritonDecodeAttention,
+)
 from vllm_attn_offload.memory_node.session_pool import SessionPool
 from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
 from vllm_attn_offload.protocol.messages import SessionCounters
@@ -124,6 +127,49 @@ def test_long_contexts_in_torch_are_cut_between_tokens() -> None:
         assert num_slices > 1
         exact, _ = batch.expected(torch.float64)
         assert max_error(out.view(exact.shape), exact) < 1e-5
+
+
+def test_triton_layers_take_several_launches() -> None:
+    """Bit for bit what one launch gives, and a turn for each."""
+    results = []
+    for max_scores in (1 << 29, 9 * 16 * 40):
+        attention = TritonDecodeAttention(torch.device("cpu"))
+        attention.max_scores = max_scores
+        turns = Turns()
+        batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 4)
+        with opened(attention, turns) as pool:
+            plan = None
+            for num_new in ([70, 3, 0, 20], [1, 1, 5, 0], [33, 0, 1, 1]):
+                step, qkv = batch.grow(num_new)
+                plan = attention.plan(0, GEOMETRY, step, plan)
+                step.block_table.fill(-1)  # its memory is used for the next one
+                call, out = layer_of(qkv)
+                pool.compute(0, plan, call, never)
+                pool.compute(0, plan, call, never)
+                results.append(out)
+                exact, _ = batch.expected(torch.float64)
+                assert max_error(out.view(exact.shape), exact) < 1e-5
+    assert turns.count > 2 * 3
+    whole, cut = results[:3], results[3:]
+    assert all(map(torch.equal, whole, cut))
+
+
+def test_triton_stores_in_ranges() -> None:
+    attention = TritonDecodeAttention(torch.device("cpu"))
+    batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 1)
+    step, qkv = batch.grow([50])
+    call, _ = layer_of(qkv)
+    plan = attention.plan(0, GEOMETRY, step, None)
+    pools = []
+    for bounds in ([(0, None)], [(0, 7), (7, 49), (49, None)]):
+        size = NUM_BLOCKS * attention.block_bytes(GEOMETRY.layers[0], 16, "float32")
+        pool = attention.bind(GEOMETRY, GEOMETRY.layers[0], attention.allocate(size))
+        for first, last in bounds:
+            attention.store(pool, plan, call, first, last)
+        pools.append(pool)
+    assert pools[0].key.any()
+    assert torch.equal(pools[0].key, pools[1].key)
+    assert torch.equal(pools[0].value, pools[1].value)
 
 
 class WatchedRegion(mmap.mmap):

@@ -8,9 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
+
+from vllm_attn_offload.transport.cuda_memory import CudaDevice
 
 HERE = Path(__file__).parent
 
@@ -43,3 +47,15 @@ def test_mapped_memory(driver: Path) -> None:
         check=False,
     )
     assert process.stdout == "done\n", process.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this host")
+def test_memory_holds_no_data_of_others() -> None:
+    """Memory that was written, and given back, is handed out zeroed."""
+    device = CudaDevice(torch.device("cuda"))
+    for _ in range(4):
+        with closing(device.allocate(8 << 20)) as memory:
+            assert not memory.bytes.any()
+            memory.bytes.fill_(0xFF)
+            torch.cuda.synchronize()

@@ -168,6 +168,9 @@ class CudaDecodeAttention(
     ) -> bool:
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse_bytes = 4 * heads[0] * heads[1]
+        if plan.num_done:
+            # Others' kernels come between launches, if these wait for each other.
+            plan.consumed.synchronize()
         with torch.cuda.stream(self._compute):
             attend_rows(
                 pool,
@@ -178,6 +181,8 @@ class CudaDecodeAttention(
                 plan.lse.device[:lse_bytes].view(torch.float32).view(heads),
             )
             plan.consumed.record()
+        if plan.num_done:
+            return False
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(plan.consumed)
             for mirror, target in _results(plan, call):
@@ -205,14 +210,15 @@ class CudaDecodeAttention(
         elements = _elements(rows, pool)
         with torch.cuda.stream(self._compute):
             store_rows(pool, plan, elements, layout)
-            attend_rows(
-                pool,
-                plan,
-                elements,
-                layout,
-                _elements(out, pool).view(*heads, -1),
-                lse.view(heads),
-            )
+            for _ in range(plan.num_parts):
+                attend_rows(
+                    pool,
+                    plan,
+                    elements,
+                    layout,
+                    _elements(out, pool).view(*heads, -1),
+                    lse.view(heads),
+                )
             plan.consumed.record()
 
     def finish_rows(self, plan: _CudaKernelPlan) -> None:

@@ -20,6 +20,9 @@ TORCH_DTYPES = {
 }
 #: The kernels are made for this many query rows per request; prefill chunks are cut.
 MAX_QUERY_LEN = 16
+#: Query rows x heads x tokens of one launch, about: milliseconds of a GPU. A longer
+#: layer takes several launches, each planned for itself.
+MAX_SCORES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +55,26 @@ class KernelPlan:
         group: Index of the KV cache group.
         geometry: Geometry of the session.
         device: Where the kernels run.
+        max_scores: Query rows x heads x tokens of a launch.
 
     Attributes:
         num_tokens: Rows of k and v in every layer.
         num_query_rows: Rows of q in every layer.
+        num_parts: Launches of a layer.
+        num_done: Those of an unfinished layer that were made.
         slot_mapping: ``[num_tokens]`` int64 on the device.
-        block_table: ``[pieces, width]`` int32 on the device.
-        by_shape: Filled plans of the kernels.
+        block_table: ``[pieces, width]`` int32 on the device, of one part.
+        by_shape: Filled plans of the kernels, for one part.
     """
 
     def __init__(
-        self, group: int, geometry: SessionGeometry, device: torch.device
+        self,
+        group: int,
+        geometry: SessionGeometry,
+        device: torch.device,
+        max_scores: int = MAX_SCORES,
     ) -> None:
+        self._max_scores = max_scores
         self._dtype = TORCH_DTYPES[geometry.dtype]
         self._block_size = geometry.groups[group].block_size
         self._device = device
@@ -82,14 +93,30 @@ class KernelPlan:
         self.num_tokens = step.num_tokens
         self.num_query_rows = step.num_query_rows
         self.slot_mapping = self._slots.write(step.slot_mapping)
-        self.block_table = self._table.write(step.block_table[owner])
+        num_heads = max(shape.num_query_heads for shape in self._shapes)
+        bounds = _cut_pieces(np.diff(starts) * num_heads, seq_lens, self._max_scores)
+        self.num_parts, self.num_done = len(bounds) - 1, 0
+        self._starts, self._seq_lens, self._bounds = starts, seq_lens, bounds
+        self._owner = owner
+        # A step of one part is planned now, and not for each of its layers.
+        is_long = self.num_parts > 1
+        self._step_table = step.block_table.copy() if is_long else step.block_table
+        self.fill_part()
+
+    def fill_part(self) -> slice:
+        """Plan the part that is next; returns its query rows."""
+        first, last = self._bounds[self.num_done : self.num_done + 2]
+        begin, end = int(self._starts[first]), int(self._starts[last])
+        starts = self._starts[first : last + 1] - begin
         longest = round_up(int(np.diff(starts).max(initial=1)))
+        self.block_table = self._table.write(self._step_table[self._owner[first:last]])
         for shape in self._shapes:
             self.by_shape[shape] = plan_decode_attention(
-                self._plan_of(shape, longest, len(owner)),
+                self._plan_of(shape, longest, last - first),
                 torch.from_numpy(starts),
-                torch.from_numpy(seq_lens),
+                torch.from_numpy(self._seq_lens[first:last]),
             )
+        return slice(begin, end)
 
     def _plan_of(
         self, shape: HeadShape, longest: int, num_pieces: int
@@ -172,6 +199,23 @@ def cut_queries(
     ends = np.array([piece_end for _, piece_end in pieces], np.int32)
     starts = np.concatenate((np.zeros(1, np.int32), ends))
     return owner, starts, step.seq_lens[owner]
+
+
+def _cut_pieces(rows: np.ndarray, seq_lens: np.ndarray, max_scores: int) -> list[int]:
+    """Cut pieces into parts of about so many scores, and of one piece at least.
+
+    Args:
+        rows: int32 ``[pieces]``: query rows times heads.
+        seq_lens: int32 ``[pieces]``.
+        max_scores: Of a part.
+
+    Returns:
+        First piece of every part, and the number of pieces.
+    """
+    scores = rows.astype(np.int64) * seq_lens
+    part_of = (scores.cumsum() - scores) // max_scores
+    cuts = np.flatnonzero(np.diff(part_of)) + 1
+    return [0, *cuts.tolist(), len(rows)]
 
 
 def _bounds(step: StepMetadata) -> Iterable[tuple[int, int]]:

@@ -17,6 +17,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     PlanT,
 )
 from vllm_attn_offload.memory_node.decode_attention.kernel_plan import (
+    MAX_SCORES,
     TORCH_DTYPES,
     HeadShape,
     KernelPlan,
@@ -47,6 +48,8 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
     """Blocks of the Triton kernels in the memory of one device."""
 
     name = "triton"
+    #: Query rows x heads x tokens of a launch.
+    max_scores = MAX_SCORES
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -97,7 +100,7 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
         step: StepMetadata,
         previous: KernelPlan | None,
     ) -> KernelPlan:
-        plan = previous or KernelPlan(group, geometry, self.device)
+        plan = previous or KernelPlan(group, geometry, self.device, self.max_scores)
         plan.fill(step)
         return plan
 
@@ -125,7 +128,7 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
             if call.lse is None
             else torch.frombuffer(call.lse, dtype=torch.float32).view(heads),
         )
-        return True
+        return plan.num_done == 0
 
 
 def store_rows(
@@ -150,7 +153,7 @@ def attend_rows(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Attend for the payload's q.
+    """Attend for the payload's q, or for the rows of the plan's next part.
 
     Args:
         pool: Blocks of the layer.
@@ -161,6 +164,10 @@ def attend_rows(
         lse: ``[num_query_rows, num_query_heads]`` float32; filled.
     """
     query, _, _ = payload_views(payload, layout, pool.layer, pool.key.dtype)
+    if plan.num_parts > 1:
+        rows = plan.fill_part()
+        query, out, lse = query[rows], out[rows], lse[rows]
+    plan.num_done = (plan.num_done + 1) % plan.num_parts
     paged_decode_attention(
         query,
         pool.key,
