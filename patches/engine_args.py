@@ -87,8 +87,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             choose_scheduler,
         )
         from vllm_attn_offload.engine.node_metrics import export_node_metrics
+        from vllm_attn_offload.engine.placement import check_local_cpus
 
         check_arguments(self)
+        check_local_cpus(config)
         apply_to_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import re
 
-from error_texts import INTERNAL, error_texts
+from error_texts import INTERNAL, PYTHON, error_texts
 
-#: Words of Python and pydantic that no user should have to know.
-PYTHON = re.compile(
-    r"__name__|\b(tuple|dict|str|int|bool|NoneType|pydantic|kwargs|isinstance|Mapping"
-    r"|traceback|TypeError|ValueError|KeyError|valid (string|integer|number|boolean))\b"
-)
 _FILLED_IN = re.compile(r"\{[^{}]*\}")
 #: Names of the protocol's messages; and sentences that complete another error, or hold
 #: one whole.

@@ -24,11 +24,11 @@ BESIDE: dict[str, set[str]] = {
     "attention": {"config"},
     "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
     "planner": {"LLM", "worker", "client", "transport", "protocol", "memory_node"},
-    "config": {"transport"},
+    "config": {"option_types", "transport"},
     "metrics": {"protocol"},
     "patches": {"compatibility", "config", "engine"},
     "plugin": {"patches"},
-    "llm": {"patches"},
+    "llm": {"engine", "patches"},
     "cli": {"memory_node", "planner"},
     "__init__": {"config", "llm"},
 }

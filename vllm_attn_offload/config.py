@@ -4,16 +4,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
+from vllm_attn_offload.option_types import (
+    Addresses,
+    Allowed,
+    Count,
+    Cpus,
+    FilePath,
+    Gib,
+    MicroBatches,
+    NodeLoss,
+    PartitionOption,
+    Seconds,
+    SecondsOrZero,
+)
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import Credentials, check_complete
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from vllm.config import VllmConfig
 
 #: Key of ``VllmConfig.additional_config`` that carries the options.
@@ -26,53 +43,53 @@ CONFIG_KEY = "attention_offload"
 class AttentionOffloadConfig:
     """Attention offloading: memory nodes own the KV cache and run attention."""
 
-    memory_nodes: tuple[str, ...] = ()
+    memory_nodes: Addresses = ()
     """Addresses of running memory nodes: HOST:PORT, [IPV6]:PORT or unix:PATH. Empty:
     start local ones."""
-    num_local_nodes: int = Field(default=1, ge=1, le=64)
+    num_local_nodes: Count = 1
     """Number of memory nodes to start on this host when memory_nodes is empty."""
-    local_node_cpus: str = ""
+    local_node_cpus: Cpus = ""
     """CPUs of the local memory nodes, such as 8-15. Unset: half of the host's cores, or
     those that the workers are not bound to."""
-    partition: Literal["heads", "blocks", "auto"] = "auto"
+    partition: PartitionOption = "auto"
     """What is divided between several memory nodes. heads: each node holds some KV
     heads of every block; the number of KV heads must be a multiple of the number of
     nodes. blocks: each node holds some blocks, in proportion to its capacity. auto:
     heads where they divide evenly, otherwise blocks."""
-    kv_cache_gib: float | None = Field(default=None, gt=0)
+    kv_cache_gib: Gib = None
     """KV cache of this engine on each node, in GiB; each data-parallel rank is an
     engine. Unset: all free memory of the node, divided by the data-parallel size; local
     nodes together hold half of the memory that is available at start."""
-    num_microbatches: Literal[1, 2, "auto"] = 1
+    num_microbatches: MicroBatches = 1
     """Number of parts of a decode step; one computes while the other waits for its
     attention. auto: 2 where measured step times show that it is faster; 1 on GPUs and
     with several tensor-parallel ranks."""
-    on_node_loss: Literal["recover", "fail"] = "recover"
+    on_node_loss: NodeLoss = "recover"
     """What happens when a memory node is lost. recover: it is restarted, reconnected or
     replaced, and running requests are computed again. fail: the engine stops."""
-    standby_nodes: tuple[str, ...] = ()
+    standby_nodes: Addresses = ()
     """Addresses of running memory nodes, each of which can replace a lost node that
     stays away. A standby needs as much free memory as the node that it replaces."""
-    startup_timeout_s: float = Field(default=60.0, gt=0)
+    startup_timeout_s: Seconds = 60.0
     """Deadline for a memory node to start or to answer for the first time."""
-    request_timeout_s: float = Field(default=30.0, gt=0)
+    request_timeout_s: Seconds = 30.0
     """Deadline for every answer of a memory node while serving. A node that is silent
     for longer counts as lost; attention gets more time the more KV cache it reads."""
-    recovery_timeout_s: float = Field(default=120.0, gt=0)
+    recovery_timeout_s: Seconds = 120.0
     """Deadline for a lost memory node to be back or replaced; then the engine stops.
     Must be below VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."""
-    unavailable_grace_s: float = Field(default=10.0, ge=0)
+    unavailable_grace_s: SecondsOrZero = 10.0
     """Time that the pool may be without a lost memory node before new requests are
     refused with status 503 and Retry-After; running ones wait. /health answers 503 at
     once."""
-    auth_token_file: str = ""
+    auth_token_file: FilePath = ""
     """File with the token of the memory nodes' --auth-token-file. Only its path is part
     of the configuration; it is read for every connection."""
-    tls_cert: str = ""
+    tls_cert: FilePath = ""
     """Certificate of this host (PEM), for memory nodes with --tls-cert."""
-    tls_key: str = ""
+    tls_key: FilePath = ""
     """Private key of tls_cert (PEM)."""
-    tls_ca: str = ""
+    tls_ca: FilePath = ""
     """Authority (PEM) that signed the certificates of this host and of the nodes."""
 
     @model_validator(mode="after")
@@ -122,24 +139,33 @@ class AttentionOffloadConfig:
                 "an object; write {} for the defaults. Valid options: "
                 f"{', '.join(allowed)}."
             )
-        unknown = sorted(set(options) - set(allowed))
-        if unknown:
+        given = {str(name).replace("-", "_"): each for name, each in options.items()}
+        if unknown := sorted(set(given) - set(allowed)):
             raise ValueError(
                 f"attention-offload-config has no option {', '.join(unknown)}. "
-                f"Valid options: {', '.join(allowed)}."
+                f"{_nearest(unknown, allowed)}Valid options: {', '.join(allowed)}."
             )
         try:
-            return cls(**options)
+            return cls(**given)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} "
-                f"(given: {item['input']!r})"
-                for item in error.errors(include_url=False)
-            )
+            found = error.errors(include_url=False)
+            problems = {item["loc"][:1]: cls._problem(item) for item in found}
             raise ValueError(
-                f"attention-offload-config is wrong. {problems}. Valid options: "
-                f"{', '.join(allowed)}."
+                f"attention-offload-config is wrong. {' '.join(problems.values())}"
             ) from error
+
+    @classmethod
+    def _problem(cls, item: ErrorDetails) -> str:
+        """Say what is wrong in the words of the option, not of its type."""
+        if not item["loc"]:
+            return str(item["ctx"]["error"])
+        name = str(item["loc"][0])
+        field: FieldInfo = vars(cls)["__pydantic_fields__"][name]
+        (allowed,) = (each for each in field.metadata if isinstance(each, Allowed))
+        return (
+            f"{name} was given {_written(item['input'])}. Allowed: {allowed.text}. "
+            f"Write for example {name}: {allowed.example}."
+        )
 
     @classmethod
     def from_additional_config(
@@ -158,3 +184,18 @@ class AttentionOffloadConfig:
         The patch-free command line may name executor and worker without options.
         """
         return cls.from_additional_config(vllm_config.additional_config) or cls()
+
+
+def _nearest(unknown: list[str], allowed: list[str]) -> str:
+    """Ask for the options that were meant, where they can be guessed."""
+    meant = [get_close_matches(name, allowed, 1, 0.7) for name in unknown]
+    names = ", ".join(name for names in meant for name in names)
+    return f"Did you mean {names}? " if names else ""
+
+
+def _written(value: object) -> str:
+    """Write a value as JSON and YAML do."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return repr(value)

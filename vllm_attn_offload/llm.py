@@ -7,6 +7,7 @@ from typing import Any
 
 import vllm
 
+from vllm_attn_offload.engine.args import environment_of_one_engine
 from vllm_attn_offload.patches import apply_patches
 from vllm_attn_offload.patches.engine_args import with_options
 
@@ -40,4 +41,5 @@ class LLM(vllm.LLM):
             kwargs["additional_config"] = with_options(
                 kwargs.get("additional_config") or {}, attention_offload_config or {}
             )
-        super().__init__(model, **kwargs)
+        with environment_of_one_engine():
+            super().__init__(model, **kwargs)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.placement import (
+    check_local_cpus,
     choose_devices,
     local_cpus,
     local_kv_cache_gib,
@@ -53,12 +55,19 @@ def test_local_memory() -> None:
     assert share * 8 < psutil.virtual_memory().total / GIB
 
 
+def test_cpus_that_are_not_here() -> None:
+    """Refused before a node is started, unless nodes run elsewhere."""
+    usable = sorted(os.sched_getaffinity(0))
+    check_local_cpus(AttentionOffloadConfig(local_node_cpus=str(usable[0])))
+    check_local_cpus(AttentionOffloadConfig(("a:1",), local_node_cpus="4095"))
+    allowed = f"CPU 4095 is not usable here. Allowed: {','.join(map(str, usable))}. "
+    with pytest.raises(ValueError, match=re.escape(allowed)):
+        check_local_cpus(AttentionOffloadConfig(local_node_cpus="0,4095"))
+
+
 @pytest.mark.parametrize("text", ["a-b", "1-", "0;1"])
 def test_cpus_that_are_no_list(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = AttentionOffloadConfig(num_local_nodes=2, local_node_cpus=text)
     allowed = r" was given\. Allowed: CPU numbers and .+ Write for example 8-15"
-    with pytest.raises(ValueError, match=f"local_node_cpus={text!r}{allowed}"):
-        local_cpus(config, VllmConfig())
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", text)
     with pytest.raises(
         ValueError, match=f"VLLM_CPU_OMP_THREADS_BIND={text!r}{allowed}"

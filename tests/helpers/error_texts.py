@@ -22,6 +22,11 @@ INTERNAL = {
     "ProtocolError",
     "TimeoutError",
 }
+#: Words of Python and pydantic that no user should have to know.
+PYTHON = re.compile(
+    r"__name__|\b(tuple|dict|str|int|bool|NoneType|pydantic|kwargs|isinstance|Mapping"
+    r"|traceback|TypeError|ValueError|KeyError|valid (string|integer|number|boolean))\b"
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z{'\"])")
 _RULE = "Unsupported"
 

@@ -114,8 +114,14 @@ def test_flag_wins_over_additional_config(additional_config: Parse) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((f"{CONFIG}.kv_cache_gb", "4"), "no option kv_cache_gb. Valid options: mem"),
-        ((f"{CONFIG}.kv_cache_gib", "-4"), "kv_cache_gib: .*greater than 0"),
+        (
+            (f"{CONFIG}.kv_cache_gb", "4"),
+            "no option kv_cache_gb. Did you mean kv_cache_gib",
+        ),
+        (
+            (f"{CONFIG}.kv_cache_gib", "-4"),
+            "kv_cache_gib was given -4. Allowed: a number of GiB above 0",
+        ),
         ((f"{CONFIG}.memory_nodes", '["a:1", "a:1"]'), "name a:1 more than once"),
         (
             (FLAG, ADDITIONAL, '{"attention_offload": true}'),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_texts import PYTHON
 
 from vllm_attn_offload import AttentionOffloadConfig
 from vllm_attn_offload.config import CONFIG_KEY
@@ -39,32 +40,88 @@ def test_is_frozen() -> None:
 
 
 def test_unknown_options() -> None:
-    with pytest.raises(ValueError, match="no option kv_cache_gb, nodes") as error:
-        AttentionOffloadConfig.from_dict({"nodes": 1, "kv_cache_gb": 4})
-    assert str(error.value).endswith(f"Valid options: {', '.join(OPTIONS)}.")
+    with pytest.raises(ValueError, match="no option kv_cache_gb, xyz") as error:
+        AttentionOffloadConfig.from_dict({"xyz": 1, "kv_cache_gb": 4})
+    expected = f"Did you mean kv_cache_gib? Valid options: {', '.join(OPTIONS)}."
+    assert str(error.value).endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"local_node_cpus": 1}, {"local_node_cpus": "1"}),
+        ({"local_node_cpus": [0, 1]}, {"local_node_cpus": "0,1"}),
+        ({"local_node_cpus": ["0-1", 4]}, {"local_node_cpus": "0-1,4"}),
+        ({"local_node_cpus": "0-1, 4"}, {"local_node_cpus": "0-1,4"}),
+        ({"memory_nodes": "10.0.0.7:7600"}, {"memory_nodes": ("10.0.0.7:7600",)}),
+        ({"memory_nodes": "a:1, b:2"}, {"memory_nodes": ("a:1", "b:2")}),
+        ({"memory_nodes": ["unix:/a,b"]}, {"memory_nodes": ("unix:/a,b",)}),
+        ({"standby_nodes": "a:1"}, {"standby_nodes": ("a:1",)}),
+        ({"num_microbatches": "2"}, {"num_microbatches": 2}),
+        ({"num_microbatches": " AUTO"}, {"num_microbatches": "auto"}),
+        ({"num_local_nodes": "3"}, {"num_local_nodes": 3}),
+        ({"kv_cache_gib": "0.5"}, {"kv_cache_gib": 0.5}),
+        ({"kv_cache_gib": None}, {}),
+        ({"kv-cache-gib": 4}, {"kv_cache_gib": 4.0}),
+        ({"partition": "Heads"}, {"partition": "heads"}),
+        ({"request_timeout_s": "5"}, {"request_timeout_s": 5.0}),
+        ({"unavailable_grace_s": 0}, {"unavailable_grace_s": 0.0}),
+        ({"auth_token_file": "~/t"}, {"auth_token_file": str(Path.home() / "t")}),
+    ],
+    ids=str,
+)
+def test_values_as_people_write_them(
+    written: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    config = AttentionOffloadConfig.from_dict(written)
+    assert config == AttentionOffloadConfig(**meant)
+
+
+def test_home_in_tls_files() -> None:
+    """All three are given, or none."""
+    names = ("tls_cert", "tls_key", "tls_ca")
+    config = AttentionOffloadConfig.from_dict({name: f"~/{name}" for name in names})
+    home = Path.home()
+    assert [getattr(config, name) for name in names] == [str(home / n) for n in names]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache_gib": 0}, r"kv_cache_gib: .*greater than 0 \(given: 0\)"),
-        ({"kv_cache_gib": "much"}, r"kv_cache_gib: .*valid number.*\(given: 'much'\)"),
-        ({"num_local_nodes": 0}, r"num_local_nodes: .*greater than or equal to 1"),
-        ({"num_local_nodes": 1.5}, r"num_local_nodes: .*\(given: 1\.5\)"),
-        ({"memory_nodes": "host:1"}, r"memory_nodes: .*valid tuple"),
-        ({"memory_nodes": ["host"]}, r"'host' is not an address\. Allowed: HOST:PORT"),
-        ({"memory_nodes": [7600]}, r"memory_nodes\.0: .*valid string"),
-        ({"standby_nodes": ["host"]}, r"'host' is not an address"),
-        ({"partition": "layers"}, r"partition: .*'heads', 'blocks' or 'auto'"),
-        ({"on_node_loss": "ignore"}, r"on_node_loss: .*'recover' or 'fail'"),
-        ({"request_timeout_s": -1}, r"request_timeout_s: .*greater than 0"),
-        ({"startup_timeout_s": None}, r"startup_timeout_s: .*\(given: None\)"),
+        ({"kv_cache_gib": 0}, "given 0. Allowed: a number of GiB above 0. Write for"),
+        ({"kv_cache_gib": "much"}, 'given "much". Allowed: a number of GiB above 0.'),
+        ({"kv_cache_gib": float("inf")}, "given Infinity. Allowed: a number of GiB"),
+        ({"kv_cache_gib": "nan"}, 'given "nan". Allowed: a number of GiB above 0.'),
+        ({"kv_cache_gib": True}, "given true. Allowed: a number of GiB above 0."),
+        ({"num_local_nodes": 0}, "given 0. Allowed: a whole number from 1 to 64."),
+        ({"num_local_nodes": 1.5}, "given 1.5. Allowed: a whole number from 1 to"),
+        ({"num_local_nodes": True}, "given true. Allowed: a whole number from 1"),
+        ({"num_microbatches": 3}, "given 3. Allowed: 1, 2 or auto."),
+        ({"num_microbatches": True}, "given true. Allowed: 1, 2 or auto."),
+        ({"local_node_cpus": "a-b"}, 'given "a-b". Allowed: CPU numbers and ranges'),
+        ({"local_node_cpus": True}, "given true. Allowed: CPU numbers and ranges"),
+        ({"memory_nodes": ["host"]}, "'host' is not an address. Allowed: HOST:PORT"),
+        ({"memory_nodes": [7600]}, "given [7600]. Allowed: a list of HOST:PORT"),
+        ({"memory_nodes": {"a": 1}}, 'given {"a": 1}. Allowed: a list of HOST:PORT'),
+        ({"standby_nodes": ["host"]}, "'host' is not an address"),
+        ({"partition": "layers"}, 'given "layers". Allowed: heads, blocks or auto.'),
+        ({"on_node_loss": "ignore"}, 'given "ignore". Allowed: recover or fail.'),
+        ({"request_timeout_s": -1}, "given -1. Allowed: a number of seconds above 0."),
+        ({"startup_timeout_s": None}, "given null. Allowed: a number of seconds"),
+        ({"tls_cert": 3}, "given 3. Allowed: the path of a file."),
     ],
+    ids=str,
 )
 def test_bad_values(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    """Three parts, in the words of who writes a YAML file."""
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         AttentionOffloadConfig.from_dict(options)
-    assert "Valid options: memory_nodes, " in str(error.value)
+    (name,) = options
+    text = str(error.value)
+    assert text.startswith("attention-offload-config is wrong. ")
+    assert "Write for example " in text
+    assert not PYTHON.search(text)
+    assert name in text or "is not an address" in text
 
 
 def test_several_nodes() -> None:

@@ -7,10 +7,12 @@ import atexit
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_attn_offload.engine.outage_board import OutageBoard
+from vllm_attn_offload.engine.outage_board import BOARD_VARIABLE, OutageBoard
 from vllm_attn_offload.engine.start_failure import say_why_at_exit
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ ASYNC_SCHEDULER_CLS = (
 
 _RUN_DIR_VARIABLE = "ATTN_OFFLOAD_RUN_DIR"
 _DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"
+#: Read by vLLM when it binds workers; set where the user has not.
+RESERVED_CPUS_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+_VARIABLES = (
+    _RUN_DIR_VARIABLE,
+    _DATA_PARALLEL_SIZE_VARIABLE,
+    BOARD_VARIABLE,
+    RESERVED_CPUS_VARIABLE,
+)
 
 
 def apply_to_engine_args(engine_args: EngineArgs) -> None:
@@ -65,6 +75,23 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
+
+
+@contextmanager
+def environment_of_one_engine() -> Iterator[None]:
+    """Take back what an engine and its processes inherit, once they are started.
+
+    Another engine of this process, of stock vLLM perhaps, must not find it.
+    """
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def choose_scheduler(vllm_config: VllmConfig, recovery_timeout_s: float) -> None:

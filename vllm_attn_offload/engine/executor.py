@@ -15,7 +15,11 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.compatibility import check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.args import choose_scheduler, data_parallel_size
+from vllm_attn_offload.engine.args import (
+    choose_scheduler,
+    data_parallel_size,
+    environment_of_one_engine,
+)
 from vllm_attn_offload.engine.frontend import end_with_frontend
 from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool
@@ -53,6 +57,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     """
 
     @tells_why
+    @environment_of_one_engine()
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()

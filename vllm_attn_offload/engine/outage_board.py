@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_attn_offload.engine.outage_notice import Outage
 
-_VARIABLE = "ATTN_OFFLOAD_OUTAGE_BOARD"
+BOARD_VARIABLE = "ATTN_OFFLOAD_OUTAGE_BOARD"
 _SLOT_BYTES = 4096
 #: More of a node's name and of a cause is not shown.
 _MAX_TEXT = 1000
@@ -30,7 +30,7 @@ class OutageBoard:
     def create(cls) -> OutageBoard:
         """Make an empty board that processes started from now on find."""
         board = cls(os.memfd_create("attn-offload-outages"))
-        os.environ[_VARIABLE] = f"/proc/{os.getpid()}/fd/{board._fd}"
+        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{board._fd}"
         return board
 
     @classmethod
@@ -40,7 +40,7 @@ class OutageBoard:
         Raises:
             OSError: The process that made it is gone.
         """
-        path = os.environ.get(_VARIABLE)
+        path = os.environ.get(BOARD_VARIABLE)
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC)) if path else None
 
     def write(self, engine: int, outage: Outage | None) -> None:

@@ -17,7 +17,11 @@ from vllm.utils.import_utils import import_pynvml
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.args import data_parallel_size, run_dir
+from vllm_attn_offload.engine.args import (
+    RESERVED_CPUS_VARIABLE,
+    data_parallel_size,
+    run_dir,
+)
 from vllm_attn_offload.engine.node_handle import Launch
 from vllm_attn_offload.memory_node.launcher import (
     MemoryNodeProcess,
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 _LOCAL_SHARE = 0.5
 #: A GPU is idle with up to this share of its memory in use.
 _IDLE_SHARE = 0.05
-_RESERVED_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
 
 def local_nodes(
@@ -43,6 +46,7 @@ def local_nodes(
     Returns:
         One launcher per node; none if the options name running nodes.
     """
+    check_local_cpus(config)
     if config.memory_nodes:
         return []
     engine = vllm_config.parallel_config.data_parallel_index
@@ -91,6 +95,24 @@ def _launch(
     )
 
 
+def check_local_cpus(config: AttentionOffloadConfig) -> None:
+    """Refuse CPUs that local nodes cannot have, before any of them is started.
+
+    Raises:
+        ValueError: A CPU is not on this host, or not for this process.
+    """
+    if not config.local_node_cpus or config.memory_nodes:
+        return
+    usable = os.sched_getaffinity(0)
+    if absent := set(parse_id_list(config.local_node_cpus)) - usable:
+        raise ValueError(
+            f"local_node_cpus={config.local_node_cpus!r} was given, and CPU "
+            f"{min(absent)} is not usable here. Allowed: "
+            f"{','.join(map(str, sorted(usable)))}. Choose from these, or leave "
+            "local_node_cpus out."
+        )
+
+
 def share_cpus(vllm_config: VllmConfig) -> list[int]:
     """Split the host's CPUs between the workers and the local memory nodes.
 
@@ -117,7 +139,7 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
     if envs.VLLM_CPU_NUM_OF_RESERVED_CPU is None:
         # vLLM reads it later, when it binds the workers.
         num_cores = len(os.sched_getaffinity(0))
-        os.environ[_RESERVED_VARIABLE] = str(
+        os.environ[RESERVED_CPUS_VARIABLE] = str(
             max(vllm_config.parallel_config.local_world_size, num_cores // 2)
         )
     return sorted(OMPProcessManager(vllm_config).reserved_cpu_list)
