@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from .engine_args import PATCHES
+from . import config_file, engine_args
 from .patch import Patch, PatchError
 
 __all__ = ["PATCHES", "Patch", "PatchError", "apply_patches", "revert_patches"]
+
+PATCHES = (*engine_args.PATCHES, *config_file.PATCHES)
 
 
 def apply_patches() -> None:

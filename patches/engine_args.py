@@ -11,8 +11,11 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
+from vllm_attn_offload.logger import get_logger
 
 from .patch import Patch
+
+logger = get_logger(__name__)
 
 _MODULE = "vllm.engine.arg_utils"
 _REASON = "general plugins cannot add engine flags; only a platform gets the parser"
@@ -58,6 +61,11 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             # One of several API servers parses what it is given before it has plugins.
             args.additional_config = engine_args.additional_config
             _add_middleware(args)
+        elif options is not None:
+            logger.info_once(
+                "Attention is not offloaded (attention-offload is off): "
+                "attention-offload-config is not used."
+            )
         return engine_args
 
     return from_cli_args

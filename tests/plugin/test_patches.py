@@ -27,7 +27,7 @@ from vllm_attn_offload.patches.patch import PATCH_FREE
 
 from vllm_attn_offload.engine import args
 
-ATTRIBUTES = [patch.attribute for patch in PATCHES]
+OWNERS = [(resolve_obj_by_qualname(f"{p.module}.{p.owner}"), p) for p in PATCHES]
 COMMAND_LINES = [
     [],
     ["--dtype", "float32", "--max-num-seqs", "7"],
@@ -46,7 +46,7 @@ def unpatched() -> Iterator[None]:
 
 
 def descriptors() -> list[Any]:
-    return [vars(EngineArgs)[name] for name in ATTRIBUTES]
+    return [vars(owner)[patch.attribute] for owner, patch in OWNERS]
 
 
 def test_check_accepts_the_installed_vllm() -> None:
