@@ -49,8 +49,10 @@ class AttentionOffloadConfig:
     num_local_nodes: Count = 1
     """Number of memory nodes to start on this host when memory_nodes is empty."""
     local_node_cpus: Cpus = ""
-    """CPUs of the local memory nodes, such as 8-15. Unset: half of the host's cores, or
-    those that the workers are not bound to."""
+    """CPUs of the local memory nodes, such as 8-15; several nodes divide them in order,
+    or share all where there are fewer CPUs than nodes. Unset: half of the host's cores,
+    or those that the workers are not bound to; each node may use all with
+    VLLM_CPU_OMP_THREADS_BIND=nobind."""
     partition: PartitionOption = "auto"
     """What is divided between several memory nodes. heads: each node holds some KV
     heads of every block; the number of KV heads must be a multiple of the number of

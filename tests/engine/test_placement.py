@@ -42,6 +42,17 @@ def test_nodes_avoid_the_cores_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpus == ",".join(map(str, rest))
 
 
+def test_nodes_are_not_bound_where_workers_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each node may use all CPUs, unless the user chose some for the nodes."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    config = AttentionOffloadConfig(num_local_nodes=2)
+    assert local_cpus(config, VllmConfig()) == ["", ""]
+    config = AttentionOffloadConfig(num_local_nodes=2, local_node_cpus="0-3")
+    assert local_cpus(config, VllmConfig()) == ["0,1", "2,3"]
+
+
 def test_local_memory() -> None:
     """A node alone uses its own default; several share what one would take."""
     assert local_kv_cache_gib(AttentionOffloadConfig(), 1) is None
