@@ -172,15 +172,15 @@ class SessionPool:
         return first
 
     def _compute_slice(
-        self, layer: int, plan: Any, call: LayerCall, asked: float, stored: int
+        self, layer: int, plan: Any, call: LayerCall, asked: float, num_stored: int
     ) -> bool:
-        """One turn of a layer, ``stored`` rows of it are; True after its last one."""
+        """Take one turn, with so many rows stored before; True in the last one."""
         self._raise_if_closed()
         attention, pool, counters = self._attention, self._pools[layer], self._counters
         started = time.perf_counter()
         counters.queue_s += started - asked
-        if stored < call.layout.num_tokens:
-            attention.store(pool, plan, call, stored)
+        if num_stored < call.layout.num_tokens:
+            attention.store(pool, plan, call, num_stored)
             stored = time.perf_counter()
             counters.store_s += stored - started
             started = stored
