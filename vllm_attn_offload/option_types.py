@@ -53,8 +53,12 @@ def _cpu(value: Any) -> str:
 
 def _cpus(value: Any) -> str:
     text = ",".join(_list_of(_cpu)(value))
-    if text and any(not re.fullmatch(_CPU_RANGE, part) for part in text.split(",")):
-        raise ValueError
+    for part in filter(None, text.split(",")):
+        if not re.fullmatch(_CPU_RANGE, part):
+            raise ValueError
+        first, *last = map(int, part.split("-"))
+        if last and last[0] < first:  # no CPU at all
+            raise ValueError
     return text
 
 

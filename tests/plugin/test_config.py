@@ -99,6 +99,8 @@ def test_home_in_tls_files() -> None:
         ({"num_microbatches": 3}, "given 3. Allowed: 1, 2 or auto."),
         ({"num_microbatches": True}, "given true. Allowed: 1, 2 or auto."),
         ({"local_node_cpus": "a-b"}, 'given "a-b". Allowed: CPU numbers and ranges'),
+        ({"local_node_cpus": "3-1"}, 'given "3-1". Allowed: CPU numbers and ranges'),
+        ({"local_node_cpus": [0, -1]}, "given [0, -1]. Allowed: CPU numbers and"),
         ({"local_node_cpus": True}, "given true. Allowed: CPU numbers and ranges"),
         ({"memory_nodes": ["host"]}, "'host' is not an address. Allowed: HOST:PORT"),
         ({"memory_nodes": [7600]}, "given [7600]. Allowed: a list of HOST:PORT"),
