@@ -43,7 +43,7 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention[Any, Any]):
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
-    ) -> None:
+    ) -> bool:
         out.fill_(0xFF)
         self.num_calls += 1
 
@@ -54,6 +54,7 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention[Any, Any]):
             self.attend(pool, plan, call)
 
         self._queued = kernels
+        return True
 
     def finish_rows(self, plan: Any) -> None:
         assert self._queued is not None

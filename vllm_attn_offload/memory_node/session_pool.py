@@ -120,7 +120,7 @@ class SessionPool:
         layout: PayloadLayout,
         out: torch.Tensor,
     ) -> None:
-        """Store and attend with rows in device memory, in one turn.
+        """Store and attend with rows in device memory, in turn with other engines.
 
         Args:
             attention: The node's kernel, known to take such rows.
@@ -130,14 +130,19 @@ class SessionPool:
             layout: Where they lie in ``rows``.
             out: uint8 ``[num_bytes]``, filled.
         """
-        asked = time.perf_counter()
-        with self._turns:
-            self._raise_if_closed()
-            started = time.perf_counter()
-            attention.attend_rows(self._pools[layer], plan, rows, layout, out)
-        attention.finish_rows(plan)
-        self._counters.queue_s += started - asked
-        self._counters.attend_s += time.perf_counter() - started
+        has_begun = False
+        while not has_begun:
+            asked = time.perf_counter()
+            with self._turns:
+                self._raise_if_closed()
+                started = time.perf_counter()
+                has_begun = attention.attend_rows(
+                    self._pools[layer], plan, rows, layout, out
+                )
+            if has_begun:
+                attention.finish_rows(plan)
+            self._counters.queue_s += started - asked
+            self._counters.attend_s += time.perf_counter() - started
 
     def close(self, then: Callable[[], None]) -> None:
         """Free the blocks.

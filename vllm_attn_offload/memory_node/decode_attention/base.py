@@ -176,7 +176,7 @@ class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
-    ) -> None:
+    ) -> bool:
         """Begin ``store`` and ``attend`` with memory of the device.
 
         Args:
@@ -186,6 +186,9 @@ class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):
             layout: Where q, k and v lie in it.
             out: ``[num_query_rows * num_query_heads * v_head_size * item_bytes]`` uint8
                 on the device.
+
+        Returns:
+            True once all of the layer has begun; after False the next call goes on.
         """
 
     @abstractmethod

@@ -204,22 +204,26 @@ class CudaDecodeAttention(
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
-    ) -> None:
+    ) -> bool:
         heads = (plan.num_query_rows, pool.shape.num_query_heads)
         lse = plan.lse.device[: 4 * heads[0] * heads[1]].view(torch.float32)
         elements = _elements(rows, pool)
+        is_first = plan.num_done == 0
+        if not is_first:
+            plan.consumed.synchronize()  # as in ``attend``
         with torch.cuda.stream(self._compute):
-            store_rows(pool, plan, elements, layout)
-            for _ in range(plan.num_parts):
-                attend_rows(
-                    pool,
-                    plan,
-                    elements,
-                    layout,
-                    _elements(out, pool).view(*heads, -1),
-                    lse.view(heads),
-                )
+            if is_first:
+                store_rows(pool, plan, elements, layout)
+            attend_rows(
+                pool,
+                plan,
+                elements,
+                layout,
+                _elements(out, pool).view(*heads, -1),
+                lse.view(heads),
+            )
             plan.consumed.record()
+        return plan.num_done == 0
 
     def finish_rows(self, plan: _CudaKernelPlan) -> None:
         plan.consumed.synchronize()

@@ -47,6 +47,16 @@ class _Pool:
 
 
 @dataclass(frozen=True, slots=True)
+class _Request:
+    """Query rows of a request, and its int64 blocks ``[num_blocks]``."""
+
+    begin: int
+    end: int
+    blocks: torch.Tensor
+    seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """Query rows of a request, and tokens that they attend to at once.
 
@@ -62,16 +72,17 @@ class _Part:
 
 @dataclass(slots=True)
 class _KernelPlan:
-    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its parts.
+    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests.
 
-    ``num_done`` parts of an unfinished layer are attended; ``partial`` is the output of
-    a request's earlier ones, fp32, and its log-sum-exp.
+    ``parts`` are left of an unfinished layer, and made when they are needed: a request
+    may have very many. ``partial`` is the output of a request's earlier parts, fp32,
+    and its log-sum-exp.
     """
 
     stored_rows: torch.Tensor
     stored_slots: torch.Tensor
-    parts: tuple[_Part, ...]
-    num_done: int = 0
+    requests: tuple[_Request, ...]
+    parts: Iterator[_Part] | None = None
     partial: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -111,16 +122,13 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         previous: _KernelPlan | None,
     ) -> _KernelPlan:
         block_size = geometry.groups[group].block_size
-        num_heads = max(layer.num_query_heads for layer in geometry.layers)
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
         return _KernelPlan(
             stored_rows=stored,
             stored_slots=slots[stored],
-            parts=tuple(
-                part
-                for index in range(step.num_reqs)
-                for part in _plan_request(step, index, block_size, num_heads)
+            requests=tuple(
+                _plan_request(step, index, block_size) for index in range(step.num_reqs)
             ),
         )
 
@@ -150,7 +158,10 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         if call.lse is not None:
             lses = torch.frombuffer(call.lse, dtype=torch.float32).view(query.shape[:2])
         until = time.perf_counter() + slice_s if slice_s else math.inf
-        for part in plan.parts[plan.num_done :]:
+        parts = plan.parts or _parts_of(
+            plan.requests, pool.block_size, pool.layer.num_query_heads
+        )
+        for part in parts:
             rows = slice(part.begin, part.end)
             out, lse = _merged(plan.partial, *_attend_part(pool, part, query[rows]))
             plan.partial = None if part.is_last else (out, lse)
@@ -158,30 +169,36 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
                 outs[rows] = out
                 if lses is not None:
                     lses[rows] = lse
-            plan.num_done += 1
-            if time.perf_counter() > until and plan.num_done < len(plan.parts):
+            if time.perf_counter() > until:
+                plan.parts = parts
                 return False
-        plan.num_done = 0
+        plan.parts = None
         return True
 
 
-def _plan_request(
-    step: StepMetadata, index: int, block_size: int, num_heads: int
-) -> Iterator[_Part]:
+def _plan_request(step: StepMetadata, index: int, block_size: int) -> _Request:
     begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
-    seq_len = int(step.seq_lens[index])
+    seq_len = int(step.seq_lens[index]) if begin < end else 0
     num_blocks = -(-seq_len // block_size)
     blocks = torch.from_numpy(step.block_table[index, :num_blocks].copy()).long()
+    return _Request(begin, end, blocks, seq_len)
+
+
+def _parts_of(
+    requests: tuple[_Request, ...], block_size: int, num_heads: int
+) -> Iterator[_Part]:
+    """Cut requests between rows, and rows of long ones between blocks."""
     most_blocks = max(1, _MAX_TOKENS // block_size)
-    most_tokens = max(1, min(seq_len, most_blocks * block_size))
-    num_rows = max(1, _MAX_SCORES // (most_tokens * num_heads))
-    for first in range(begin, end, num_rows):
-        last = min(end, first + num_rows)
-        for block in range(0, max(1, num_blocks), most_blocks):
-            left = seq_len - block * block_size
-            num_tokens = min(left, most_tokens)
-            here = blocks[block : block + most_blocks]
-            yield _Part(first, last, here, num_tokens, num_tokens == left)
+    for request in requests:
+        most_tokens = max(1, min(request.seq_len, most_blocks * block_size))
+        num_rows = max(1, _MAX_SCORES // (most_tokens * num_heads))
+        for first in range(request.begin, request.end, num_rows):
+            last = min(request.end, first + num_rows)
+            for block in range(0, max(1, len(request.blocks)), most_blocks):
+                left = request.seq_len - block * block_size
+                num_tokens = min(left, most_tokens)
+                blocks = request.blocks[block : block + most_blocks]
+                yield _Part(first, last, blocks, num_tokens, num_tokens == left)
 
 
 def _attend_part(
