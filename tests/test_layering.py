@@ -24,6 +24,8 @@ BESIDE: dict[str, set[str]] = {
     "attention": {"config"},
     "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
     "planner": {"LLM", "worker", "client", "transport", "protocol", "memory_node"},
+    "compatibility": {"unsupported", "unsupported_parallel"},
+    "unsupported_parallel": {"unsupported"},
     "config": {"option_types", "transport"},
     "metrics": {"protocol"},
     "patches": {"compatibility", "config", "engine"},

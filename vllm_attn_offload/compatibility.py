@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vllm_attn_offload.unsupported import DROP, Unsupported, is_set, not_in
+from vllm_attn_offload.unsupported_parallel import UNSUPPORTED_PARALLEL
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -14,34 +15,10 @@ if TYPE_CHECKING:
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _ATTENTION_OP = "vllm::unified_attention_with_output"
+_SINK_MODELS = ("gpt_oss",)
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
-_DROP = "Drop the option, or run without --attention-offload."
-_Given = Callable[[Any], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A feature that this release does not support.
-
-    Args:
-        feature: Name in the README.
-        given: Describes what the settings ask for, or returns "" where they do not.
-        allowed: Settings that work instead.
-        advice: Instruction to the user.
-    """
-
-    feature: str
-    given: _Given
-    allowed: str
-    advice: str = "Run this model without --attention-offload."
-
-    def problem(self, settings: object) -> str:
-        """Return the three parts of the error, or "" where nothing is wrong."""
-        given = self.given(settings)
-        return given and (
-            f"Attention offloading does not support {given}. Allowed: {self.allowed}. "
-            f"{self.advice}"
-        )
+#: Not ``auto``, which takes what the checkpoint asks for.
+_OWN_KV_DTYPE = "Pass the model's own: --kv-cache-dtype bfloat16, or float16."
 
 
 def check_arguments(engine_args: EngineArgs) -> None:
@@ -84,27 +61,6 @@ def check_layers(problems: Iterable[str]) -> None:
         )
 
 
-def _set(path: str, text: str = "") -> _Given:
-    """Match an attribute that is set; ``text`` may hold {} for its value."""
-    get, text = attrgetter(path), text or path.split(".")[-1]
-    return lambda settings: text.format(value) if (value := get(settings)) else ""
-
-
-def _not_in(allowed: tuple[str, ...], path: str, text: str) -> _Given:
-    """Match an attribute with a value other than these."""
-    get = attrgetter(path)
-    return lambda settings: (
-        "" if str(get(settings)) in allowed else text.format(get(settings))
-    )
-
-
-def _above_one(*names: str) -> _Given:
-    """Match the first of these attributes that is above 1."""
-    return lambda settings: next(
-        (f"{n}={getattr(settings, n)}" for n in names if getattr(settings, n) > 1), ""
-    )
-
-
 def _sliding_window(config: VllmConfig) -> str:
     window = config.model_config.get_sliding_window()
     return f"a sliding window of {window} tokens" if window else ""
@@ -114,6 +70,37 @@ def _soft_cap(config: VllmConfig) -> str:
     # Gemma-2 names it so; models without the field have none.
     cap = config.model_config.hf_text_config.to_dict().get("attn_logit_softcapping")
     return f"attn_logit_softcapping={cap}" if cap else ""
+
+
+def _sinks(config: VllmConfig) -> str:
+    text = config.model_config.hf_text_config
+    is_asked = text.model_type in _SINK_MODELS or any(
+        value is True
+        for name, value in text.to_dict().items()
+        if "attention_sink" in name
+    )
+    return "attention sinks" if is_asked else ""
+
+
+def _uneven_heads(config: VllmConfig) -> str:
+    """Find layers whose heads differ: each kind of them sends a step of its own."""
+    text = config.model_config.hf_text_config.to_dict()
+    per_layer = text.get("num_key_value_heads_per_layer") or [
+        block["attention"].get("n_heads_in_group")
+        for block in text.get("block_configs") or ()
+    ]
+    # Of a layer without attention there are none.
+    differ = len(set(per_layer) - {None}) > 1
+    return "layers that differ in their heads" if differ else ""
+
+
+def _checkpoint_kv_dtype(config: VllmConfig) -> str:
+    """Find what vLLM applies only when it builds the layers."""
+    quantisation = getattr(config.model_config.hf_config, "quantization_config", None)
+    scheme = (quantisation or {}).get("kv_cache_scheme")
+    if not scheme or config.cache_config.cache_dtype != "auto":
+        return ""
+    return "the KV cache that the checkpoint quantises (kv_cache_scheme)"
 
 
 def _value_heads(config: VllmConfig) -> str:
@@ -152,31 +139,6 @@ def _attention_in_graphs(config: VllmConfig) -> str:
     return f"splitting_ops without {_ATTENTION_OP}" if is_captured else ""
 
 
-# EngineArgs and ParallelConfig share these names. Both are checked: vLLM blames the
-# executor for some of them before a config exists, and drops some on CPU.
-UNSUPPORTED_PARALLEL = (
-    Unsupported(
-        "Pipeline parallelism",
-        _above_one("pipeline_parallel_size"),
-        "pipeline_parallel_size=1",
-        "Use tensor parallelism.",
-    ),
-    Unsupported(
-        "Context parallelism",
-        _above_one("decode_context_parallel_size", "prefill_context_parallel_size"),
-        "decode_context_parallel_size=1 and prefill_context_parallel_size=1",
-        "Drop both; memory nodes already spread the context.",
-    ),
-    Unsupported("Engines over several hosts", _above_one("nnodes"), "nnodes=1", _DROP),
-    Unsupported("Dual-batch overlap", _set("enable_dbo"), "enable_dbo unset", _DROP),
-    Unsupported(
-        "Elastic expert parallelism",
-        _set("enable_elastic_ep"),
-        "enable_elastic_ep unset",
-        _DROP,
-    ),
-)
-
 UNSUPPORTED_CONFIG = (
     Unsupported(
         "Sliding-window layers",
@@ -185,49 +147,67 @@ UNSUPPORTED_CONFIG = (
         "Pass --disable-sliding-window to limit the context to the window, or run "
         "without --attention-offload.",
     ),
+    Unsupported(
+        "Chunked local attention",
+        is_set(
+            "model_config.attention_chunk_size",
+            "attention in chunks of {} tokens (attention_chunk_size)",
+        ),
+        "attention over the full context",
+    ),
+    Unsupported("Attention sinks", _sinks, "attention without sinks"),
+    Unsupported(
+        "Layers that differ in their heads", _uneven_heads, "layers that are alike"
+    ),
     Unsupported("Logit soft cap", _soft_cap, "no soft cap"),
     Unsupported(
         "ALiBi",
-        _set("model_config.uses_alibi", "ALiBi"),
+        is_set("model_config.uses_alibi", "ALiBi"),
         "attention without position biases",
     ),
     Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
     Unsupported(
         "MLA",
-        _set("model_config.use_mla", "multi-head latent attention (MLA)"),
+        is_set("model_config.use_mla", "multi-head latent attention (MLA)"),
         "multi-head, multi-query and grouped-query attention",
         "Run with VLLM_MLA_DISABLE=1 or without --attention-offload.",
     ),
     Unsupported(
         "Hybrid, Mamba and linear-attention models",
-        _set("model_config.is_hybrid", "hybrid models"),
+        is_set("model_config.is_hybrid", "hybrid models"),
         "models whose layers all attend over a paged KV cache",
     ),
     Unsupported(
         "Attention-free models",
-        _set("model_config.is_attention_free", "attention-free models"),
+        is_set("model_config.is_attention_free", "attention-free models"),
         "models with attention",
     ),
     Unsupported(
         "Encoder-decoder models",
-        _set("model_config.is_encoder_decoder", "encoder-decoder models"),
+        is_set("model_config.is_encoder_decoder", "encoder-decoder models"),
         "decoder-only models",
     ),
     Unsupported(
         "Prefix-LM attention",
-        _set("model_config.is_mm_prefix_lm", "prefix-LM attention"),
+        is_set("model_config.is_mm_prefix_lm", "prefix-LM attention"),
         "causal attention",
     ),
     Unsupported(
         "Pooling models",
-        _not_in(("generate",), "model_config.runner_type", "runner={!r}"),
+        not_in(("generate",), "model_config.runner_type", "runner={!r}"),
         "runner='generate'",
     ),
     Unsupported(
         "Quantised KV cache",
-        _not_in(_KV_CACHE_DTYPES, "cache_config.cache_dtype", "kv_cache_dtype={!r}"),
+        not_in(_KV_CACHE_DTYPES, "cache_config.cache_dtype", "kv_cache_dtype={!r}"),
         f"kv_cache_dtype in {', '.join(_KV_CACHE_DTYPES)}",
-        "Pass --kv-cache-dtype auto.",
+        _OWN_KV_DTYPE,
+    ),
+    Unsupported(
+        "KV cache quantised by the checkpoint",
+        _checkpoint_kv_dtype,
+        "a KV cache of the model's dtype",
+        _OWN_KV_DTYPE,
     ),
     Unsupported(
         "KV cache dtype other than the model's",
@@ -237,40 +217,40 @@ UNSUPPORTED_CONFIG = (
     ),
     Unsupported(
         "Model dtypes",
-        _not_in(_DTYPES, "model_config.dtype", "dtype={}"),
+        not_in(_DTYPES, "model_config.dtype", "dtype={}"),
         ", ".join(_DTYPES),
         "Pass --dtype bfloat16 or float32.",
     ),
     Unsupported(
         "Speculative decoding",
-        _set("speculative_config", "speculative decoding ({.method})"),
+        is_set("speculative_config", "speculative decoding ({.method})"),
         "plain decoding",
-        _DROP,
+        DROP,
     ),
     Unsupported(
         "KV connectors, disaggregated prefill",
-        _set("kv_transfer_config", "a KV connector (kv_transfer_config)"),
+        is_set("kv_transfer_config", "a KV connector (kv_transfer_config)"),
         "no KV connector: the KV cache is not on the compute node",
-        _DROP,
+        DROP,
     ),
     Unsupported(
         "KV offloading to host memory",
-        _set("cache_config.kv_offloading_size", "kv_offloading_size={}"),
+        is_set("cache_config.kv_offloading_size", "kv_offloading_size={}"),
         "kv_offloading_size unset: memory nodes hold the KV cache",
         "Drop --kv-offloading-size and size the pool with kv_cache_gib.",
     ),
     Unsupported(
-        "HiSparse", _set("attention_config.hisparse_config"), "dense attention", _DROP
+        "HiSparse", is_set("attention_config.hisparse_config"), "dense attention", DROP
     ),
     Unsupported(
         "Attention backend per layer kind",
-        _set("attention_config.backend_per_kind"),
+        is_set("attention_config.backend_per_kind"),
         "one backend, chosen by attention offloading",
-        _DROP,
+        DROP,
     ),
     Unsupported(
         "Fused attention output quantisation",
-        _set(
+        is_set(
             "compilation_config.pass_config.fuse_attn_quant",
             "the compilation pass fuse_attn_quant",
         ),
@@ -285,9 +265,9 @@ UNSUPPORTED_CONFIG = (
     ),
     Unsupported(
         "KV-sharing fast prefill",
-        _set("cache_config.kv_sharing_fast_prefill"),
+        is_set("cache_config.kv_sharing_fast_prefill"),
         "kv_sharing_fast_prefill unset",
-        _DROP,
+        DROP,
     ),
     Unsupported(
         "Batch invariance",

@@ -194,6 +194,17 @@ def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
         ({"v_head_dim": 32}, "values of size 32 with keys of size 64"),
+        ({"attention_chunk_size": 64}, "attention in chunks of 64 tokens"),
+        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"num_key_value_heads_per_layer": [3, 1]}, "layers that differ in their"),
+        (
+            {
+                "block_configs": [
+                    {"attention": {"n_heads_in_group": count}} for count in (8, None, 4)
+                ]
+            },
+            "layers that differ in their heads",
+        ),
     ],
 )
 def test_refused_model_configs(
@@ -235,6 +246,39 @@ def test_refused_architectures(
     ModelRegistry.register_model(architecture, getattr(loaded, architecture))
     model = model_dir(architectures=[architecture], model_type=module, **TINY, **config)
     assert f"does not support {given}" in refusal(model)
+
+
+def test_layers_that_are_alike(model_dir: ModelDir) -> None:
+    """A list of equal numbers, and layers without attention, change nothing."""
+    blocks = [{"attention": {"n_heads_in_group": count}} for count in (3, None, 3)]
+    create(model_dir(num_key_value_heads_per_layer=[3, 3], block_configs=blocks))
+
+
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        },
+        {
+            "quant_method": "modelopt",
+            "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        },
+    ],
+    ids=["compressed-tensors", "modelopt"],
+)
+def test_checkpoint_with_fp8_kv_cache(
+    model_dir: ModelDir, quantisation: dict[str, Any]
+) -> None:
+    """Refused from the configuration, with advice that works."""
+    model = model_dir(quantization_config=quantisation)
+    message = refusal(model, dtype="bfloat16")
+    assert "--kv-cache-dtype bfloat16" in message
+    assert "kv-cache-dtype auto" not in message
+    create(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
 def test_every_problem_is_named(model_dir: ModelDir) -> None:

@@ -51,7 +51,8 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             "a logit soft cap": logits_soft_cap,
             "KV sharing between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            **extra,
+            # A tensor of sinks, for one, is neither true nor false.
+            **{name: value is not None for name, value in extra.items()},
         }
         if wanted := [name for name, value in refused.items() if value]:
             raise ValueError(

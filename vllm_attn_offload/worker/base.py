@@ -213,6 +213,10 @@ class AttentionOffloadWorker(_WorkerBase):
         }
 
     def _layer_problems(self) -> list[str]:
+        return self._foreign_layers() + self._uneven_values() + self._uneven_layers()
+
+    def _foreign_layers(self) -> list[str]:
+        """Layers with attention of another class."""
         context = self.vllm_config.compilation_config.static_forward_context
         return [
             f"{name} ({type(layer).__name__})"
@@ -222,10 +226,25 @@ class AttentionOffloadWorker(_WorkerBase):
                 isinstance(layer, Attention)
                 and isinstance(layer.impl, AttentionOffloadImpl)
             )
-        ] + [
+        ]
+
+    def _uneven_values(self) -> list[str]:
+        return [
             f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
             for name, layer in self._attention_layers().items()
             if layer.head_size_v != layer.head_size
+        ]
+
+    def _uneven_layers(self) -> list[str]:
+        """Layers with other heads than the first: a step is sent once for all."""
+        layers = list(self._attention_layers().items())
+        return [
+            f"{name} ({layer.num_heads} query heads, {layer.num_kv_heads} KV heads; "
+            f"the first layer has {layers[0][1].num_heads} and "
+            f"{layers[0][1].num_kv_heads})"
+            for name, layer in layers
+            if (layer.num_heads, layer.num_kv_heads)
+            != (layers[0][1].num_heads, layers[0][1].num_kv_heads)
         ]
 
 
