@@ -94,6 +94,12 @@ def _uneven_heads(config: VllmConfig) -> str:
     return "layers that differ in their heads" if differ else ""
 
 
+def _shared_kv(config: VllmConfig) -> str:
+    # Gemma-3n and Gemma-4 name it so; models without the field have none.
+    count = config.model_config.hf_text_config.to_dict().get("num_kv_shared_layers")
+    return f"num_kv_shared_layers={count}" if count else ""
+
+
 def _checkpoint_kv_dtype(config: VllmConfig) -> str:
     """Find what vLLM applies only when it builds the layers."""
     quantisation = getattr(config.model_config.hf_config, "quantization_config", None)
@@ -159,6 +165,7 @@ UNSUPPORTED_CONFIG = (
     Unsupported(
         "Layers that differ in their heads", _uneven_heads, "layers that are alike"
     ),
+    Unsupported("KV sharing between layers", _shared_kv, "layers with a KV cache each"),
     Unsupported("Logit soft cap", _soft_cap, "no soft cap"),
     Unsupported(
         "ALiBi",

@@ -196,6 +196,7 @@ def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"v_head_dim": 32}, "values of size 32 with keys of size 64"),
         ({"attention_chunk_size": 64}, "attention in chunks of 64 tokens"),
         ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2"),
         ({"num_key_value_heads_per_layer": [3, 1]}, "layers that differ in their"),
         (
             {
