@@ -86,7 +86,7 @@ def _uneven_heads(config: VllmConfig) -> str:
     """Find layers whose heads differ: each kind of them sends a step of its own."""
     text = config.model_config.hf_text_config.to_dict()
     per_layer = text.get("num_key_value_heads_per_layer") or [
-        block["attention"].get("n_heads_in_group")
+        (block.get("attention") or {}).get("n_heads_in_group")
         for block in text.get("block_configs") or ()
     ]
     # Of a layer without attention there are none.

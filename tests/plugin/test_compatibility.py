@@ -252,6 +252,7 @@ def test_refused_architectures(
 def test_layers_that_are_alike(model_dir: ModelDir) -> None:
     """A list of equal numbers, and layers without attention, change nothing."""
     blocks = [{"attention": {"n_heads_in_group": count}} for count in (3, None, 3)]
+    blocks += [{}, {"attention": None}]  # a layer of another kind
     create(model_dir(num_key_value_heads_per_layer=[3, 3], block_configs=blocks))
 
 

@@ -20,7 +20,7 @@ from vllm_attn_offload.protocol.step import StepMetadata, step_num_bytes, write_
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
 #: Query rows that a kernel attends with for one read of K and V.
-_ROWS_PER_READ = 16
+ROWS_PER_READ = 16
 #: Payload of an acknowledgement.
 _NOTHING = memoryview(bytearray(0))
 
@@ -233,4 +233,4 @@ class NodeExchange:
 def _num_scores(step: StepMetadata) -> float:
     """Query rows times the tokens that they see; 16 rows share what they read."""
     rows = np.diff(step.query_start_loc)
-    return float((np.ceil(rows / _ROWS_PER_READ) * step.seq_lens).sum())
+    return float((np.ceil(rows / ROWS_PER_READ) * step.seq_lens).sum())

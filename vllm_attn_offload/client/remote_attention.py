@@ -12,7 +12,7 @@ import torch
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.loss_guard import LossGuard
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_exchange import NodeExchange
+from vllm_attn_offload.client.node_exchange import ROWS_PER_READ, NodeExchange
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.step_partition import StepPartition, partition_step
@@ -21,11 +21,12 @@ from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
-#: Attention is allowed to read KV at this rate before its node counts as lost. One core
-#: reads thirty times faster and more; turns are a slice for each engine, so this covers
-#: a queue of thirty engines that are as busy. Waiting for one's turn alone takes
-#: milliseconds of the deadline that every answer has.
+#: Attention is allowed these rates before its node counts as lost. One core is twenty
+#: times faster and more; turns are a slice for each engine, so this covers a queue of
+#: twenty engines that are as busy. Waiting for one's turn alone takes milliseconds of
+#: the deadline that every answer has.
 _SLOWEST_BYTES_PER_S = 50e6
+_SLOWEST_FLOP_PER_S = 1e9
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
 
@@ -271,9 +272,15 @@ def _share(num_heads: int, node: int, num_nodes: int) -> slice:
 
 
 def _slowest_token_s(geometry: SessionGeometry) -> float:
-    """Seconds for the K and V of one token in one layer, on a node that crawls."""
-    row = max(
-        layer.num_kv_heads * (layer.head_size + layer.v_head_size)
+    """Seconds for one token and ``ROWS_PER_READ`` rows in a layer, on a slow node.
+
+    Its K and V are read once, or, with many query heads for each, computing is longer.
+    """
+    return max(
+        (layer.head_size + layer.v_head_size)
+        * max(
+            layer.num_kv_heads * 4 / _SLOWEST_BYTES_PER_S,
+            layer.num_query_heads * 2 * ROWS_PER_READ / _SLOWEST_FLOP_PER_S,
+        )
         for layer in geometry.layers
     )
-    return row * 4 / _SLOWEST_BYTES_PER_S

@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
-from vllm_attn_offload.errors import (
-    MemoryNodeError,
-    NodeDefectError,
-    NodeFailedError,
-)
+from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError, NodeFailedError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -142,8 +138,8 @@ class Recovery:
                 refuse their work.
         """
         dropped_s = time.monotonic()
-        if self._started_s - self._finished_s > self._timeout_s:
-            self._num_fruitless = 0  # Nodes that served for long are no row of losses.
+        if self._served_for_long(self._started_s):
+            self._num_fruitless = 0
         while self.is_pending:
             attachments = self._wait_for_sessions()
             generation = attachments[0][0].generation
@@ -194,10 +190,17 @@ class Recovery:
         """Remember a failure; True where it is not the first of its kind."""
         if not isinstance(error, NodeFailedError):
             return False
-        kind = re.sub(r"\d+", "#", str(error))  # sizes may differ
+        if self._served_for_long(time.monotonic()):
+            self._failures.clear()
+        # Sizes may differ, and another node that fails so means the work is the cause.
+        kind = re.sub(r"\d+", "#", error.cause)
         is_known = kind in self._failures
         self._failures.add(kind)
         return is_known
+
+    def _served_for_long(self, now_s: float) -> bool:
+        """True if what happens now is no row with what was recovered from last."""
+        return now_s - self._finished_s > self._timeout_s
 
     def _begin(self, error: MemoryNodeError) -> None:
         self._is_reopening = True
@@ -258,11 +261,8 @@ class Recovery:
 
     def _note_failure(self, error: Exception) -> None:
         self._num_attempts += 1
-        text = (
-            str(error)
-            if isinstance(error, MemoryNodeError)
-            else f"{type(error).__name__}: {error}"
-        )
+        is_of_node = isinstance(error, MemoryNodeError)
+        text = str(error) if is_of_node else f"{type(error).__name__}: {error}"
         if text not in self._logged:
             self._logged.add(text)
             logger.warning(

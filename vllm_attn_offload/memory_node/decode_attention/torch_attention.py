@@ -74,15 +74,16 @@ class _Part:
 class _KernelPlan:
     """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests.
 
-    ``parts`` are left of an unfinished layer, and made when they are needed: a request
-    may have very many. ``partial`` is the output of a request's earlier parts, fp32,
-    and its log-sum-exp.
+    ``next_part`` and then ``parts`` are left of an unfinished layer, and made when they
+    are needed: a request may have very many. ``partial`` is the output of a request's
+    earlier parts, fp32, and its log-sum-exp.
     """
 
     stored_rows: torch.Tensor
     stored_slots: torch.Tensor
     requests: tuple[_Request, ...]
     parts: Iterator[_Part] | None = None
+    next_part: _Part | None = None
     partial: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -161,7 +162,9 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         parts = plan.parts or _parts_of(
             plan.requests, pool.block_size, pool.layer.num_query_heads
         )
-        for part in parts:
+        part = plan.next_part or next(parts, None)
+        plan.parts = plan.next_part = None
+        while part is not None:
             rows = slice(part.begin, part.end)
             out, lse = _merged(plan.partial, *_attend_part(pool, part, query[rows]))
             plan.partial = None if part.is_last else (out, lse)
@@ -169,10 +172,10 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
                 outs[rows] = out
                 if lses is not None:
                     lses[rows] = lse
-            if time.perf_counter() > until:
-                plan.parts = parts
+            part = next(parts, None)
+            if part is not None and time.perf_counter() > until:
+                plan.parts, plan.next_part = parts, part
                 return False
-        plan.parts = None
         return True
 
 
