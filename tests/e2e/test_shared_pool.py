@@ -20,7 +20,8 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.protocol.messages import SessionStats
 
 NUM_NODES, NUM_RANKS, ROUNDS = 2, 2, 4
-FREED_WITHIN_S = 5.0
+#: Much less on a host where nothing else runs.
+FREED_WITHIN_S = 30.0
 
 pytestmark = pytest.mark.long
 
