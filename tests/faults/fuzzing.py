@@ -24,7 +24,10 @@ ROUND = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-_EDGES = [0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31]
+_EDGES = [0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 1 << 15, (1 << 31) - 1, 1 << 31]
+#: What the fields of messages and frames are bounded by, and one more and less.
+_BOUNDS = [1000, *(1 << bits for bits in (10, 12, 14, 16, 20, 22, 30, 31, 40, 50))]
+_EDGES += [bound + more for bound in _BOUNDS for more in (-1, 0, 1)]
 EDGE_INTEGERS = st.sampled_from(
     [*_EDGES, *(-edge for edge in _EDGES), 1 << 32, 1 << 40, (1 << 63) - 1, -(1 << 63)]
 )

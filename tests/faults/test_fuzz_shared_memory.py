@@ -13,7 +13,7 @@ from fuzzing import EDGE_INTEGERS, ROUND, broken_bytes, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from node_process import NodeProcess
-from real_frames import FRAMES
+from real_frames import EDGE_FRAMES, FRAMES
 from shared_session import CONTROL_BYTES, SharedSession
 
 from vllm_attn_offload.native.waits import load_waits
@@ -41,7 +41,9 @@ SLOTS = st.integers(0, NUM_SLOTS - 1)
 ATTACKS = st.one_of(
     st.builds(
         lambda *arguments: Attack("send", arguments),
-        st.sampled_from(FRAMES).flatmap(lambda frame: broken_bytes(frame, front=128)),
+        st.sampled_from(FRAMES + EDGE_FRAMES).flatmap(
+            lambda frame: broken_bytes(frame, front=128)
+        ),
         SLOTS,
         SLOTS | EDGE_INTEGERS,
     ),

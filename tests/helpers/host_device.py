@@ -20,6 +20,9 @@ class HostMemory:
         )
         self.num_closed = 0
 
+    def clear(self) -> None:
+        self.bytes.zero_()
+
     def close(self) -> None:
         self.num_closed += 1
         if self.descriptor >= 0:

@@ -27,13 +27,15 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention[Any, Any]):
     """Does nothing with shared rows until it is waited for.
 
     ``num_calls`` counts layers that came in device memory; with ``end_session`` the
-    second one ends its session.
+    second one ends its session. A layer has ``num_launches``, each of them a turn.
     """
 
     def __init__(self) -> None:
         self.shared_device = HostDevice()
         self.num_calls = 0
         self.end_session = False
+        self.num_launches = 1
+        self._num_left = 0
         self._queued: Callable[[], None] | None = None
 
     def attend_rows(
@@ -44,13 +46,16 @@ class LaggingAttention(TorchDecodeAttention, SharedRowsAttention[Any, Any]):
         layout: PayloadLayout,
         out: torch.Tensor,
     ) -> bool:
+        self._num_left = (self._num_left or self.num_launches) - 1
+        if self._num_left:
+            return False
         out.fill_(0xFF)
         self.num_calls += 1
 
         def kernels() -> None:
             payload, target = rows.numpy().data, out.numpy().data
             call = LayerCall(payload, layout, target, None)
-            self.store(pool, plan, call)
+            self.store(pool, plan, call, 0, layout.num_tokens)
             self.attend(pool, plan, call)
 
         self._queued = kernels

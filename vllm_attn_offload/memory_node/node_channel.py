@@ -118,6 +118,7 @@ def _allocate_rows(
     except OSError as error:
         logger.warning("rows of a worker pass through the host: %s", error)
         return None, None
+    memory.clear()  # the worker sees all of it
     is_same = offer.device == device_rows.device.name
     where = "the same GPU" if is_same else f"GPU {offer.device}"
     logger.info("rows of a worker on %s are offered memory of this GPU", where)

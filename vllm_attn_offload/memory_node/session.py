@@ -223,7 +223,13 @@ class Session:
             raise ProtocolError(f"{num_bytes:,} bytes of output in device memory")
         out = transport.rows_buffer(num_bytes)
         self._pool.compute_rows(
-            attention, header.layer, planned.plan, rows, layout, out
+            attention,
+            header.layer,
+            planned.plan,
+            rows,
+            layout,
+            out,
+            transport.has_ended,
         )
         attended = time.perf_counter()
         header.kind, header.num_bytes = FrameKind.OUT, num_bytes

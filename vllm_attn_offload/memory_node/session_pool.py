@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Longest turn of a session, about: a LAYER that takes longer is attended in slices.
 SLICE_S = 0.003
-#: Rows of k and v that are stored in a turn; a core takes about 1 ms for 1 MiB.
-_STORE_BYTES = 2 << 20
 _ABANDONED = "the peer closed the channel in the middle of a layer"
 
 
@@ -94,21 +92,21 @@ class SessionPool:
         Raises:
             ConnectionResetError: The pool was closed, or nobody waits.
         """
-        num_tokens, is_done = call.layout.num_tokens, False
-        if call.layout.num_bytes > _STORE_BYTES and not self._attention.finishes_later:
-            stored = self._store_in_turns(layer, plan, call, has_ended)
-        else:
-            stored = 0
+        attention = self._attention
+        if attention.copies_rows:
+            attention.begin(plan, call)
+        num_stored, is_done = 0, False
         while not is_done:
             asked = time.perf_counter()
             with self._turns:
-                is_done = self._compute_slice(layer, plan, call, asked, stored)
-            stored = num_tokens
+                num_stored, is_done = self._take_turn(
+                    layer, plan, call, asked, num_stored
+                )
             if not is_done and has_ended():
                 raise ConnectionResetError(_ABANDONED)
-        if self._attention.finishes_later and call.layout.num_query_rows:
+        if attention.copies_rows and call.layout.num_query_rows:
             started = time.perf_counter()
-            self._attention.finish(plan, call)
+            attention.finish(plan, call)
             self._counters.attend_s += time.perf_counter() - started
 
     def compute_rows(
@@ -119,6 +117,7 @@ class SessionPool:
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
+        has_ended: Callable[[], bool],
     ) -> None:
         """Store and attend with rows in device memory, in turn with other engines.
 
@@ -129,6 +128,10 @@ class SessionPool:
             rows: uint8 ``[num_bytes]``: q, k and v.
             layout: Where they lie in ``rows``.
             out: uint8 ``[num_bytes]``, filled.
+            has_ended: As for ``compute``.
+
+        Raises:
+            ConnectionResetError: As ``compute``.
         """
         has_begun = False
         while not has_begun:
@@ -143,6 +146,8 @@ class SessionPool:
                 attention.finish_rows(plan)
             self._counters.queue_s += started - asked
             self._counters.attend_s += time.perf_counter() - started
+            if not has_begun and has_ended():
+                raise ConnectionResetError(_ABANDONED)
 
     def close(self, then: Callable[[], None]) -> None:
         """Free the blocks.
@@ -156,44 +161,35 @@ class SessionPool:
         # Not in the turn: unmapping 1 GiB takes up to 0.1 s.
         self._cache.close()
 
-    def _store_in_turns(
-        self, layer: int, plan: Any, call: LayerCall, has_ended: Callable[[], bool]
-    ) -> int:
-        """Store all rows but those of the last turn; returns how many."""
-        num_tokens = call.layout.num_tokens
-        num_rows = max(1, num_tokens * _STORE_BYTES // call.layout.num_bytes)
-        first = 0
-        for last in range(num_rows, num_tokens, num_rows):
-            asked = time.perf_counter()
-            with self._turns:
-                self._raise_if_closed()
-                started = time.perf_counter()
-                self._attention.store(self._pools[layer], plan, call, first, last)
-                self._counters.queue_s += started - asked
-                self._counters.store_s += time.perf_counter() - started
-            first = last
-            if has_ended():
-                raise ConnectionResetError(_ABANDONED)
-        return first
-
-    def _compute_slice(
+    def _take_turn(
         self, layer: int, plan: Any, call: LayerCall, asked: float, num_stored: int
-    ) -> bool:
-        """Take one turn, with so many rows stored before; True in the last one."""
+    ) -> tuple[int, bool]:
+        """Store the next rows or, once none are left, attend for a slice.
+
+        Returns:
+            Rows that are stored, and True in the last turn.
+        """
         self._raise_if_closed()
         attention, pool, counters = self._attention, self._pools[layer], self._counters
-        started = time.perf_counter()
+        layout, started = call.layout, time.perf_counter()
         counters.queue_s += started - asked
-        if num_stored < call.layout.num_tokens:
-            attention.store(pool, plan, call, num_stored)
+        num_tokens = layout.num_tokens
+        if num_stored < num_tokens:
+            last = num_tokens
+            if layout.num_bytes > attention.store_bytes:
+                share = num_tokens * attention.store_bytes // layout.num_bytes
+                last = min(num_stored + max(share, 1), num_tokens)
+            attention.store(pool, plan, call, num_stored, last)
             stored = time.perf_counter()
             counters.store_s += stored - started
+            if last < num_tokens:
+                return last, False
             started = stored
-        if not call.layout.num_query_rows:
-            return True
+        if not layout.num_query_rows:
+            return num_tokens, True
         is_done = attention.attend(pool, plan, call, SLICE_S)
         counters.attend_s += time.perf_counter() - started
-        return is_done
+        return num_tokens, is_done
 
     def _raise_if_closed(self) -> None:
         if not self._pools:

@@ -34,6 +34,9 @@ class DeviceMemory(Protocol):
     descriptor: int
     bytes: torch.Tensor
 
+    def clear(self) -> None:
+        """Fill it with zeros, and wait until they are there."""
+
     def close(self) -> None:
         """Wait for what this process enqueued, and unmap. Safe to call twice."""
 
@@ -48,7 +51,7 @@ class SharedDevice(Protocol):
     name: str
 
     def allocate(self, num_bytes: int) -> DeviceMemory:
-        """Allocate memory.
+        """Allocate memory, which may hold data of others until it is cleared.
 
         Raises:
             OSError: There is none.
@@ -86,6 +89,13 @@ class CudaMemory:
         self.descriptor = memory.descriptor
         self.bytes = tensor_at(memory.address, memory.num_bytes, device)
 
+    def clear(self) -> None:
+        """Fill it with zeros, and wait for the GPU."""
+        import torch
+
+        self.bytes.zero_()
+        torch.cuda.synchronize(self._device)
+
     def close(self) -> None:
         """Wait for the GPU, and unmap."""
         import torch
@@ -113,19 +123,13 @@ class CudaDevice:
         self.name = str(torch.cuda.get_device_properties(index).uuid)
 
     def allocate(self, num_bytes: int) -> CudaMemory:
-        """Allocate memory of the GPU, all zero.
+        """Allocate memory of the GPU, which may hold data of another process.
 
         Raises:
             OSError: There is none, or it cannot be shared.
         """
-        import torch
-
         mapped = MappedMemory.allocate(num_bytes, self._device.index)
-        memory = CudaMemory(mapped, self._device)
-        # It may hold data of another process.
-        memory.bytes.zero_()
-        torch.cuda.synchronize(self._device)
-        return memory
+        return CudaMemory(mapped, self._device)
 
     def map(self, descriptor: int, num_bytes: int) -> CudaMemory:
         """Map memory that another process allocated with `allocate`.

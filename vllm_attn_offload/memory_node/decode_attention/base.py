@@ -58,15 +58,18 @@ class LayerCall(msgspec.Struct, frozen=True, gc=False):
 class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     """Stores k, v into blocks and attends over them. One instance serves all sessions.
 
-    ``plan`` is called once per step and group; ``store`` and ``attend`` once per layer.
-    Calls for different sessions may overlap. ``PoolT`` holds the blocks of a layer,
-    ``PlanT`` (a kernel plan) what the kernel prepared for a step.
+    ``plan`` is called once per step and group, ``store`` and ``attend`` in the turns of
+    a layer. Calls for different sessions may overlap. ``PoolT`` holds the blocks of a
+    layer, ``PlanT`` (a kernel plan) what the kernel prepared for a step.
     """
 
     #: Shown in NodeInfo and in the log.
     name: str
-    #: ``attend`` returns before its results are there, as on a GPU.
-    finishes_later = False
+    #: Rows go to memory of the kernel's own and back, as on a GPU: by ``begin`` and
+    #: ``finish``, which take no turn, because only the session waits for them.
+    copies_rows = False
+    #: Payload whose k and v are stored in one turn; a core takes about 1 ms for 1 MiB.
+    store_bytes = 2 << 20
     #: Memory that the node holds from the start; None: sessions bring their own.
     arena: KVArena | None = None
 
@@ -119,24 +122,15 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
             ProtocolError: The step contradicts the cache.
         """
 
+    def begin(self, plan: PlanT, call: LayerCall) -> None:
+        """Bring a layer's payload to the kernel, where ``copies_rows``."""
+        raise NotImplementedError
+
     @abstractmethod
     def store(
-        self,
-        pool: PoolT,
-        plan: PlanT,
-        call: LayerCall,
-        first: int = 0,
-        last: int | None = None,
+        self, pool: PoolT, plan: PlanT, call: LayerCall, first: int, last: int
     ) -> None:
-        """Write the step's new k, v into the blocks.
-
-        Args:
-            pool: Blocks of the layer.
-            plan: Plan of the step.
-            call: The layer.
-            first: First of the rows to write; 0 where ``finishes_later``.
-            last: Row behind them; None: all the rest.
-        """
+        """Write rows ``first`` to ``last``, exclusive, of new k, v into the blocks."""
 
     @abstractmethod
     def attend(
@@ -155,7 +149,7 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         """
 
     def finish(self, plan: PlanT, call: LayerCall) -> None:
-        """Wait for what ``attend`` began, where ``finishes_later``; not in a turn."""
+        """Wait for what ``attend`` began and bring it back, where ``copies_rows``."""
         raise NotImplementedError
 
 

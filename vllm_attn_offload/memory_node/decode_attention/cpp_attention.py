@@ -120,12 +120,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         return plan
 
     def store(
-        self,
-        pool: _Pool,
-        plan: _KernelPlan,
-        call: LayerCall,
-        first: int = 0,
-        last: int | None = None,
+        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, first: int, last: int
     ) -> None:
         calls, key, value = plan.kinds[pool.kind], call.layout.key, call.layout.value
         address = addressof(c_char.from_buffer(call.payload))
@@ -135,7 +130,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         store.value = address + value.offset + first * value.stride
         store.key_stride, store.value_stride = key.stride, value.stride
         store.slot_mapping = plan.slots_address + first * _SLOT_BYTES
-        store.num_tokens = (call.layout.num_tokens if last is None else last) - first
+        store.num_tokens = last - first
         self._library.store(self._threads, calls.cache, store)
 
     def attend(

@@ -134,17 +134,11 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         )
 
     def store(
-        self,
-        pool: _Pool,
-        plan: _KernelPlan,
-        call: LayerCall,
-        first: int = 0,
-        last: int | None = None,
+        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, first: int, last: int
     ) -> None:
         _, key, value = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
-        end = call.layout.num_tokens if last is None else last
-        begin, stop = torch.searchsorted(plan.stored_rows, torch.tensor([first, end]))
-        rows, slots = plan.stored_rows[begin:stop], plan.stored_slots[begin:stop]
+        begin, end = torch.searchsorted(plan.stored_rows, torch.tensor([first, last]))
+        rows, slots = plan.stored_rows[begin:end], plan.stored_slots[begin:end]
         pool.key[slots] = key[rows]
         pool.value[slots] = value[rows]
 

@@ -17,7 +17,6 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     PlanT,
 )
 from vllm_attn_offload.memory_node.decode_attention.kernel_plan import (
-    MAX_SCORES,
     TORCH_DTYPES,
     HeadShape,
     KernelPlan,
@@ -48,8 +47,6 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
     """Blocks of the Triton kernels in the memory of one device."""
 
     name = "triton"
-    #: Query rows x heads x tokens of a launch.
-    max_scores = MAX_SCORES
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,6 +90,9 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
 class TritonDecodeAttention(TritonKernels[KernelPlan]):
     """The Triton kernels over blocks in host memory, in the interpreter."""
 
+    #: Query rows x heads x tokens of a launch: a tenth of a second of the interpreter.
+    max_scores = 1 << 16
+
     def plan(
         self,
         group: int,
@@ -105,12 +105,7 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
         return plan
 
     def store(
-        self,
-        pool: Pool,
-        plan: KernelPlan,
-        call: LayerCall,
-        first: int = 0,
-        last: int | None = None,
+        self, pool: Pool, plan: KernelPlan, call: LayerCall, first: int, last: int
     ) -> None:
         store_rows(pool, plan, call.payload, call.layout, slice(first, last))
 
