@@ -16,7 +16,7 @@ PACKAGE = "vllm_attn_offload"
 #: Each folder may import those behind it.
 LAYERS = ("engine", "worker", "attention", "client", "transport", "protocol", "native")
 #: Importable from everywhere; the names are those of ``from vllm_attn_offload import``.
-COMMON = {"__version__", "errors", "logger", "versions"}
+COMMON = {"__version__", "cpu_list", "errors", "logger", "versions"}
 #: What else each folder or root module may import.
 BESIDE: dict[str, set[str]] = {
     "engine": {"compatibility", "config", "memory_node.launcher", "metrics"},

@@ -154,7 +154,7 @@ class AttentionOffloadConfig:
             problems = {item["loc"][:1]: cls._problem(item) for item in found}
             raise ValueError(
                 f"attention-offload-config is wrong. {' '.join(problems.values())}"
-            ) from error
+            ) from None  # its traceback says the same in pydantic's words
 
     @classmethod
     def _problem(cls, item: ErrorDetails) -> str:

@@ -7,12 +7,13 @@ Command lines, YAML and JSON differ: ``1``, ``"1"`` and ``[1]`` mean the same li
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+
+from vllm_attn_offload.cpu_list import parse_cpu_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,8 @@ def _cpu(value: Any) -> str:
 
 def _cpus(value: Any) -> str:
     text = ",".join(_list_of(_cpu)(value))
-    for part in filter(None, text.split(",")):
-        if not re.fullmatch(_CPU_RANGE, part):
-            raise ValueError
-        first, *last = map(int, part.split("-"))
-        if last and last[0] < first:  # no CPU at all
-            raise ValueError
+    if text:
+        parse_cpu_list(text)
     return text
 
 
@@ -74,8 +71,6 @@ def _lower(value: Any) -> Any:
 def _path(value: Any) -> str:
     return os.path.expanduser(_text(value))
 
-
-_CPU_RANGE = r"\d{1,5}(-\d{1,5})?"
 
 Addresses = Annotated[
     tuple[str, ...],

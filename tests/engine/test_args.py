@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
-from vllm.utils.network_utils import get_open_zmq_ipc_path
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.engine.args import run_dir
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 
 #: What remains of a socket's path beside "/" and the UUID of vLLM's own sockets.
@@ -32,33 +32,48 @@ def long_directory(base: str, num_bytes: int) -> str:
     return str(path)
 
 
-def binds(address: str) -> bool:
-    """Whether vLLM could open a socket there."""
-    with zmq.Context() as context, context.socket(zmq.PAIR) as sock:
-        try:
-            sock.bind(address)
-        except zmq.ZMQError:
-            return False
-        return True
+SCRIPT = """
+import sys, zmq
+from vllm.utils.network_utils import get_open_zmq_ipc_path
+from vllm_attn_offload.engine.args import run_dir
+with zmq.Context() as context, context.socket(zmq.PAIR) as sock:
+    try:
+        sock.bind(get_open_zmq_ipc_path())
+    except zmq.ZMQError:
+        sys.exit("vLLM has no socket there")
+print(run_dir(data_parallel_index=999, node_index=99))
+"""
+
+
+def run_dir_with(**variables: str) -> str:
+    """Where a process puts a node's socket; empty where vLLM itself has no socket."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("ATTN_OFFLOAD_RUN_DIR", "VLLM_RPC_BASE_PATH")
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        assert "vLLM has no socket there" in process.stderr
+        return ""
+    return process.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
-def test_local_node_starts_wherever_vllm_does(
-    variable: str, short: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_node_starts_wherever_vllm_does(variable: str, short: str) -> None:
     """Also in the longest directory that vLLM's own sockets fit in."""
-    monkeypatch.delenv("ATTN_OFFLOAD_RUN_DIR", raising=False)
-    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
-    if variable != "TMPDIR":
-        monkeypatch.setenv("TMPDIR", long_directory(short, 200))
-    monkeypatch.setenv(variable, long_directory(short, LONGEST_BYTES + 1))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    assert not binds(get_open_zmq_ipc_path())
+    temporary = long_directory(short, 200)
+    too_long = long_directory(short, LONGEST_BYTES + 1)
+    assert not run_dir_with(**{"TMPDIR": temporary, variable: too_long})
 
-    monkeypatch.setenv(variable, longest := long_directory(short, LONGEST_BYTES))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    assert binds(get_open_zmq_ipc_path())
-    directory = run_dir(data_parallel_index=999, node_index=99)
+    longest = long_directory(short, LONGEST_BYTES)
+    directory = Path(run_dir_with(**{"TMPDIR": temporary, variable: longest}))
     assert directory.parent == Path(longest)
     node = MemoryNodeProcess(directory, kv_cache_gib=0.1, cpus="", startup_timeout_s=60)
     try:

@@ -106,6 +106,14 @@ def add(
     return request
 
 
+def decode(scheduler: AttentionOffloadScheduler) -> tuple[Request, SchedulerOutput]:
+    """A request with its first token, 11, and the step that is to yield the next."""
+    request = add(scheduler)
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, sample(step, 11))
+    return request, scheduler.schedule()
+
+
 def sample(step: SchedulerOutput, token: int) -> ModelRunnerOutput:
     ids = list(step.num_scheduled_tokens)
     assert ids
@@ -142,10 +150,7 @@ def test_a_lost_step_is_dropped(
     scheduler: AttentionOffloadScheduler, recovery: Recovery
 ) -> None:
     """Nothing was drawn in it, and its request is computed again."""
-    request = add(scheduler)
-    step = scheduler.schedule()
-    scheduler.update_from_output(step, sample(step, 11))
-    step = scheduler.schedule()
+    request, step = decode(scheduler)
     assert step.num_scheduled_tokens == {"r": 1}
     recovery.report_loss(LOSS, 0)
     assert tokens(scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)) == []
@@ -157,10 +162,7 @@ def test_a_pause_waits_for_what_a_loss_interrupted(
     scheduler: AttentionOffloadScheduler, recovery: Recovery
 ) -> None:
     """It runs again in the pause; what came in meanwhile does not."""
-    request = add(scheduler)
-    step = scheduler.schedule()
-    scheduler.update_from_output(step, sample(step, 11))
-    step = scheduler.schedule()
+    request, step = decode(scheduler)
     scheduler.set_pause_state(PauseState.PAUSED_NEW)
     add(scheduler, request_id="new")
     recovery.report_loss(LOSS, 0)

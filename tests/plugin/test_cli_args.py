@@ -4,27 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm_attn_offload.patches import apply_patches, revert_patches
 
 from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
+
+pytestmark = pytest.mark.usefixtures("patched")
 
 Parse = Callable[..., Any]
 FLAG = "--attention-offload"
 CONFIG = "--attention-offload-config"
 ADDITIONAL = "--additional-config"
-
-
-@pytest.fixture(autouse=True)
-def patched() -> Iterator[None]:
-    apply_patches()
-    yield
-    revert_patches()
 
 
 @pytest.fixture

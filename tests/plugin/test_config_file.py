@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli import serve
 from vllm.logger import _print_info_once
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm_attn_offload.patches import apply_patches, revert_patches
 
 from vllm_attn_offload.config import CONFIG_KEY
 
+pytestmark = pytest.mark.usefixtures("patched")
+
 OPTIONS = "attention-offload-config:\n  kv_cache_gib: 4\n"
-
-
-@pytest.fixture(autouse=True)
-def patched() -> Iterator[None]:
-    apply_patches()
-    yield
-    revert_patches()
 
 
 @pytest.fixture

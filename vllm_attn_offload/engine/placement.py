@@ -17,6 +17,7 @@ from vllm.utils.import_utils import import_pynvml
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.cpu_list import parse_cpu_list
 from vllm_attn_offload.engine.args import (
     RESERVED_CPUS_VARIABLE,
     data_parallel_size,
@@ -104,7 +105,7 @@ def check_local_cpus(config: AttentionOffloadConfig) -> None:
     if not config.local_node_cpus or config.memory_nodes:
         return
     usable = os.sched_getaffinity(0)
-    if absent := set(parse_id_list(config.local_node_cpus)) - usable:
+    if absent := set(parse_cpu_list(config.local_node_cpus)) - usable:
         raise ValueError(
             f"local_node_cpus={config.local_node_cpus!r} was given, and CPU "
             f"{min(absent)} is not usable here. Allowed: "
@@ -130,11 +131,7 @@ def share_cpus(vllm_config: VllmConfig) -> list[int]:
         return []
     if binding != "auto":
         # CPUs of all data-parallel ranks; each rank knows only its own workers.
-        bound = {
-            cpu
-            for part in binding.split("|")
-            for cpu in _cpu_list("VLLM_CPU_OMP_THREADS_BIND", part)
-        }
+        bound = {cpu for part in binding.split("|") for cpu in _bound_cpus(part)}
         return sorted(os.sched_getaffinity(0) - bound)
     if envs.VLLM_CPU_NUM_OF_RESERVED_CPU is None:
         # vLLM reads it later, when it binds the workers.
@@ -157,7 +154,7 @@ def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[
     elif num_nodes == 1:
         return [config.local_node_cpus]
     else:
-        cpus = _cpu_list("local_node_cpus", config.local_node_cpus)
+        cpus = parse_cpu_list(config.local_node_cpus)
     if len(cpus) < num_nodes:
         return [",".join(map(str, cpus))] * num_nodes
     bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
@@ -166,13 +163,13 @@ def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[
     ]
 
 
-def _cpu_list(option: str, text: str) -> list[int]:
+def _bound_cpus(text: str) -> list[int]:
     try:
-        return parse_id_list(text)
+        return parse_id_list(text)  # as vLLM reads it
     except ValueError as error:
         raise ValueError(
-            f"{option}={text!r} was given. Allowed: CPU numbers and ranges of them. "
-            "Write for example 8-15 or 0,2."
+            f"VLLM_CPU_OMP_THREADS_BIND={text!r} was given. Allowed: CPU numbers and "
+            "ranges of them. Write for example 8-15 or 0,2."
         ) from error
 
 

@@ -36,10 +36,9 @@ def tells_why(
             return start(executor, *args, **kwargs)
         except (MemoryNodeError, ValueError) as error:
             if board := OutageBoard.find():
-                node = error.node if isinstance(error, MemoryNodeError) else ""
-                cause = (
-                    error.cause if isinstance(error, MemoryNodeError) else str(error)
-                )
+                node, cause = "", str(error)
+                if isinstance(error, MemoryNodeError):
+                    node, cause = error.node, error.cause
                 now = time.monotonic()
                 outage = Outage(node, cause, now, now, now, is_final=True)
                 board.write(executor.parallel_config.data_parallel_index, outage)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import tempfile
 from pathlib import Path
 
 from vllm_attn_offload import __version__
+from vllm_attn_offload.cpu_list import parse_cpu_list
 from vllm_attn_offload.memory_node.decode_attention import KERNELS
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import check_complete
@@ -174,20 +174,16 @@ def cpu_list(text: str) -> frozenset[int]:
         argparse.ArgumentTypeError: Not such a list, or a CPU is not allowed here.
     """
     allowed = os.sched_getaffinity(0)
-    ranges = [_cpu_range(part) for part in text.split(",")]
-    cpus = frozenset(itertools.chain(*ranges))
-    if not all(ranges) or not cpus <= allowed:
+    try:
+        cpus = frozenset(parse_cpu_list(text))
+    except ValueError:
+        cpus = frozenset()
+    if not cpus or not cpus <= allowed:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of usable CPUs. Allowed here: "
             f"{','.join(map(str, sorted(allowed)))}. Write for example 0-1."
         )
     return cpus
-
-
-def _cpu_range(text: str) -> range:
-    """Read ``3`` or ``0-3``; nothing else has any CPUs."""
-    match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", text)
-    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
 
 
 def _device(text: str) -> str:
