@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from vllm_attn_offload.memory_node.decode_attention.base import (
@@ -37,27 +39,26 @@ class PagedKVCache:
         attention: DecodeAttention[Any, Any],
     ) -> None:
         self.num_blocks = num_blocks
-        self._arena = attention.arena
-        self._regions: dict[int, Region | memoryview] = {}
+        # With what gives it back; of the arena, or of the kernel's own.
+        self._regions: dict[int, tuple[Region | memoryview, Callable[[], None]]] = {}
         try:
             for storage, num_bytes in _block_bytes(geometry, attention).items():
-                region = self._allocate(attention, num_blocks * num_bytes)
-                self._regions[storage] = region
+                self._regions[storage] = _allocate(attention, num_blocks * num_bytes)
         except BaseException:
             self.close()
             raise
         if os.environ.get(POISON_VARIABLE):
-            for region in self._regions.values():
+            for region, _ in self._regions.values():
                 attention.poison(region)
 
     def region(self, layer: LayerGeometry) -> Region | memoryview:
         """Memory of the layer's storage, as the attention kernel allocated it."""
-        return self._regions[layer.storage]
+        return self._regions[layer.storage][0]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all regions."""
-        return sum(len(region) for region in self._regions.values())
+        return sum(len(region) for region, _ in self._regions.values())
 
     def close(self) -> None:
         """Give the memory back.
@@ -65,27 +66,25 @@ class PagedKVCache:
         Raises:
             BufferError: A tensor still views a region.
         """
-        for storage, region in list(self._regions.items()):
-            if isinstance(region, memoryview):
-                assert self._arena is not None
-                self._arena.free(region)
-            else:
-                region.close()
+        for storage, (_, give_back) in list(self._regions.items()):
+            give_back()
             del self._regions[storage]
 
     def _allocate(
         self, attention: DecodeAttention[Any, Any], num_bytes: int
-    ) -> Region | memoryview:
+    ) -> tuple[Region | memoryview, Callable[[], None]]:
         """Take memory that was touched at start, if there is any in one piece."""
-        if self._arena is not None:
-            if region := self._arena.allocate(num_bytes):
-                return region
+        arena = attention.arena
+        if arena is not None:
+            if touched := arena.allocate(num_bytes):
+                return touched, functools.partial(arena.free, touched)
             logger.warning(
                 "%s are free only in pieces of what was touched at start, and are "
                 "taken from the host",
                 byte_size(num_bytes),
             )
-        return attention.allocate(num_bytes)
+        region = attention.allocate(num_bytes)
+        return region, region.close
 
 
 def bytes_per_block(geometry: SessionGeometry, layout: BlockLayout) -> int:
