@@ -70,22 +70,6 @@ class PagedKVCache:
             give_back()
             del self._regions[storage]
 
-    def _allocate(
-        self, attention: DecodeAttention[Any, Any], num_bytes: int
-    ) -> tuple[Region | memoryview, Callable[[], None]]:
-        """Take memory that was touched at start, if there is any in one piece."""
-        arena = attention.arena
-        if arena is not None:
-            if touched := arena.allocate(num_bytes):
-                return touched, functools.partial(arena.free, touched)
-            logger.warning(
-                "%s are free only in pieces of what was touched at start, and are "
-                "taken from the host",
-                byte_size(num_bytes),
-            )
-        region = attention.allocate(num_bytes)
-        return region, region.close
-
 
 def bytes_per_block(geometry: SessionGeometry, layout: BlockLayout) -> int:
     """Bytes that one block id occupies over all storages of a session."""
@@ -99,3 +83,20 @@ def _block_bytes(geometry: SessionGeometry, layout: BlockLayout) -> dict[int, in
         num_bytes = layout.block_bytes(layer, block_size, geometry.dtype)
         sizes[layer.storage] = max(sizes.get(layer.storage, 0), num_bytes)
     return sizes
+
+
+def _allocate(
+    attention: DecodeAttention[Any, Any], num_bytes: int
+) -> tuple[Region | memoryview, Callable[[], None]]:
+    """Take memory that was touched at start, if there is any in one piece."""
+    arena = attention.arena
+    if arena is not None:
+        if touched := arena.allocate(num_bytes):
+            return touched, functools.partial(arena.free, touched)
+        logger.warning(
+            "%s are free only in pieces of what was touched at start, and are "
+            "taken from the host",
+            byte_size(num_bytes),
+        )
+    region = attention.allocate(num_bytes)
+    return region, region.close
