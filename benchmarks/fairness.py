@@ -44,7 +44,6 @@ from vllm_attn_offload.protocol.messages import (
 )
 from vllm_attn_offload.protocol.step import (
     StepMetadata,
-    step_num_bytes,
     write_step,
 )
 
@@ -134,7 +133,7 @@ class Peer:
         for begin in range(0, self._context, self._chunk):
             slots = np.arange(begin, min(begin + self._chunk, self._context))
             empty = np.empty(0, np.int32)
-            stored = StepMetadata(
+            stored = StepMetadata.whole(
                 np.zeros(1, np.int32), empty, slots, empty.reshape(0, 0)
             )
             self._send_step(stored)
@@ -147,7 +146,7 @@ class Peer:
 
     def _attending_step(self) -> StepMetadata:
         table = np.arange(self._num_blocks, dtype=np.int32)
-        return StepMetadata(
+        return StepMetadata.whole(
             self._query_len * np.arange(self.num_reqs + 1, dtype=np.int32),
             np.full(self.num_reqs, self._context, np.int32),
             np.empty(0, np.int64),
@@ -156,10 +155,7 @@ class Peer:
 
     def _send_step(self, step: StepMetadata) -> None:
         self._step += 1
-        num_reqs, width = step.block_table.shape
-        payload = memoryview(
-            bytearray(step_num_bytes(num_reqs, step.num_tokens, width))
-        )
+        payload = memoryview(bytearray(step.num_bytes))
         write_step(step, payload)
         self._client.post_step(self._step, 0, 0, payload)
 

@@ -134,7 +134,7 @@ class Session:
         order = np.random.default_rng(0).permutation(batch * width)
         table = order.reshape(batch, width).astype(np.int32)
         last = (context - 1) % BLOCK_SIZE
-        return StepMetadata(
+        return StepMetadata.whole(
             query_start_loc=np.arange(batch + 1, dtype=np.int32),
             seq_lens=np.full(batch, context, np.int32),
             slot_mapping=table[:, -1].astype(np.int64) * BLOCK_SIZE + last,

@@ -47,7 +47,7 @@ def real_frames() -> list[bytes]:
         for flags in (FrameFlag.FUSED, FrameFlag.FUSED | FrameFlag.WANT_LSE):
             frames += layers(number, qkv, flags)
         frames += layers(number, qkv, FrameFlag.NONE)
-        stored = StepMetadata(
+        stored = StepMetadata.whole(
             step.query_start_loc[:1],
             step.seq_lens[:0],
             step.slot_mapping,
@@ -67,7 +67,7 @@ def edge_frames() -> list[bytes]:
     for micro_batch, (num_reqs, width, seq_len) in enumerate(
         [(64, 64, 16 * NUM_BLOCKS), (1, 64, 16 * NUM_BLOCKS + 1), (64, 1, 0)]
     ):
-        step = StepMetadata(
+        step = StepMetadata.whole(
             query_start_loc=np.arange(num_reqs + 1, dtype=np.int32),
             seq_lens=np.full(num_reqs, seq_len, np.int32),
             slot_mapping=np.full(num_reqs, -1, np.int64),

@@ -30,7 +30,7 @@ class GreedySession:
     def __init__(self, address: str) -> None:
         geometry = make_geometry(block_size=BLOCK_SIZE, num_layers=1)
         self.session = RawSession(address, geometry, NUM_BLOCKS)
-        step = StepMetadata(
+        step = StepMetadata.whole(
             query_start_loc=np.arange(NUM_REQS + 1, dtype=np.int32),
             seq_lens=np.full(NUM_REQS, NUM_BLOCKS * BLOCK_SIZE, np.int32),
             slot_mapping=np.full(NUM_REQS, -1),

@@ -81,7 +81,7 @@ def test_query_rows_count_in_the_deadline(start_node: StartNode) -> None:
     """2,048 rows over 1,024 tokens may take longer than the tokens alone."""
     node = start_node("127.0.0.1:0")
     geometry = make_geometry()
-    batch = StepMetadata(
+    batch = StepMetadata.whole(
         query_start_loc=np.array([0, 2048], np.int32),
         seq_lens=np.array([2048 + 1024], np.int32),
         slot_mapping=np.full(2048, -1),

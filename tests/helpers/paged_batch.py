@@ -57,7 +57,7 @@ class PagedBatch:
     def poison(self, num_blocks: int) -> tuple[StepMetadata, torch.Tensor]:
         """A step that stores NaN in every slot of the pool."""
         num_tokens = num_blocks * self._block_size
-        step = StepMetadata(
+        step = StepMetadata.whole(
             query_start_loc=np.arange(num_blocks + 1, dtype=np.int32)
             * self._block_size,
             seq_lens=np.full(num_blocks, self._block_size, np.int32),
@@ -119,7 +119,7 @@ class PagedBatch:
         for row, request in zip(table, requests, strict=True):
             row[: len(request.blocks)] = request.blocks
         counts = [count for _, count in self._new]
-        return StepMetadata(
+        return StepMetadata.whole(
             query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
             seq_lens=np.array([r.num_tokens for r in requests], np.int32),
             slot_mapping=np.array(slots, np.int64),

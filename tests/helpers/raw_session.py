@@ -29,7 +29,6 @@ from vllm_attn_offload.protocol.messages import (
 )
 from vllm_attn_offload.protocol.step import (
     StepMetadata,
-    step_num_bytes,
     write_step,
 )
 from vllm_attn_offload.transport.socket_transport import SocketTransport
@@ -224,8 +223,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 def encode_step(step: StepMetadata) -> memoryview:
     """Payload of a STEP frame."""
-    num_reqs, width = step.block_table.shape
-    buffer = memoryview(bytearray(step_num_bytes(num_reqs, step.num_tokens, width)))
+    buffer = memoryview(bytearray(step.num_bytes))
     write_step(step, buffer)
     return buffer
 

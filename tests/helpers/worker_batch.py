@@ -60,7 +60,7 @@ class WorkerBatch:
         for row, (request, _) in zip(table, self._new, strict=True):
             row[: len(request.blocks)] = request.blocks
         counts = [count for _, count in self._new]
-        step = StepMetadata(
+        step = StepMetadata.whole(
             query_start_loc=np.cumsum([0, *counts], dtype=np.int32),
             seq_lens=np.array([r.q.shape[0] for r, _ in self._new], np.int32),
             slot_mapping=np.array(slots, np.int64),

@@ -141,7 +141,7 @@ def test_plans_take_what_was_counted(
         before = peak_kib(node)
         opened = control.open_session(request)
         client = NodeClient(node.address, attach_request(opened, geometry), TIMEOUT_S)
-        step = StepMetadata(
+        step = StepMetadata.whole(
             query_start_loc=np.minimum(np.arange(num_reqs + 1), 2048).astype(np.int32),
             seq_lens=np.full(num_reqs, 16 * num_blocks, np.int32),
             slot_mapping=np.full(2048, -1, np.int64),

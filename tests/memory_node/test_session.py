@@ -328,7 +328,7 @@ def test_memory_runs_out_in_one_session(node: NodeProcess) -> None:
     with (
         closing(RawSession(node.address, geometry, NUM_BLOCKS)) as other,
         closing(
-            RawSession(node.address, geometry, NUM_BLOCKS, max_blocks_per_req=1 << 20)
+            RawSession(node.address, geometry, NUM_BLOCKS, max_blocks_per_req=1 << 19)
         ) as session,
     ):
         step, qkv = batch.grow([37, 5])

@@ -45,7 +45,7 @@ def sharing(tmp_path: Path) -> Iterator[tuple[str, LaggingAttention]]:
 
 def one_token(*, queries: int) -> StepMetadata:
     """A request's first token: stored, and attended for or not."""
-    return StepMetadata(
+    return StepMetadata.whole(
         query_start_loc=np.array([0, queries], np.int32),
         seq_lens=np.array([1], np.int32),
         slot_mapping=np.array([0], np.int64),

@@ -42,7 +42,7 @@ def long_layer(node: NodeProcess) -> Iterator[RawSession]:
         RawSession(node.address, LONG, NUM_BLOCKS, max_blocks_per_req=4096)
     ) as (session):
         session.send_step(
-            StepMetadata(
+            StepMetadata.whole(
                 query_start_loc=np.array([0, NUM_ROWS], np.int32),
                 seq_lens=np.array([16 * NUM_BLOCKS], np.int32),
                 slot_mapping=np.full(NUM_ROWS, -1, np.int64),

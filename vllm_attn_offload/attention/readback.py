@@ -70,7 +70,7 @@ class HostReadback:
         slots = common.slot_mapping[:num_tokens].to("cpu", torch.int64)
         table = common.block_table_tensor[:num_reqs, :width].cpu()
         return HostStep(
-            StepMetadata(
+            StepMetadata.whole(
                 query_start_loc=starts.copy(),
                 seq_lens=seq_lens.copy(),
                 slot_mapping=slots.numpy().copy(),

@@ -15,7 +15,7 @@ from vllm_attn_offload.client.layer_payload import LayerPayload, bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.step_partition import NodeShare
 from vllm_attn_offload.protocol.frames import FrameFlag
-from vllm_attn_offload.protocol.step import StepMetadata, step_num_bytes, write_step
+from vllm_attn_offload.protocol.step import StepMetadata, write_step
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
@@ -82,9 +82,7 @@ class NodeExchange:
         step = share.step
         self._num_rows = step.num_query_rows
         self._allowance_s = slowest_token_s * _num_scores(step)
-        num_bytes = step_num_bytes(
-            step.num_reqs, step.num_tokens, step.block_table.shape[1]
-        )
+        num_bytes = step.num_bytes
         if self._step_buffer.nbytes < num_bytes:
             self._step_buffer = memoryview(bytearray(2 * num_bytes))
         write_step(step, self._step_buffer)

@@ -89,7 +89,11 @@ def partition_step(
     table = batch.block_table[:, :width] if all_remote else None
     if table is None:
         table = batch.block_table[is_remote, :width]
-    whole = StepMetadata(_offsets(lens), visible, batch.slot_mapping, table)
+    positions = batch.query_positions[is_remote]
+    first_block = np.zeros(lens.shape[0], np.int32)
+    whole = StepMetadata(
+        _offsets(lens), visible, batch.slot_mapping, table, positions, first_block
+    )
     if partition.kind == "heads" or partition.num_nodes == 1:
         shares = (NodeShare(whole, None, rows, None),) * partition.num_nodes
     else:
@@ -130,6 +134,8 @@ def _divided_blocks(
             lens[has_any],
             local_slots[stored_rows],
             _compacted(local_ids, is_here)[has_any],
+            whole.query_positions[has_any],
+            whole.first_block[has_any],
         )
         query_rows = positions if rows is None else rows[positions]
         shares.append(NodeShare(step, positions, query_rows, stored_rows))

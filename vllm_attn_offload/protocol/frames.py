@@ -39,8 +39,8 @@ class FrameFlag(IntFlag):
 FRAME_MAGIC = 0x4F415631
 FRAME_HEADER = struct.Struct("<IHHQHHIQ")
 FRAME_HEADER_BYTES = FRAME_HEADER.size
-#: Requests, stored rows, block-table columns, query rows.
-STEP_PREFIX = struct.Struct("<IIII")
+#: Requests, stored rows, block-table columns, query rows, tables of block indices.
+STEP_PREFIX = struct.Struct("<IIIII")
 
 
 @dataclass(slots=True)

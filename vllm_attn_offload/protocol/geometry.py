@@ -27,6 +27,14 @@ class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``storage`` names the pool that holds the layer's blocks: layers of different
     groups may alias one (vLLM: ``KVCacheTensor.layers``).
+
+    Attributes:
+        softmax_scale: Factor of ``q k^T``.
+        sliding_window: Tokens that a row sees, its own included; 0: all.
+        soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
+        alibi_slopes: One per query head, or none (ALiBi, arXiv 2108.12409).
+        stores: Whether k and v come with q; without, another layer of the group stores
+            them in the same storage (vLLM: ``kv_sharing_target_layer_name``).
     """
 
     name: Name
@@ -37,6 +45,10 @@ class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_size: HeadSize
     v_head_size: HeadSize
     softmax_scale: float
+    sliding_window: Index = 0
+    soft_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    alibi_slopes: Annotated[tuple[float, ...], msgspec.Meta(max_length=4096)] = ()
+    stores: bool = True
 
 
 class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,6 +27,7 @@ PROTOCOL_HISTORY = (
     (2, "Rows that query and rows that are stored are separate; planar q, k, v"),
     (3, "Rows may lie in device memory that both sides map"),
     (4, "Counters of a session are a struct of their own"),
+    (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 

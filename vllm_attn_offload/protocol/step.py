@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,10 @@ class StepLimits:
     def max_step_bytes(self) -> int:
         """Length of the longest STEP payload within these limits."""
         return step_num_bytes(
-            self.max_num_reqs, self.max_num_tokens, self.max_blocks_per_req
+            self.max_num_reqs,
+            self.max_num_tokens,
+            self.max_blocks_per_req,
+            has_indices=True,
         )
 
 
@@ -41,18 +45,53 @@ class StepLimits:
 class StepMetadata:
     """One step of one KV cache group: as vLLM describes it, or one node's share.
 
-    ``query_start_loc`` is int32 ``[num_reqs + 1]`` over the query rows. ``seq_lens`` is
-    int32 ``[num_reqs]``: tokens that each query row of a request sees, those stored in
-    this step included; in a node's share only tokens on that node count.
-    ``slot_mapping`` is int64 ``[num_tokens]`` over the rows to store (-1: do not),
-    ``block_table`` int32 ``[num_reqs, width]``. Arrays that were read may be views of a
-    receive buffer.
+    A query row sees tokens up to its own position, its own included, of those that the
+    table's blocks hold and a layer's window shows. Arrays that were read may be views
+    of a receive buffer.
+
+    Attributes:
+        query_start_loc: int32 ``[num_reqs + 1]`` over the query rows.
+        seq_lens: int32 ``[num_reqs]``: a request's tokens that are stored by the end of
+            the step, or those that the rows here may see.
+        slot_mapping: int64 ``[num_tokens]`` over the rows to store; -1: do not.
+        block_table: int32 ``[num_reqs, width]``; a column past a request's last block
+            holds anything.
+        query_positions: int32 ``[num_reqs]``: position in the request of its first
+            query row; the others follow.
+        first_block: int32 ``[num_reqs]``: index in the request of the block in column
+            0; the others follow.
+        block_indices: int32 ``[num_reqs, width]``: index in the request of each
+            column's block, rising, and -1 behind the last one. None: by
+            ``first_block``, which counts no more where these are given.
     """
 
     query_start_loc: Int32Array
     seq_lens: Int32Array
     slot_mapping: Int64Array
     block_table: Int32Array
+    query_positions: Int32Array
+    first_block: Int32Array
+    block_indices: Int32Array | None = None
+
+    @classmethod
+    def whole(
+        cls,
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        slot_mapping: Int64Array,
+        block_table: Int32Array,
+    ) -> StepMetadata:
+        """A step whose query rows are the last tokens, and whose tables are whole."""
+        positions = (seq_lens - np.diff(query_start_loc)).astype(np.int32)
+        first_block = np.zeros(seq_lens.shape[0], np.int32)
+        return cls(
+            query_start_loc,
+            seq_lens,
+            slot_mapping,
+            block_table,
+            positions,
+            first_block,
+        )
 
     @property
     def num_reqs(self) -> int:
@@ -69,25 +108,57 @@ class StepMetadata:
         """Rows of q in every layer of the step."""
         return int(self.query_start_loc[-1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the STEP payload."""
+        return step_num_bytes(
+            self.num_reqs,
+            self.num_tokens,
+            self.block_table.shape[1],
+            has_indices=self.block_indices is not None,
+        )
 
-def step_num_bytes(num_reqs: int, num_tokens: int, table_width: int) -> int:
+    def tokens_held(self, block_size: int) -> Int64Array:
+        """Tokens in the blocks of each request's row of the table, ``[num_reqs]``."""
+        lens = self.seq_lens.astype(np.int64)
+        if self.block_indices is None:
+            return np.maximum(lens - self.first_block.astype(np.int64) * block_size, 0)
+        indices = self.block_indices.astype(np.int64)
+        tokens = np.clip(lens[:, None] - indices * block_size, 0, block_size)
+        return np.where(indices >= 0, tokens, 0).sum(1)
+
+    def num_columns(self, block_size: int) -> Int64Array:
+        """Columns of each request's row of the table that hold blocks."""
+        if self.block_indices is not None:
+            return (self.block_indices >= 0).sum(1)
+        return -(-self.tokens_held(block_size) // block_size)
+
+
+def step_num_bytes(
+    num_reqs: int, num_tokens: int, table_width: int, *, has_indices: bool = False
+) -> int:
     """Bytes of a STEP payload: prefix, int32 arrays, padding, int64 slots."""
-    int32s = STEP_PREFIX.size + 4 * (2 * num_reqs + 1 + num_reqs * table_width)
+    table = num_reqs * table_width * (2 if has_indices else 1)
+    int32s = STEP_PREFIX.size + 4 * (4 * num_reqs + 1 + table)
     return _aligned(int32s) + 8 * num_tokens
 
 
 def write_step(step: StepMetadata, buffer: memoryview) -> int:
     """Encode a step into ``buffer[:n]`` and return ``n``, the payload's bytes."""
     num_reqs, width = step.block_table.shape
-    STEP_PREFIX.pack_into(
-        buffer, 0, num_reqs, step.num_tokens, width, step.num_query_rows
-    )
-    views = _views(buffer, num_reqs, step.num_tokens, width)
+    indices = step.block_indices
+    counts = (num_reqs, step.num_tokens, width, step.num_query_rows)
+    STEP_PREFIX.pack_into(buffer, 0, *counts, indices is not None)
+    views = _views(buffer, num_reqs, step.num_tokens, width, indices is not None)
     views.query_start_loc[:] = step.query_start_loc
     views.seq_lens[:] = step.seq_lens
+    views.query_positions[:] = step.query_positions
+    views.first_block[:] = step.first_block
     views.block_table[:] = step.block_table
+    if views.block_indices is not None:
+        views.block_indices[:] = indices
     views.slot_mapping[:] = step.slot_mapping
-    return step_num_bytes(num_reqs, step.num_tokens, width)
+    return step.num_bytes
 
 
 def read_step(payload: memoryview, limits: StepLimits) -> StepMetadata:
@@ -98,24 +169,30 @@ def read_step(payload: memoryview, limits: StepLimits) -> StepMetadata:
         limits: Limits of the session.
 
     Raises:
-        ProtocolError: A count, length, block id or slot is out of range.
+        ProtocolError: A count, length, position, block or slot is out of range.
     """
     if payload.nbytes < STEP_PREFIX.size:
         raise ProtocolError(f"a STEP frame of {payload.nbytes} bytes is too short")
-    num_reqs, num_tokens, width, num_query_rows = STEP_PREFIX.unpack_from(payload, 0)
+    counts = STEP_PREFIX.unpack_from(payload, 0)
+    num_reqs, num_tokens, width, num_query_rows, has_indices = counts
     _check_range("requests", num_reqs, 0, limits.max_num_reqs)
     _check_range("tokens", num_tokens, 0, limits.max_num_tokens)
     _check_range("block-table columns", width, 0, limits.max_blocks_per_req)
     _check_range("query rows", num_query_rows, 0, limits.max_num_tokens)
-    expected = step_num_bytes(num_reqs, num_tokens, width)
+    _check_range("tables of block indices", has_indices, 0, 1)
+    expected = step_num_bytes(
+        num_reqs, num_tokens, width, has_indices=bool(has_indices)
+    )
     if payload.nbytes != expected:
         raise ProtocolError(
             f"a STEP frame of {payload.nbytes} bytes for {num_reqs} requests, "
             f"{num_tokens} tokens and {width} columns; {expected} bytes are expected"
         )
-    step = _views(payload, num_reqs, num_tokens, width)
+    step = _views(payload, num_reqs, num_tokens, width, bool(has_indices))
     _check_queries(step, num_query_rows)
-    _check_blocks(step, limits)
+    if num_reqs:
+        _check_positions(step, limits)
+        _check_blocks(step, limits)
     _check_slots(step, limits)
     return step
 
@@ -125,17 +202,18 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _views(
-    buffer: memoryview, num_reqs: int, num_tokens: int, width: int
+    buffer: memoryview, num_reqs: int, num_tokens: int, width: int, has_indices: bool
 ) -> StepMetadata:
-    offset = STEP_PREFIX.size
-    starts = np.frombuffer(buffer, np.int32, num_reqs + 1, offset)
-    offset += starts.nbytes
-    lens = np.frombuffer(buffer, np.int32, num_reqs, offset)
-    offset += lens.nbytes
-    table = np.frombuffer(buffer, np.int32, num_reqs * width, offset)
-    offset = _aligned(offset + table.nbytes)
-    slots = np.frombuffer(buffer, np.int64, num_tokens, offset)
-    return StepMetadata(starts, lens, slots, table.reshape(num_reqs, width))
+    per_req, table = (num_reqs,), (num_reqs, width)
+    shapes = ((num_reqs + 1,), per_req, per_req, per_req, table)
+    offset, arrays = STEP_PREFIX.size, []
+    for shape in (*shapes, table) if has_indices else shapes:
+        array = np.frombuffer(buffer, np.int32, math.prod(shape), offset)
+        offset += array.nbytes
+        arrays.append(array.reshape(shape))
+    starts, lens, positions, first_block, blocks, *indices = arrays
+    slots = np.frombuffer(buffer, np.int64, num_tokens, _aligned(offset))
+    return StepMetadata(starts, lens, slots, blocks, positions, first_block, *indices)
 
 
 def _check_range(what: str, value: int, low: int, high: int) -> None:
@@ -155,21 +233,39 @@ def _check_queries(step: StepMetadata, num_query_rows: int) -> None:
         )
 
 
-def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
-    if not step.num_reqs:
+def _check_positions(step: StepMetadata, limits: StepLimits) -> None:
+    query_lens = np.diff(step.query_start_loc)
+    last = step.query_positions.astype(np.int64) + query_lens
+    max_blocks = -(-_MAX_SEQ_LEN // limits.block_size)
+    for what, values, low, high in (
+        ("tokens in a request", step.seq_lens, 0, _MAX_SEQ_LEN),
+        ("as the position of a query row", step.query_positions, 0, _MAX_SEQ_LEN),
+        ("as the position after a request's rows", last, 0, _MAX_SEQ_LEN),
+        ("as the index of a first block", step.first_block, 0, max_blocks),
+    ):
+        _check_range(what, int(values.min()), low, high)
+        _check_range(what, int(values.max()), low, high)
+    indices = step.block_indices
+    if indices is None or not indices.size:
         return
+    _check_range("as the index of a block", int(indices.min()), -1, max_blocks)
+    _check_range("as the index of a block", int(indices.max()), -1, max_blocks)
+    before, after = indices[:, :-1], indices[:, 1:]
+    if not ((before >= 0) & (after > before) | (after == -1)).all():
+        raise ProtocolError("block_indices must rise, with -1 behind the last one")
+
+
+def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
     width = step.block_table.shape[1]
-    # A table may name a block many times, so it does not bound the length.
-    pool_tokens = min(limits.num_blocks * limits.block_size, _MAX_SEQ_LEN)
-    _check_range("tokens in a request", int(step.seq_lens.min()), 0, pool_tokens)
-    _check_range("tokens in a request", int(step.seq_lens.max()), 0, pool_tokens)
-    blocks_needed = -(-step.seq_lens.astype(np.int64) // limits.block_size)
-    if blocks_needed.max() > width:
+    columns = step.num_columns(limits.block_size)
+    # A table may name a block many times, but reads no more than a pool at once.
+    _check_range("blocks of a request", int(columns.max()), 0, limits.num_blocks)
+    if columns.max() > width:
         raise ProtocolError(
             f"a request of {int(step.seq_lens.max()):,} tokens needs "
-            f"{int(blocks_needed.max()):,} blocks; the step lists {width:,}"
+            f"{int(columns.max()):,} blocks; the step lists {width:,}"
         )
-    used = np.arange(width) < blocks_needed[:, None]
+    used = np.arange(width) < columns[:, None]
     ids = step.block_table[used]
     if ids.size and (ids.min() < 0 or ids.max() >= limits.num_blocks):
         raise ProtocolError(

@@ -27,7 +27,7 @@ def decode_step(seq_lens: list[int]) -> StepMetadata:
     for row, count, end in zip(table, counts, ends, strict=True):
         row[:count] = np.arange(end - count, end) + 1
     last = table[np.arange(len(lens)), counts - 1].astype(np.int64)
-    return StepMetadata(
+    return StepMetadata.whole(
         query_start_loc=np.arange(len(lens) + 1, dtype=np.int32),
         seq_lens=lens,
         slot_mapping=last * BLOCK + (lens - 1) % BLOCK,
@@ -76,7 +76,7 @@ def test_choose_cut_leaves_other_steps_whole() -> None:
     """One request, and a step in which two tokens of a request are computed."""
     assert choose_cut(decode_step([100]), BLOCK, StepCosts()) is None
     two = decode_step([100, 40])
-    chunk = StepMetadata(
+    chunk = StepMetadata.whole(
         np.array([0, 0, 2], np.int32), two.seq_lens, two.slot_mapping, two.block_table
     )
     assert choose_cut(chunk, BLOCK, StepCosts()) is None

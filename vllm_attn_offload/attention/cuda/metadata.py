@@ -57,7 +57,7 @@ class CudaStep:
             values = self._values.numpy().copy()
             num_slots = _INT32_PER_SLOT * self.num_tokens
             slots, rest = values[:num_slots], values[num_slots:]
-            self._batch = StepMetadata(
+            self._batch = StepMetadata.whole(
                 query_start_loc=self._starts,
                 seq_lens=rest[:num_reqs],
                 slot_mapping=slots.view("int64"),

@@ -79,7 +79,7 @@ def cut_batch(batch: StepMetadata, cut: int) -> tuple[StepMetadata, StepMetadata
     """The first ``cut`` requests of a decode step, and the others."""
     parts = (slice(0, cut), slice(cut, None))
     first, second = (
-        StepMetadata(
+        StepMetadata.whole(
             query_start_loc=np.arange(
                 batch.seq_lens[rows].shape[0] + 1, dtype=np.int32
             ),

@@ -208,7 +208,7 @@ class NodeSession:
         width = -(-context // self._block_size)
         table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
         last = (context - 1) % self._block_size
-        return StepMetadata(
+        return StepMetadata.whole(
             query_start_loc=np.arange(batch + 1, dtype=np.int32),
             seq_lens=np.full(batch, context, np.int32),
             slot_mapping=table[:, -1].astype(np.int64) * self._block_size + last,
@@ -224,7 +224,7 @@ class NodeSession:
             width = -(-count // self._block_size)
             qkv, output = self._rows(count)
             step = self._nodes.begin_step(
-                StepMetadata(
+                StepMetadata.whole(
                     query_start_loc=np.array([0, count], np.int32),
                     seq_lens=np.array([count], np.int32),
                     slot_mapping=np.arange(begin, begin + count, dtype=np.int64),
