@@ -88,6 +88,30 @@ def once(
 
 
 @pytest.fixture(scope="session")
+def architectures(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Folder of every architecture's config.json, and of what vLLM says of each.
+
+    One process asks all classes, because importing vLLM takes as long as they do:
+    `helpers/kv_cache_specs.py` says what a line of ``replies.jsonl`` holds.
+    """
+    script = ROOT / "tests" / "helpers" / "kv_cache_specs.py"
+
+    def ask(folder: Path) -> None:
+        child = subprocess.run(
+            [sys.executable, str(script), str(folder)],
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert child.returncode == 0, child.stderr
+        lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
+        (folder / "replies.jsonl").write_text("\n".join(lines))
+
+    return once("architectures", ask)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> str:
     """Directory of the converted SmolLM2-135M-Instruct checkpoint."""
     script = ROOT / "benchmarks" / "harness" / "smollm2.py"

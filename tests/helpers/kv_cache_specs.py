@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child process: the KV cache that vLLM's own model classes ask for, as JSON lines.
+"""Child process: every model class of vLLM with and without offloading, as JSON lines.
 
 A process of its own, because vLLM keeps its process groups and classes for ever.
 """
@@ -29,15 +29,25 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     MODEL_ARCH_CONFIG_CONVERTORS,
     ModelArchConfigConvertorBase,
 )
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, CrossAttentionSpec, KVCacheSpec
+
+from vllm_attn_offload.attention.layers import layer_problems
+from vllm_attn_offload.compatibility import check_supported
+from vllm_attn_offload.plugin import BACKEND_PATH
+
+Layers = dict[str, Any]
 
 
 def main(folder: Path) -> int:
     """Print one line per architecture, whose config.json is left in ``folder``.
 
-    Its "layers" are bytes per token and the window of those that keep some per token.
-    Where this machine cannot make the class: "error", and "rule", the bytes per token
-    of a layer that attends by the rules that vLLM has without classes.
+    "refusal" is why its configuration cannot be offloaded, "" where it can; then
+    "problems" are those of its layers, made with the offloading backend. "layers" are
+    bytes per token and the window of those that keep some per token. Where this
+    machine cannot make the class: "error", and "rule", the bytes per token of a layer
+    that attends by the rules that vLLM has without classes.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as rendezvous:
@@ -51,11 +61,35 @@ def main(folder: Path) -> int:
 
 def ask(folder: Path) -> dict[str, Any]:
     """Everything about one architecture but its name."""
+    reply: dict[str, Any] = {}
     try:
-        return {"layers": list(_layers(_specs(folder)))}
+        config = _configure(folder)
+        reply["refusal"] = _refusal(config)
+        _use_backend(is_ours=not reply["refusal"])
+        layers = _build(folder, config)
+        if not reply["refusal"]:
+            reply["problems"] = layer_problems(config)
+        return reply | {"layers": list(_layers(_specs(layers, config)))}
     except Exception as error:  # of hundreds of model classes, any
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return {"error": text, "rule": _rule(folder)}
+        return reply | {"error": text, "rule": _rule(folder)}
+
+
+def _refusal(config: VllmConfig) -> str:
+    try:
+        check_supported(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _use_backend(*, is_ours: bool) -> None:
+    if is_ours:
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+    else:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+    # vLLM chooses once in a process.
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def _rule(folder: Path) -> list[int] | None:
@@ -73,34 +107,39 @@ def _rule(folder: Path) -> list[int] | None:
     return [2 * 2 * layer.total_num_kv_heads * layer.head_size for layer in layers]
 
 
-def _specs(folder: Path) -> list[KVCacheSpec | None]:
+def _configure(folder: Path) -> VllmConfig:
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     # In this process; vLLM would start another one to look at each class.
     model_class = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, model_class)
-    try:
-        return _build(folder, "meta")
-    except (NotImplementedError, RuntimeError) as error:
-        # Some compute with their weights while they are made.
-        if " meta " not in str(error):
-            raise
-        return _build(folder, "cpu")
-
-
-def _build(folder: Path, device: str) -> list[KVCacheSpec | None]:
-    config = EngineArgs(
+    return EngineArgs(
         model=str(folder),
         dtype="bfloat16",
         enforce_eager=True,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     ).create_engine_config()
-    with set_current_vllm_config(config), torch.device(device):
-        initialize_model(config)
-    layers = config.compilation_config.static_forward_context.values()
+
+
+def _build(folder: Path, config: VllmConfig) -> Layers:
+    layers = config.compilation_config.static_forward_context
+    try:
+        with set_current_vllm_config(config), torch.device("meta"):
+            initialize_model(config)
+    except (NotImplementedError, RuntimeError) as error:
+        # Some compute with their weights while they are made.
+        if " meta " not in str(error):
+            raise
+        layers.clear()
+        with set_current_vllm_config(config):
+            initialize_model(config)
+    return layers
+
+
+def _specs(layers: Layers, config: VllmConfig) -> list[KVCacheSpec | None]:
     return [
         layer.get_kv_cache_spec(config)
-        for layer in layers
+        for layer in layers.values()
         if isinstance(layer, AttentionLayerBase)
         # As vLLM's model runner does: the layer that it names keeps them.
         and not getattr(layer, "kv_sharing_target_layer_name", None)

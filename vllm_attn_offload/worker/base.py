@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.layer_exchange import LayerExchange
+from vllm_attn_offload.attention.layers import attention_layers, layer_problems
 from vllm_attn_offload.attention.micro_batch.runner import (
     MicroBatchRunner,
     wrap_model,
@@ -64,7 +64,7 @@ class AttentionOffloadWorker(_WorkerBase):
         """
         self._register_backend()
         super().load_model(*args, **kwargs)
-        check_layers(self._layer_problems())
+        check_layers(layer_problems(self.vllm_config))
 
     def session_geometry(self) -> SessionGeometry:
         """Shapes of this worker's attention layers, in the order of their index."""
@@ -77,9 +77,10 @@ class AttentionOffloadWorker(_WorkerBase):
                 "model without --attention-offload."
             )
         dtype = cast(Dtype, str(self.model_config.dtype).removeprefix("torch."))
+        named = attention_layers(self.vllm_config).items()
         layers = [
             _layer_geometry(index, name, layer)
-            for index, (name, layer) in enumerate(self._attention_layers().items())
+            for index, (name, layer) in enumerate(named)
         ]
         return SessionGeometry(dtype, [KVGroup(block_sizes.pop())], layers)
 
@@ -130,7 +131,7 @@ class AttentionOffloadWorker(_WorkerBase):
         """Bytes of KV cache that this worker holds itself."""
         storages = [
             layer.kv_cache.untyped_storage()
-            for layer in self._attention_layers().values()
+            for layer in attention_layers(self.vllm_config).values()
         ]
         by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(by_address.values())
@@ -183,7 +184,7 @@ class AttentionOffloadWorker(_WorkerBase):
         if self._exchange is not None:
             self._exchange.close()
         self._exchange = None if nodes is None else self._make_exchange(nodes)
-        for index, layer in enumerate(self._attention_layers().values()):
+        for index, layer in enumerate(attention_layers(self.vllm_config).values()):
             cast(AttentionOffloadImpl, layer.impl).connect(self._exchange, index)
         if self._micro_batches is not None:
             self._micro_batches.connect(nodes)
@@ -203,49 +204,6 @@ class AttentionOffloadWorker(_WorkerBase):
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""
         raise NotImplementedError
-
-    def _attention_layers(self) -> dict[str, Attention]:
-        context = self.vllm_config.compilation_config.static_forward_context
-        return {
-            name: layer
-            for name, layer in context.items()
-            if isinstance(layer, Attention)
-        }
-
-    def _layer_problems(self) -> list[str]:
-        return self._foreign_layers() + self._uneven_values() + self._uneven_layers()
-
-    def _foreign_layers(self) -> list[str]:
-        """Layers with attention of another class."""
-        context = self.vllm_config.compilation_config.static_forward_context
-        return [
-            f"{name} ({type(layer).__name__})"
-            for name, layer in context.items()
-            if isinstance(layer, AttentionLayerBase)
-            and not (
-                isinstance(layer, Attention)
-                and isinstance(layer.impl, AttentionOffloadImpl)
-            )
-        ]
-
-    def _uneven_values(self) -> list[str]:
-        return [
-            f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
-            for name, layer in self._attention_layers().items()
-            if layer.head_size_v != layer.head_size
-        ]
-
-    def _uneven_layers(self) -> list[str]:
-        """Layers with other heads than the first: a step is sent once for all."""
-        layers = list(self._attention_layers().items())
-        return [
-            f"{name} ({layer.num_heads} query heads, {layer.num_kv_heads} KV heads; "
-            f"the first layer has {layers[0][1].num_heads} and "
-            f"{layers[0][1].num_kv_heads})"
-            for name, layer in layers
-            if (layer.num_heads, layer.num_kv_heads)
-            != (layers[0][1].num_heads, layers[0][1].num_kv_heads)
-        ]
 
 
 def _layer_geometry(index: int, name: str, layer: Attention) -> LayerGeometry:

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.attention.layers import attention_layers
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.transport.cuda_memory import CudaDevice, SharedDevice
@@ -51,7 +52,8 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         return CudaDevice(device)
 
     def _make_exchange(self, nodes: RemoteAttention) -> CudaExchange:
-        device, layers = self.device, self._attention_layers().values()
+        device = self.device
+        layers = attention_layers(self.vllm_config).values()
         assert device is not None
         prefill = FlashPrefill(next(iter(layers)).head_size)
         return CudaExchange(nodes, lambda: CudaStreams(device), prefill)

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,6 @@ import pytest
 from vllm_attn_offload.planner.model.config import read_configs
 from vllm_attn_offload.planner.model.layers import layer_shapes
 
-TIMEOUT_S = 600
 SPARSE, ENCODER, NO_ATTENTION = "attends sparsely", "encoder-decoder", "No layer of"
 REFUSED = {
     "CohereAsrForConditionalGeneration": ENCODER,
@@ -43,24 +39,11 @@ Layers = Counter[tuple[float, int | None]]
 
 
 @pytest.fixture(scope="module")
-def replies(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Path, Any]:
-    """What vLLM says, by config.json.
-
-    One process asks all classes, because importing vLLM takes as long as they do.
-    """
-    folder = tmp_path_factory.mktemp("architectures")
-    script = root / "tests" / "helpers" / "kv_cache_specs.py"
-    child = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert child.returncode == 0, child.stderr
-    lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
+def replies(architectures: Path) -> Mapping[Path, Any]:
+    """What vLLM says, by config.json."""
+    lines = (architectures / "replies.jsonl").read_text().splitlines()
     return {
-        folder / reply["name"] / "config.json": reply
+        architectures / reply["name"] / "config.json": reply
         for reply in map(json.loads, lines)
     }
 

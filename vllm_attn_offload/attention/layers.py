@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layers of a loaded model, and those that cannot be offloaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from vllm_attn_offload.attention.impl import AttentionOffloadImpl
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    """Layers by name, in the order of their index in the session's geometry."""
+    context = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer for name, layer in context.items() if isinstance(layer, Attention)
+    }
+
+
+def layer_problems(vllm_config: VllmConfig) -> list[str]:
+    """Name the layers that memory nodes cannot attend for, and why."""
+    return [
+        *_foreign_layers(vllm_config),
+        *_uneven_values(vllm_config),
+        *_uneven_layers(vllm_config),
+    ]
+
+
+def _foreign_layers(vllm_config: VllmConfig) -> list[str]:
+    """Layers with attention of another class."""
+    context = vllm_config.compilation_config.static_forward_context
+    return [
+        f"{name} ({type(layer).__name__})"
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase)
+        and not (
+            isinstance(layer, Attention)
+            and isinstance(layer.impl, AttentionOffloadImpl)
+        )
+    ]
+
+
+def _uneven_values(vllm_config: VllmConfig) -> list[str]:
+    return [
+        f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
+        for name, layer in attention_layers(vllm_config).items()
+        if layer.head_size_v != layer.head_size
+    ]
+
+
+def _uneven_layers(vllm_config: VllmConfig) -> list[str]:
+    """Layers with other heads than the first: a step is sent once for all."""
+    layers = list(attention_layers(vllm_config).items())
+    return [
+        f"{name} ({layer.num_heads} query heads, {layer.num_kv_heads} KV heads; "
+        f"the first layer has {layers[0][1].num_heads} and "
+        f"{layers[0][1].num_kv_heads})"
+        for name, layer in layers
+        if (layer.num_heads, layer.num_kv_heads)
+        != (layers[0][1].num_heads, layers[0][1].num_kv_heads)
+    ]
