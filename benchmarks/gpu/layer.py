@@ -12,6 +12,7 @@ import torch
 from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
@@ -71,11 +72,13 @@ class OneLayer:
         self._qkv = query, key, value
         self.output = self.rows.new_empty(self.batch, heads, size)
         self._metadata = AttentionOffloadMetadata(HostStep(self.session.step(*point)))
-        self._scale = size**-0.5
+        self._attention = LayerAttention(size**-0.5)
 
     def attend(self) -> None:
         """Send the rows, wait for the output."""
-        self._exchange.attend(self._metadata, 0, self._qkv, self.output, self._scale)
+        self._exchange.attend(
+            self._metadata, 0, self._qkv, self.output, self._attention
+        )
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

@@ -18,6 +18,7 @@ from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
 from vllm_attn_offload.attention.cpu_exchange import CpuExchange
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
@@ -75,11 +76,11 @@ class Worker:
         """Run a step on both layers; the largest error of the outputs."""
         batch, (query, key, value) = self.batch.grow(num_new)
         metadata = AttentionOffloadMetadata(HostStep(batch))
-        scale = self._geometry.layers[0].softmax_scale
+        attention = LayerAttention(self._geometry.layers[0].softmax_scale)
         output = torch.full(query.shape, torch.nan, dtype=query.dtype)
         exchange = CpuExchange(self.nodes)
         for index in (layer, 1):
-            exchange.attend(metadata, index, (query, key, value), output, scale)
+            exchange.attend(metadata, index, (query, key, value), output, attention)
         return float((output - self.batch.expected()).abs().max())
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from vllm.v1.attention.selector import get_attn_backend
 import vllm_attn_offload
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import RemotePart
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.micro_batch.runner import wrap_model
 from vllm_attn_offload.engine.placement import local_devices
 from vllm_attn_offload.plugin import register
@@ -144,7 +145,9 @@ def kernels() -> dict[str, str]:
     output, lse = torch.zeros_like(query), torch.zeros(8, 3)
     return {
         "attend": _end_of(
-            lambda: prefill.attend((query, key, key), output, step, 0.125)
+            lambda: prefill.attend(
+                (query, key, key), output, step, LayerAttention(0.125)
+            )
         ),
         "merge": _end_of(lambda: prefill.merge(output, lse, remote)),
     }

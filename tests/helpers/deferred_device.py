@@ -18,6 +18,7 @@ import torch
 from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import RemotePart, merge_remote
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.client.step_partition import Prefill
 
 Order = Literal["fork", "join", "wait"]
@@ -155,7 +156,7 @@ class DeferredAttention:
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         output: torch.Tensor,
         step: CudaStep,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> torch.Tensor:
         query = qkv[0]
         lse = torch.full((query.shape[1], query.shape[0]), torch.nan)
@@ -166,7 +167,7 @@ class DeferredAttention:
                 Prefill(begin, end, False)
                 for begin, end in zip(starts, starts[1:], strict=False)
             ]
-            lse.copy_(attend_locally(*qkv, output, whole, softmax_scale).t())
+            lse.copy_(attend_locally(*qkv, output, whole, attention).t())
 
         self._device.launch(kernels)
         return lse

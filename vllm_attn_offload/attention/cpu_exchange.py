@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from vllm_attn_offload.attention.cpu_prefill import attend_locally
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.partial_outputs import merge_remote
@@ -28,7 +29,7 @@ class CpuExchange(LayerExchange):
         layer: int,
         qkv: Qkv,
         output: torch.Tensor,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> None:
         nodes = self._nodes
         step = metadata.step or metadata.ensure_sent(nodes)
@@ -40,7 +41,7 @@ class CpuExchange(LayerExchange):
             return
         lse = None
         if prefills := step.partition.prefills:
-            lse = attend_locally(*qkv, output, prefills, softmax_scale)
+            lse = attend_locally(*qkv, output, prefills, attention)
         metadata.let_others_compute()
         self._collect_part(step, layer, output, lse)
 

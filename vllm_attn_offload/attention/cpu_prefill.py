@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.client.step_partition import Prefill
 
 #: CPUs without bf16 instructions multiply in fp32 several times faster.
@@ -21,7 +22,7 @@ def attend_locally(
     value: torch.Tensor,
     output: torch.Tensor,
     prefills: Iterable[Prefill],
-    softmax_scale: float,
+    attention: LayerAttention,
 ) -> torch.Tensor:
     """Causal attention of every prefill over its own rows.
 
@@ -32,7 +33,7 @@ def attend_locally(
         output: ``[num_tokens, num_heads, head_size]``; rows of prefills are filled,
             the others set to zero where there are any.
         prefills: Which rows belong together.
-        softmax_scale: Factor of ``q k^T``.
+        attention: Attributes of the layer.
 
     Returns:
         ``[num_tokens, num_heads]`` fp32 natural log-sum-exp; -inf in other rows.
@@ -43,7 +44,12 @@ def attend_locally(
         output[filled : prefill.begin].zero_()
         rows = slice(prefill.begin, prefill.end)
         _attend(
-            query[rows], key[rows], value[rows], output[rows], lse[rows], softmax_scale
+            query[rows],
+            key[rows],
+            value[rows],
+            output[rows],
+            lse[rows],
+            attention.softmax_scale,
         )
         filled = prefill.end
     output[filled:].zero_()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
@@ -41,6 +42,7 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.attention = LayerAttention(self.scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._exchange: LayerExchange | None = None
@@ -109,5 +111,5 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         if query.shape[0] != num_tokens:
             qkv = (query[:num_tokens], key[:num_tokens], value[:num_tokens])
             out = output[:num_tokens]
-        exchange.attend(attn_metadata, self._layer_index, qkv, out, self.scale)
+        exchange.attend(attn_metadata, self._layer_index, qkv, out, self.attention)
         return output

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -22,7 +23,7 @@ class LayerExchange(ABC):
         layer: int,
         qkv: Qkv,
         output: torch.Tensor,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> None:
         """Attend one layer of a step.
 
@@ -32,7 +33,7 @@ class LayerExchange(ABC):
             qkv: ``[num_tokens, num_heads, head_size]``, ``[num_tokens, num_kv_heads,
                 head_size]`` and ``[num_tokens, num_kv_heads, v_head_size]``.
             output: ``[num_tokens, num_heads, v_head_size]``, filled.
-            softmax_scale: Factor of ``q k^T``.
+            attention: Attributes of the layer.
 
         Raises:
             MemoryNodeError: A node is gone, too slow, or refused the layer.

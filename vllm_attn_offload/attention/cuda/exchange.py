@@ -18,6 +18,7 @@ from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import LocalAttention
 from vllm_attn_offload.attention.cuda.store import LayerStores
 from vllm_attn_offload.attention.cuda.streams import DeviceStreams
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
@@ -60,7 +61,7 @@ class CudaExchange(LayerExchange):
         layer: int,
         qkv: Qkv,
         output: torch.Tensor,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> None:
         """Attend one layer of a step.
 
@@ -70,7 +71,7 @@ class CudaExchange(LayerExchange):
             qkv: ``[num_tokens, heads, size]`` each, on the device.
             output: ``[num_tokens, num_heads, v_head_size]``; filled once the compute
                 stream gets there.
-            softmax_scale: Factor of ``q k^T``.
+            attention: Attributes of the layer.
 
         Raises:
             MemoryNodeError: A node is gone, too slow, or refused this layer or one
@@ -89,9 +90,9 @@ class CudaExchange(LayerExchange):
         remote_rows = partition.remote_rows
         if remote_rows is not None and not remote_rows.size:
             self._stores.post(step, layer, qkv)
-            self._attention.attend(qkv, output, source, softmax_scale)
+            self._attention.attend(qkv, output, source, attention)
         else:
-            self._attend_both(metadata, step, layer, qkv, output, softmax_scale)
+            self._attend_both(metadata, step, layer, qkv, output, attention)
 
     def close(self) -> None:
         """Wait until nothing is being sent; the nodes were closed before."""
@@ -126,13 +127,13 @@ class CudaExchange(LayerExchange):
         layer: int,
         qkv: Qkv,
         output: torch.Tensor,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> None:
         """Attend prefills here, other rows there, and merge what has both parts."""
         buffers, source = self._of(metadata.micro_batch), metadata.source
         assert isinstance(source, CudaStep)
         rows, mark = buffers.rows.copy_out(qkv, may_read_in_place=True)
-        lse = self._attention.attend(qkv, output, source, softmax_scale)
+        lse = self._attention.attend(qkv, output, source, attention)
         mark.wait()
         self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
         remote = buffers.remote

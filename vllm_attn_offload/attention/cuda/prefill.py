@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
+from vllm_attn_offload.attention.layer_attention import LayerAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class LocalAttention(Protocol):
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         output: torch.Tensor,
         step: CudaStep,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> torch.Tensor:
         """Causal attention of every request over its own rows of this step.
 
@@ -45,7 +46,7 @@ class LocalAttention(Protocol):
             qkv: ``[num_tokens, heads, head_size]`` each.
             output: ``[num_tokens, num_heads, head_size]``, filled.
             step: Says which rows are of one request.
-            softmax_scale: Factor of ``q k^T``.
+            attention: Attributes of the layer.
 
         Returns:
             ``[num_heads, num_tokens]`` fp32 natural log-sum-exp.
@@ -95,7 +96,7 @@ class FlashPrefill:
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         output: torch.Tensor,
         step: CudaStep,
-        softmax_scale: float,
+        attention: LayerAttention,
     ) -> torch.Tensor:
         """Attend as `LocalAttention.attend`; shapes ``[num_tokens, heads, size]``.
 
@@ -111,7 +112,7 @@ class FlashPrefill:
             cu_seqlens_k=step.query_start_loc,
             max_seqlen_q=step.max_query_len,
             max_seqlen_k=step.max_query_len,
-            softmax_scale=softmax_scale,
+            softmax_scale=attention.softmax_scale,
             causal=True,
             return_softmax_lse=True,
             fa_version=self._version,
