@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.unsupported import DROP, Unsupported, is_set, not_in
+from vllm_attn_offload.unsupported_models import UNSUPPORTED_MODELS
 from vllm_attn_offload.unsupported_parallel import UNSUPPORTED_PARALLEL
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _ATTENTION_OP = "vllm::unified_attention_with_output"
-_SINK_MODELS = ("gpt_oss",)
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 #: Not ``auto``, which takes what the checkpoint asks for.
 _OWN_KV_DTYPE = "Pass the model's own: --kv-cache-dtype bfloat16, or float16."
@@ -61,45 +61,6 @@ def check_layers(problems: Iterable[str]) -> None:
         )
 
 
-def _sliding_window(config: VllmConfig) -> str:
-    window = config.model_config.get_sliding_window()
-    return f"a sliding window of {window} tokens" if window else ""
-
-
-def _soft_cap(config: VllmConfig) -> str:
-    # Gemma-2 names it so; models without the field have none.
-    cap = config.model_config.hf_text_config.to_dict().get("attn_logit_softcapping")
-    return f"attn_logit_softcapping={cap}" if cap else ""
-
-
-def _sinks(config: VllmConfig) -> str:
-    text = config.model_config.hf_text_config
-    is_asked = text.model_type in _SINK_MODELS or any(
-        value is True
-        for name, value in text.to_dict().items()
-        if "attention_sink" in name
-    )
-    return "attention sinks" if is_asked else ""
-
-
-def _uneven_heads(config: VllmConfig) -> str:
-    """Find layers whose heads differ: each kind of them sends a step of its own."""
-    text = config.model_config.hf_text_config.to_dict()
-    per_layer = text.get("num_key_value_heads_per_layer") or [
-        (block.get("attention") or {}).get("n_heads_in_group")
-        for block in text.get("block_configs") or ()
-    ]
-    # Of a layer without attention there are none.
-    differ = len(set(per_layer) - {None}) > 1
-    return "layers that differ in their heads" if differ else ""
-
-
-def _shared_kv(config: VllmConfig) -> str:
-    # Gemma-3n and Gemma-4 name it so; models without the field have none.
-    count = config.model_config.hf_text_config.to_dict().get("num_kv_shared_layers")
-    return f"num_kv_shared_layers={count}" if count else ""
-
-
 def _checkpoint_kv_dtype(config: VllmConfig) -> str:
     """Find what vLLM applies only when it builds the layers."""
     quantisation = getattr(config.model_config.hf_config, "quantization_config", None)
@@ -107,14 +68,6 @@ def _checkpoint_kv_dtype(config: VllmConfig) -> str:
     if not scheme or config.cache_config.cache_dtype != "auto":
         return ""
     return "the KV cache that the checkpoint quantises (kv_cache_scheme)"
-
-
-def _value_heads(config: VllmConfig) -> str:
-    text, keys = config.model_config.hf_text_config, config.model_config.get_head_size()
-    size = getattr(text, "v_head_dim", None) or keys
-    # Models with MLA pad their values.
-    differs = size != keys and not getattr(text, "kv_lora_rank", None)
-    return f"values of size {size} with keys of size {keys}" if differs else ""
 
 
 def _mixed_kv_dtype(config: VllmConfig) -> str:
@@ -146,59 +99,7 @@ def _attention_in_graphs(config: VllmConfig) -> str:
 
 
 UNSUPPORTED_CONFIG = (
-    Unsupported(
-        "Sliding-window layers",
-        _sliding_window,
-        "attention over the full context",
-        "Pass --disable-sliding-window to limit the context to the window, or run "
-        "without --attention-offload.",
-    ),
-    Unsupported(
-        "Chunked local attention",
-        is_set(
-            "model_config.attention_chunk_size",
-            "attention in chunks of {} tokens (attention_chunk_size)",
-        ),
-        "attention over the full context",
-    ),
-    Unsupported("Attention sinks", _sinks, "attention without sinks"),
-    Unsupported(
-        "Layers that differ in their heads", _uneven_heads, "layers that are alike"
-    ),
-    Unsupported("KV sharing between layers", _shared_kv, "layers with a KV cache each"),
-    Unsupported("Logit soft cap", _soft_cap, "no soft cap"),
-    Unsupported(
-        "ALiBi",
-        is_set("model_config.uses_alibi", "ALiBi"),
-        "attention without position biases",
-    ),
-    Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
-    Unsupported(
-        "MLA",
-        is_set("model_config.use_mla", "multi-head latent attention (MLA)"),
-        "multi-head, multi-query and grouped-query attention",
-        "Run with VLLM_MLA_DISABLE=1 or without --attention-offload.",
-    ),
-    Unsupported(
-        "Hybrid, Mamba and linear-attention models",
-        is_set("model_config.is_hybrid", "hybrid models"),
-        "models whose layers all attend over a paged KV cache",
-    ),
-    Unsupported(
-        "Attention-free models",
-        is_set("model_config.is_attention_free", "attention-free models"),
-        "models with attention",
-    ),
-    Unsupported(
-        "Encoder-decoder models",
-        is_set("model_config.is_encoder_decoder", "encoder-decoder models"),
-        "decoder-only models",
-    ),
-    Unsupported(
-        "Prefix-LM attention",
-        is_set("model_config.is_mm_prefix_lm", "prefix-LM attention"),
-        "causal attention",
-    ),
+    *UNSUPPORTED_MODELS,
     Unsupported(
         "Pooling models",
         not_in(("generate",), "model_config.runner_type", "runner={!r}"),
@@ -220,7 +121,7 @@ UNSUPPORTED_CONFIG = (
         "KV cache dtype other than the model's",
         _mixed_kv_dtype,
         "the dtype of the model",
-        "Pass --kv-cache-dtype auto.",
+        "Leave --kv-cache-dtype out, or pass the model's dtype.",
     ),
     Unsupported(
         "Model dtypes",

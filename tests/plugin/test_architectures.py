@@ -63,6 +63,23 @@ def is_unmakeable(error: str) -> bool:
     return any(text in error for text in UNMAKEABLE)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DeepseekV32ForCausalLM",
+        "GlmMoeDsaForCausalLM",
+        "HYV4ForCausalLM",
+        "InklingForConditionalGeneration",
+        "KimiLinearForCausalLM",
+    ],
+)
+def test_attention_of_their_own_is_refused_by_name(replies: Replies, name: str) -> None:
+    """Most of these classes cannot even be made without a GPU."""
+    refusal = replies[name]["refusal"]
+    assert f"does not support the attention of {name}. Allowed: " in refusal
+    assert "VLLM_MLA_DISABLE" not in refusal
+
+
 def test_refusals_have_three_parts(replies: Replies) -> None:
     lines = [
         line

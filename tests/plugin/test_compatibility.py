@@ -193,6 +193,8 @@ def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"sliding_window": 128}, "a sliding window of 128 tokens"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"head_dim": 20}, "heads of size 20. Allowed: head sizes that are multiples"),
+        ({"head_dim": 584}, "heads of size 584"),
         ({"v_head_dim": 32}, "values of size 32 with keys of size 64"),
         ({"attention_chunk_size": 64}, "attention in chunks of 64 tokens"),
         ({"add_swa_attention_sink_bias": True}, "attention sinks"),

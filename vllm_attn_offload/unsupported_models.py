@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that are refused, by what their configuration shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_attn_offload.unsupported import Unsupported, is_set
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_SINK_MODELS = ("gpt_oss",)
+#: Models here bring attention classes of their own, most of them for GPUs only.
+_OWN_ATTENTION = "vllm.models."
+#: Of the memory nodes' compiled kernels.
+_MAX_HEAD_SIZE = 576
+
+
+def _sliding_window(config: VllmConfig) -> str:
+    window = config.model_config.get_sliding_window()
+    return f"a sliding window of {window} tokens" if window else ""
+
+
+def _soft_cap(config: VllmConfig) -> str:
+    # Gemma-2 names it so; models without the field have none.
+    cap = config.model_config.hf_text_config.to_dict().get("attn_logit_softcapping")
+    return f"attn_logit_softcapping={cap}" if cap else ""
+
+
+def _sinks(config: VllmConfig) -> str:
+    text = config.model_config.hf_text_config
+    is_asked = text.model_type in _SINK_MODELS or any(
+        value is True
+        for name, value in text.to_dict().items()
+        if "attention_sink" in name
+    )
+    return "attention sinks" if is_asked else ""
+
+
+def _own_attention(config: VllmConfig) -> str:
+    """Find models of vLLM whose attention is no layer of vLLM's own."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    name = config.model_config.architecture
+    model = ModelRegistry.models.get(name)
+    # Of classes that are not imported yet, and of others.
+    module = getattr(model, "module_name", None)
+    module = module or getattr(getattr(model, "model_cls", None), "__module__", "")
+    # DeepSeek's indexer, with which vLLM attends sparsely wherever it runs.
+    is_sparse = getattr(config.model_config.hf_text_config, "index_topk", None)
+    is_own = module.startswith(_OWN_ATTENTION) or is_sparse
+    return f"the attention of {name}" if is_own else ""
+
+
+def _mla(config: VllmConfig) -> str:
+    is_mla = config.model_config.use_mla and not _own_attention(config)
+    return "multi-head latent attention (MLA)" if is_mla else ""
+
+
+def _head_size(config: VllmConfig) -> str:
+    size = config.model_config.get_head_size()
+    is_held = size % 8 == 0 and 8 <= size <= _MAX_HEAD_SIZE
+    return "" if is_held or config.model_config.use_mla else f"heads of size {size}"
+
+
+def _uneven_heads(config: VllmConfig) -> str:
+    """Find layers whose heads differ: each kind of them sends a step of its own."""
+    text = config.model_config.hf_text_config.to_dict()
+    per_layer = text.get("num_key_value_heads_per_layer") or [
+        (block.get("attention") or {}).get("n_heads_in_group")
+        for block in text.get("block_configs") or ()
+    ]
+    # Of a layer without attention there are none.
+    differ = len(set(per_layer) - {None}) > 1
+    return "layers that differ in their heads" if differ else ""
+
+
+def _shared_kv(config: VllmConfig) -> str:
+    # Gemma-3n and Gemma-4 name it so; models without the field have none.
+    count = config.model_config.hf_text_config.to_dict().get("num_kv_shared_layers")
+    return f"num_kv_shared_layers={count}" if count else ""
+
+
+def _value_heads(config: VllmConfig) -> str:
+    text, keys = config.model_config.hf_text_config, config.model_config.get_head_size()
+    size = getattr(text, "v_head_dim", None) or keys
+    # Models with MLA pad their values.
+    differs = size != keys and not getattr(text, "kv_lora_rank", None)
+    return f"values of size {size} with keys of size {keys}" if differs else ""
+
+
+UNSUPPORTED_MODELS = (
+    Unsupported(
+        "Sliding-window layers",
+        _sliding_window,
+        "attention over the full context",
+        "Pass --disable-sliding-window to limit the context to the window, or run "
+        "without --attention-offload.",
+    ),
+    Unsupported(
+        "Chunked local attention",
+        is_set(
+            "model_config.attention_chunk_size",
+            "attention in chunks of {} tokens (attention_chunk_size)",
+        ),
+        "attention over the full context",
+    ),
+    Unsupported("Attention sinks", _sinks, "attention without sinks"),
+    Unsupported(
+        "Layers that differ in their heads", _uneven_heads, "layers that are alike"
+    ),
+    Unsupported("KV sharing between layers", _shared_kv, "layers with a KV cache each"),
+    Unsupported("Logit soft cap", _soft_cap, "no soft cap"),
+    Unsupported(
+        "ALiBi",
+        is_set("model_config.uses_alibi", "ALiBi"),
+        "attention without position biases",
+    ),
+    Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
+    Unsupported(
+        "Head sizes",
+        _head_size,
+        f"head sizes that are multiples of 8 up to {_MAX_HEAD_SIZE}",
+    ),
+    Unsupported(
+        "Attention classes of a model's own",
+        _own_attention,
+        "models that attend with vLLM's own attention layer",
+    ),
+    Unsupported(
+        "MLA",
+        _mla,
+        "multi-head, multi-query and grouped-query attention",
+        "Run with VLLM_MLA_DISABLE=1 or without --attention-offload.",
+    ),
+    Unsupported(
+        "Hybrid, Mamba and linear-attention models",
+        is_set("model_config.is_hybrid", "hybrid models"),
+        "models whose layers all attend over a paged KV cache",
+    ),
+    Unsupported(
+        "Attention-free models",
+        is_set("model_config.is_attention_free", "attention-free models"),
+        "models with attention",
+    ),
+    Unsupported(
+        "Encoder-decoder models",
+        is_set("model_config.is_encoder_decoder", "encoder-decoder models"),
+        "decoder-only models",
+    ),
+    Unsupported(
+        "Prefix-LM attention",
+        is_set("model_config.is_mm_prefix_lm", "prefix-LM attention to images"),
+        "causal attention",
+        "Pass --language-model-only to serve text, or run without --attention-offload.",
+    ),
+)
