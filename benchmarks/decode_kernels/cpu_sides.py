@@ -114,7 +114,7 @@ class Ours:
         self.plans: list[int] = []
         for table in batch.tables:
             plan = self.library.create_plan(self.cache)
-            call = PlanInput(causal=1, num_seqs=batch.batch, max_blocks=width)
+            call = PlanInput(num_seqs=batch.batch, max_blocks=width)
             call.query_start_loc = batch.query_start_loc.data_ptr()
             call.seq_lens, call.block_table = (
                 batch.seq_lens.data_ptr(),

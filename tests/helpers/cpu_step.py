@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_attn_offload.native.attention import (
+    CpuCache,
     CpuKernelLibrary,
 )
 from vllm_attn_offload.native.kernel_inputs import (
@@ -36,11 +37,15 @@ class Case:
     block_size: int = 16
     isa: str | None = None
     threads: int = 1
-    causal: bool = True
+    # Of the first row; None: a request's rows are its last tokens.
+    positions: tuple[int, ...] | None = None
+    # Blocks before the first that a row sees are not in the table.
+    is_trimmed: bool = False
     window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False
     has_alibi: bool = False
+    gap_bytes: int = 0  # behind each block
     # Which node of how many holds a block, by the block's index: None is all here.
     share: tuple[int, int] | None = None
     seed: int = field(default=0)
@@ -59,16 +64,12 @@ class Step:
         self.scale = size**-0.5
         self.width = max(1, *(-(-n // case.block_size) for n in lens))
         num_blocks = len(lens) * self.width + 3
-        self.cache = library.create_cache(
-            num_blocks=num_blocks,
-            block_size=case.block_size,
-            num_kv_heads=num_kv_heads,
-            head_size=size,
-            v_head_size=v_size,
-            dtype=name_of(case.dtype),
-            isa=case.isa,
-        )
-        size_bytes = num_blocks * self.cache.block_bytes
+        self.cache = self._create_cache(num_blocks, 0)
+        stride = self.cache.block_bytes + case.gap_bytes
+        if case.gap_bytes:
+            library.destroy_cache(self.cache)
+            self.cache = self._create_cache(num_blocks, stride)
+        size_bytes = num_blocks * stride
         self.memory = torch.full((size_bytes,), NAN_BYTE).byte()
         order = torch.randperm(num_blocks)[: len(lens) * self.width]
         self.table = order.int().view(len(lens), self.width)
@@ -86,10 +87,30 @@ class Step:
         self.store()
         self.plan_step()
 
+    def _create_cache(self, num_blocks: int, block_stride: int) -> CpuCache:
+        case = self.case
+        return self.library.create_cache(
+            num_blocks=num_blocks,
+            block_size=case.block_size,
+            num_kv_heads=case.heads[1],
+            head_size=case.head_sizes[0],
+            v_head_size=case.head_sizes[1],
+            dtype=name_of(case.dtype),
+            block_stride=block_stride,
+            isa=case.isa,
+        )
+
     def close(self) -> None:
         self.library.destroy_plan(self.plan)
         self.library.destroy_cache(self.cache)
         self.library.destroy_pool(self.pool)
+
+    def position(self, request: int) -> int:
+        """Position of the request's first row."""
+        if self.case.positions is not None:
+            return self.case.positions[request]
+        total, rows = self.case.requests[request]
+        return total - rows
 
     def holds(self, request: int, position: torch.Tensor) -> torch.Tensor:
         """Whether this node has the block of each position."""
@@ -100,10 +121,10 @@ class Step:
 
     def readable(self, request: int, position: torch.Tensor) -> torch.Tensor:
         """Positions that some row may see: all others stay poisoned."""
-        total, rows = self.case.requests[request]
-        readable = self.holds(request, position)
+        first, rows = self.position(request), self.case.requests[request][1]
+        readable = self.holds(request, position) & (position < first + rows)
         if self.case.window:
-            readable &= position > total - rows - self.case.window
+            readable &= position > first - self.case.window
         return readable
 
     def store(self) -> None:
@@ -133,22 +154,28 @@ class Step:
 
     def plan_step(self) -> None:
         case = self.case
-        call = PlanInput(causal=case.causal, num_seqs=len(case.requests))
+        call = PlanInput(num_seqs=len(case.requests), sliding_window=case.window)
         call.query_start_loc, call.seq_lens = self.rows.data_ptr(), self.lens.data_ptr()
         call.max_blocks, call.num_query_heads = self.width, case.heads[0]
-        table = self.table
+        starts = [self.position(r) for r in range(len(case.requests))]
+        positions = torch.tensor(starts).int()
+        if case.positions is not None:
+            call.query_positions = positions.data_ptr()
+        first = torch.zeros_like(positions)
+        if case.is_trimmed:
+            first = (positions - case.window + 1).clamp(0).int() // case.block_size
+            call.first_block = first.data_ptr()
+        table = _shifted(self.table, first)
+        indices = torch.arange(self.width).int() + first[:, None]
+        held = indices * case.block_size < self.lens[:, None]
         if case.share is not None:
             index, count = case.share
-            first = torch.arange(self.width, dtype=torch.int32) * case.block_size
-            positions = first.repeat(len(case.requests), 1)[:, index::count]
-            lens = (self.lens[:, None] - positions).clamp(0, case.block_size)
-            positions, lens = positions.contiguous(), lens.int().contiguous()
-            table = self.table[:, index::count].contiguous()
-            call.max_blocks = table.shape[1]
-            call.block_positions, call.block_lens = (
-                positions.data_ptr(),
-                lens.data_ptr(),
-            )
+            held &= indices % count == index
+            # Held columns first, in their order.
+            order = held.logical_not().int().argsort(dim=1, stable=True)
+            table, indices = table.gather(1, order), indices.gather(1, order)
+            indices = torch.where(held.gather(1, order), indices, -1).int()
+            call.block_indices = indices.data_ptr()
         call.block_table, call.table_stride = table.data_ptr(), table.shape[1]
         self.library.plan_step(self.pool, self.plan, call)
 
@@ -161,7 +188,7 @@ class Step:
         call.lse, call.softmax_scale = lse.data_ptr(), self.scale
         call.sinks = 0 if self.sinks is None else self.sinks.data_ptr()
         call.alibi_slopes = 0 if self.alibi is None else self.alibi.data_ptr()
-        call.soft_cap, call.sliding_window = self.case.soft_cap, self.case.window
+        call.soft_cap = self.case.soft_cap
         call.query_dtype = DTYPES[name_of(self.query.dtype)]
         call.out_dtype = DTYPES[name_of(out.dtype)]
         return call
@@ -184,10 +211,10 @@ class Step:
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Float64 output and LSE over what this node holds."""
         outs, lses = [], []
-        for request, (total, rows) in enumerate(self.case.requests):
+        for request, (_, rows) in enumerate(self.case.requests):
             begin = int(self.rows[request])
             for row in range(rows):
-                position = total - rows + row
+                position = self.position(request) + row
                 query = self.query[begin + row].double()
                 out, lse = self._reference_row(request, position, query)
                 outs.append(out)
@@ -209,9 +236,7 @@ class Step:
             scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
         if self.alibi is not None:
             scores = scores + self.alibi.double()[:, None] * (where - position)
-        visible = self.holds(request, where)
-        if case.causal:
-            visible &= where <= position
+        visible = self.holds(request, where) & (where <= position)
         if case.window:
             visible &= where > position - case.window
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -220,3 +245,11 @@ class Step:
             lse = torch.logaddexp(lse, self.sinks.double())
         probabilities = torch.exp(scores - lse[:, None]).nan_to_num(0.0)
         return torch.einsum("hn,nhd->hd", probabilities, value), lse
+
+
+def _shifted(table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Rows from their first column on; behind their last one any id."""
+    columns = torch.arange(table.shape[1]) + first[:, None]
+    behind = columns >= table.shape[1]
+    shifted = table.gather(1, columns.clamp(max=table.shape[1] - 1))
+    return torch.where(behind, -12345, shifted).int()

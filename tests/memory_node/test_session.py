@@ -150,7 +150,11 @@ def test_planar_rows_and_store_only_steps(node: NodeProcess) -> None:
 
         step, qkv = batch.grow([3])
         query, key, value = qkv.split([9 * 64, 3 * 64, 3 * 64], dim=1)
-        last = replace(step, query_start_loc=np.array([0, 1], np.int32))
+        last = replace(
+            step,
+            query_start_loc=np.array([0, 1], np.int32),
+            query_positions=step.query_positions + 2,
+        )
         session.send_step(last)
         session.post_planar(0, (query[2:], key, value))
         out, _ = session.receive_out(0, num_rows=1)

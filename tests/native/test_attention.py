@@ -62,7 +62,33 @@ CASES = {
     "more-rows-than-tokens": Case([(2, 5)]),
     "split-two-threads": Case([(9000, 1)], (3, 1), (128, 128), BF16, 32, threads=2),
     "split-chunk": Case([(3000, 40), (1, 1)], (2, 1), (128, 128), FP32, threads=3),
-    "not-causal": Case([(40, 5), (3, 3)], causal=False),
+    "not-causal": Case([(40, 5), (3, 3)], positions=(40, 3)),
+    "positions": Case([(90, 4), (33, 1), (20, 3), (0, 2)], positions=(90, 7, 0, 5)),
+    "positions-window": Case([(90, 40), (33, 2)], positions=(70, 40), window=20),
+    "window-behind-the-tokens": Case([(40, 3), (16, 1)], positions=(60, 90), window=9),
+    "window-trimmed": Case(
+        [(300, 1), (100, 20), (5, 1)], dtype=BF16, window=33, is_trimmed=True
+    ),
+    "window-trimmed-block1": Case(
+        [(70, 3), (9, 1)], (2, 1), block_size=1, window=4, is_trimmed=True
+    ),
+    "window-split": Case([(9000, 1)], (3, 1), (128, 128), window=4100, threads=2),
+    "cap-alibi-window-hs512": Case(
+        [(130, 40), (9, 1)],
+        (8, 2),
+        (512, 512),
+        BF16,
+        32,
+        positions=(95, 8),
+        window=50,
+        soft_cap=4.0,
+        has_alibi=True,
+    ),
+    "subset-window-positions": Case(
+        [(300, 40), (64, 2)], positions=(280, 64), window=90, share=(1, 3)
+    ),
+    "subset-trimmed": Case([(300, 3)], window=90, share=(1, 2), is_trimmed=True),
+    "gap": Case([(100, 4), (7, 1)], (4, 2), dtype=BF16, gap_bytes=64),
     "window": Case([(300, 1), (100, 20), (5, 1)], dtype=BF16, window=33),
     "soft-cap": Case(RAGGED, dtype=BF16, soft_cap=5.0),
     "sinks": Case([*RAGGED, (0, 1)], dtype=BF16, has_sinks=True),
@@ -79,18 +105,25 @@ def test_attend(library: CpuKernelLibrary, name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 700])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("positions", [None, (3001, 9000, 5)])
 def test_whole_tables_are_cut_as_if_counted(
-    library: CpuKernelLibrary, causal: bool, window: int
+    library: CpuKernelLibrary, positions: tuple[int, ...] | None, window: int
 ) -> None:
-    """Blocks in order are counted by a formula: the same cuts, so the same bits."""
+    """Blocks in order, with indices or trimmed: the same cuts, so the same bits."""
     case = Case([(3001, 70), (9000, 1), (5, 1)], (4, 2), threads=3, window=window)
+    case = replace(case, positions=positions)
+    changes = (
+        [{}, {"share": (0, 1)}, {"is_trimmed": True}]
+        if window
+        else [{}, {"share": (0, 1)}]
+    )
     results = []
-    for share in (None, (0, 1)):
-        step = Step(library, replace(case, share=share, causal=causal))
+    for change in changes:
+        step = Step(library, replace(case, **change))
         results.append(step.run())
         step.close()
-    assert all(map(torch.equal, *results))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -141,6 +174,10 @@ def test_bad_input_is_refused(library: CpuKernelLibrary) -> None:
     step.lens[0] = 1000
     with pytest.raises(ValueError, match="lengths that contradict"):
         step.plan_step()
+    with pytest.raises(ValueError, match="lengths that contradict"):
+        Step(library, Case([(40, 1)], positions=(1 << 30,)))
+    with pytest.raises(ValueError, match="lengths that contradict"):
+        Step(library, Case([(40, 1)], positions=(-1,)))
     slots = torch.tensor([10**6])
     with pytest.raises(ValueError, match="slot outside the cache"):
         library.store(
@@ -151,6 +188,10 @@ def test_bad_input_is_refused(library: CpuKernelLibrary) -> None:
     step.close()
     with pytest.raises(ValueError, match="head sizes 60 and 64"):
         Step(library, Case([(40, 1)], head_sizes=(60, 64)))
+    with pytest.raises(ValueError, match="-64 bytes apart: bad geometry"):
+        Step(library, Case([(40, 1)], gap_bytes=-64 - 16 * 512))
+    with pytest.raises(ValueError, match="bytes apart: bad geometry"):
+        Step(library, Case([(40, 1)], gap_bytes=32))
     with pytest.raises(ValueError, match="ISA sse9"):
         Step(library, Case([(40, 1)], isa="sse9"))
 

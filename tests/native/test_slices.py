@@ -24,7 +24,7 @@ CASES = {
         LONG, (8, 2), threads=2, soft_cap=5.0, has_sinks=True, has_alibi=True
     ),
     "subset": Case([(3000, 40), (7, 1)], (8, 2), dtype=BF16, share=(1, 3)),
-    "not-causal": Case([(3000, 40)], (4, 1), causal=False, threads=2),
+    "not-causal": Case([(3000, 40)], (4, 1), positions=(3000,), threads=2),
 }
 
 

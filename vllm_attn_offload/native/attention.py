@@ -27,11 +27,11 @@ from vllm_attn_offload.native.library import check_version, find_library
 _OK, _UNFINISHED = 0, 1
 _ADVICE = {
     -1: "Lower the batch size or the context length, or add memory.",
-    -2: "Use head sizes that are multiples of 8 up to 576, and at least one block, one "
-    "token a block and one KV head.",
+    -2: "Use head sizes that are multiples of 8 up to 576, at least one block, one "
+    "token a block and one KV head, and blocks that do not overlap.",
     -3: "Block ids must lie in 0 .. num_blocks - 1. Check the block table.",
-    -4: "query_start_loc must not decrease, seq_lens must fit the block table, and a "
-    "block's length must lie in 0 .. block_size. Check the step's tensors.",
+    -4: "query_start_loc must not decrease, positions must lie in 0 .. 2^30, and the "
+    "block table must hold, in order, what rows see. Check the step's tensors.",
     -5: "Slots must be below num_blocks * block_size, or -1 to skip a token. Check the "
     "slot mapping.",
     -6: "Use a multiple of the number of KV heads.",
@@ -130,25 +130,28 @@ class CpuKernelLibrary:
         head_size: int,
         v_head_size: int,
         dtype: str,
+        block_stride: int = 0,
         isa: str | None = None,
     ) -> CpuCache:
         """Describe a cache; the caller allocates its memory, 64-byte aligned.
 
         Args:
             dtype: A key of `DTYPES`.
+            block_stride: Bytes from block to block, a multiple of 64; 0 for no gap.
             isa: One of `isa_names`; None for the best.
 
         Raises:
             ValueError: A geometry, dtype or ISA that is not supported.
         """
         sizes = (num_blocks, block_size, num_kv_heads, head_size, v_head_size)
-        geometry = GeometryInput(*sizes, DTYPES.get(dtype, -1))
+        geometry = GeometryInput(*sizes, DTYPES.get(dtype, -1), block_stride)
         handle = c_void_p()
         name = None if isa is None else isa.encode()
         status = self._c.ao_cache_create(byref(geometry), name, byref(handle))
         if status != _OK:
             what = f"{num_blocks} blocks of {block_size}, {num_kv_heads} KV heads, "
-            what += f"head sizes {head_size} and {v_head_size}, {dtype}, ISA {isa}"
+            what += f"head sizes {head_size} and {v_head_size}, {dtype}, ISA {isa}, "
+            what += f"{block_stride} bytes apart"
             self._raise(status, what)
         assert handle.value is not None
         return CpuCache(

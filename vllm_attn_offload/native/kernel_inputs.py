@@ -19,6 +19,7 @@ class GeometryInput(Structure):
         ("head_size", c_int32),
         ("v_head_size", c_int32),
         ("dtype", c_int32),
+        ("block_stride", c_int64),
     ]
 
 
@@ -49,24 +50,26 @@ class PlanInput(Structure):
     """Arguments of `CpuKernelLibrary.plan_step`; fill it once and reuse it.
 
     int32 tensors: ``query_start_loc [num_seqs + 1]``, ``seq_lens [num_seqs]`` (tokens
-    of the whole request, this step's included), ``block_table [num_seqs, max_blocks]``
-    with rows ``table_stride`` elements apart. ``block_positions`` (logical position of
-    each block's first token) and ``block_lens`` (its valid tokens, 0 for no block) have
-    the table's shape and stride, or are 0 where the table holds every block in order.
-    ``sliding_window`` only balances the work; 0 means none.
+    that may be read), ``query_positions [num_seqs]`` (position of a request's first
+    row; 0: its rows are the last tokens), ``block_table [num_seqs, max_blocks]`` with
+    rows ``table_stride`` elements apart. Column ``c`` holds tokens from ``index *
+    block_size`` on, where the index is ``first_block[seq] + c``, or that of
+    ``block_indices`` (like the table: rising, -1 behind the last); both may be 0.
+    ``sliding_window`` counts a row's own key; 0 means all keys up to its own. Columns
+    that no row sees may hold anything.
     """
 
     _fields_ = [
         ("query_start_loc", c_void_p),
         ("seq_lens", c_void_p),
+        ("query_positions", c_void_p),
         ("block_table", c_void_p),
-        ("block_positions", c_void_p),
-        ("block_lens", c_void_p),
+        ("block_indices", c_void_p),
+        ("first_block", c_void_p),
         ("table_stride", c_int64),
         ("num_seqs", c_int32),
         ("max_blocks", c_int32),
         ("num_query_heads", c_int32),
-        ("causal", c_int32),
         ("sliding_window", c_int32),
     ]
 
@@ -79,7 +82,7 @@ class AttendInput(Structure):
     ``out_stride`` bytes apart. ``lse`` is fp32 ``[num_tokens, num_query_heads]``,
     natural log, or 0. ``sinks`` is fp32 ``[num_query_heads]``, or 0 where another
     partial counts them. ``alibi_slopes`` likewise, times (key - query position).
-    ``soft_cap`` is 0 for none; ``sliding_window`` counts the row's own key, 0 for all.
+    ``soft_cap`` is 0 for none.
     """
 
     _fields_ = [
@@ -93,7 +96,6 @@ class AttendInput(Structure):
         ("out_stride", c_int64),
         ("softmax_scale", c_float),
         ("soft_cap", c_float),
-        ("sliding_window", c_int32),
         ("query_dtype", c_int32),
         ("out_dtype", c_int32),
     ]

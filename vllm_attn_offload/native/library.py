@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 def find_library() -> Path | None:

@@ -15,6 +15,7 @@ from ctypes import addressof, c_char
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
@@ -38,6 +39,8 @@ from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
 _SLOT_BYTES = 8
+#: Rows, query heads, KV heads, blocks and window of layers that share a plan.
+_KindKey = tuple[TokenLayout, int, int, int, int]
 
 
 class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
@@ -92,12 +95,16 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         block_size = geometry.groups[layer.group].block_size
         block_bytes = self.block_bytes(layer, block_size, geometry.dtype)
         num_blocks = len(region) // block_bytes
+        slopes = np.array(layer.alibi_slopes, np.float32)
         return _Pool(
             session=session,
             kind=session.add_kind(layer, num_blocks),
             # The view ends at once: a region with views cannot be unmapped.
             address=addressof(c_char.from_buffer(region)),
             softmax_scale=layer.softmax_scale,
+            soft_cap=layer.soft_cap,
+            slopes=slopes,
+            slopes_address=slopes.ctypes.data if slopes.size else None,
         )
 
     def plan(
@@ -143,7 +150,8 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         attend.query_stride = query.stride
         attend.out = addressof(c_char.from_buffer(call.out))
         attend.lse = None if lse is None else addressof(c_char.from_buffer(lse))
-        attend.softmax_scale = pool.softmax_scale
+        attend.softmax_scale, attend.soft_cap = pool.softmax_scale, pool.soft_cap
+        attend.alibi_slopes = pool.slopes_address
         return self._library.attend(
             self._threads, calls.plan, attend, int(slice_s * 1e6)
         )
@@ -157,6 +165,9 @@ class _Pool:
     kind: int
     address: int
     softmax_scale: float
+    soft_cap: float
+    slopes: npt.NDArray[np.float32]
+    slopes_address: int | None
 
 
 class _LayerKind:
@@ -172,6 +183,7 @@ class _LayerKind:
     ) -> None:
         self.rows = TokenLayout.of(layer)
         self.num_query_heads = layer.num_query_heads
+        self.sliding_window = layer.sliding_window
         self.dtype = dtype
         self.cache = _create_cache(library, layer, num_blocks, block_size, dtype)
         weakref.finalize(self, library.destroy_cache, self.cache).atexit = False
@@ -206,7 +218,7 @@ class _KernelPlan:
     def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
         self._library = library
         self._slots = np.empty(0, np.int64)
-        self._input = PlanInput(causal=0)
+        self._input = PlanInput()
         self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
 
     def fill(self, threads: int, step: StepMetadata) -> None:
@@ -221,10 +233,15 @@ class _KernelPlan:
         call, width = self._input, step.block_table.shape[1]
         call.query_start_loc = step.query_start_loc.ctypes.data
         call.seq_lens = step.seq_lens.ctypes.data
+        call.query_positions = step.query_positions.ctypes.data
         call.block_table = step.block_table.ctypes.data
+        call.first_block = step.first_block.ctypes.data
+        indices = step.block_indices
+        call.block_indices = None if indices is None else indices.ctypes.data
         call.num_seqs, call.max_blocks, call.table_stride = step.num_reqs, width, width
         for calls in self.kinds:
             call.num_query_heads = calls.kind.num_query_heads
+            call.sliding_window = calls.kind.sliding_window
             self._library.plan_step(threads, calls.plan, call)
         self.slots_address = self._slots.ctypes.data
 
@@ -235,15 +252,13 @@ class _SessionKinds:
     def __init__(self, library: CpuKernelLibrary, geometry: SessionGeometry) -> None:
         self._library = library
         self._geometry = geometry
-        self._kinds: list[dict[tuple[TokenLayout, int, int, int], _LayerKind]] = [
-            {} for _ in geometry.groups
-        ]
+        self._kinds: list[dict[_KindKey, _LayerKind]] = [{} for _ in geometry.groups]
 
     def add_kind(self, layer: LayerGeometry, num_blocks: int) -> int:
         """Index of the layer's kind in its group."""
         kinds = self._kinds[layer.group]
-        rows = TokenLayout.of(layer)
-        key = (rows, layer.num_query_heads, layer.num_kv_heads, num_blocks)
+        heads = (layer.num_query_heads, layer.num_kv_heads)
+        key = (TokenLayout.of(layer), *heads, num_blocks, layer.sliding_window)
         if key not in kinds:
             block_size = self._geometry.groups[layer.group].block_size
             kinds[key] = _LayerKind(

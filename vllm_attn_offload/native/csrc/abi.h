@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 4
+#define AO_ABI_VERSION 5
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };
@@ -31,10 +31,11 @@ struct AoGeometryInput {
   int32_t head_size;    // of K: a multiple of 8, 8..576
   int32_t v_head_size;  // a multiple of 8, 8..576
   int32_t dtype;        // AoDtype
+  int64_t block_stride;  // bytes from block to block, a multiple of 64; 0: no gap
 };
 
 struct AoStoreInput {
-  void* cache;        // the layer's blocks, num_blocks * ao_block_bytes
+  void* cache;        // the layer's blocks, 64-byte aligned
   const void* key;    // [num_tokens, num_kv_heads, head_size]
   const void* value;  // [num_tokens, num_kv_heads, v_head_size]
   const int64_t* slot_mapping;
@@ -45,16 +46,16 @@ struct AoStoreInput {
 
 struct AoPlanInput {
   const int32_t* query_start_loc;  // [num_seqs + 1]
-  const int32_t* seq_lens;         // [num_seqs], with this step's tokens
+  const int32_t* seq_lens;         // [num_seqs]: tokens that may be read
+  const int32_t* query_positions;  // [num_seqs], of first rows, or null: the last tokens
   const int32_t* block_table;      // [num_seqs, max_blocks]
-  const int32_t* block_positions;  // like block_table, or null: i * block_size
-  const int32_t* block_lens;       // like block_table, or null: up to seq_lens
-  int64_t table_stride;            // elements between rows of these three
+  const int32_t* block_indices;    // like block_table: rising, then -1; or null:
+  const int32_t* first_block;      // [num_seqs], index of column 0, or null: 0
+  int64_t table_stride;            // elements between rows of the tables
   int32_t num_seqs;
   int32_t max_blocks;
   int32_t num_query_heads;
-  int32_t causal;
-  int32_t sliding_window;  // of most layers, balances the work only; 0: none
+  int32_t sliding_window;  // keys a row sees, its own included; 0: all up to its own
 };
 
 struct AoAttendInput {
@@ -67,10 +68,9 @@ struct AoAttendInput {
   int64_t query_stride;       // bytes between tokens
   int64_t out_stride;
   float softmax_scale;
-  float soft_cap;          // 0: none
-  int32_t sliding_window;  // keys a row sees, its own included; 0: all
-  int32_t query_dtype;     // AoDtype
-  int32_t out_dtype;       // AoDtype
+  float soft_cap;       // 0: none
+  int32_t query_dtype;  // AoDtype
+  int32_t out_dtype;    // AoDtype
 };
 
 enum AoWaitStatus {

@@ -74,6 +74,7 @@ Geometry make_geometry(const AoGeometryInput& input) {
   g.k_head_bytes = tiles * g.k_tile_bytes;
   g.head_bytes = g.k_head_bytes + tiles * g.v_tile_bytes;
   g.block_bytes = g.num_kv_heads * g.head_bytes;
+  g.block_stride = input.block_stride == 0 ? g.block_bytes : input.block_stride;
   return g;
 }
 
@@ -135,9 +136,12 @@ const char* ao_isa_names() {
 int32_t ao_cache_create(const AoGeometryInput* input, const char* isa,
                         AoCache** cache) {
   if (!is_valid(*input)) return AO_BAD_GEOMETRY;
+  const Geometry geometry = make_geometry(*input);
+  if (geometry.block_stride < geometry.block_bytes || geometry.block_stride % 64 != 0)
+    return AO_BAD_GEOMETRY;
   const KernelTable* kernels = find_kernels(isa);
   if (kernels == nullptr) return AO_BAD_ISA;
-  *cache = new (std::nothrow) AoCache{make_geometry(*input), kernels};
+  *cache = new (std::nothrow) AoCache{geometry, kernels};
   return *cache == nullptr ? AO_NO_MEMORY : AO_OK;
 }
 

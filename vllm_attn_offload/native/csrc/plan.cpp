@@ -21,7 +21,7 @@ void AoPlan::clear() {
   sequences_.clear();
   block_begin_.clear();
   blocks_.clear();
-  costs_.clear();
+  tiles_.clear();
   pieces_.clear();
   merges_.clear();
   chunk_begin_.clear();
@@ -38,9 +38,7 @@ int32_t AoPlan::build(const AoPlanInput& input, int num_threads) {
     return AO_BAD_HEADS;
   num_query_heads_ = input.num_query_heads;
   group_ = input.num_query_heads / num_kv_heads;
-  causal_ = input.causal != 0;
   sliding_window_ = input.sliding_window;
-  is_in_order_ = input.block_positions == nullptr && input.block_lens == nullptr;
   const int32_t status = read_sequences(input);
   if (status != AO_OK) {
     clear();
@@ -58,7 +56,13 @@ int32_t AoPlan::read_sequences(const AoPlanInput& input) {
     const int32_t seq_len = input.seq_lens[i];
     if (begin < 0 || end < begin || seq_len < 0 || seq_len > kMaxPosition)
       return AO_BAD_LENGTH;
-    sequences_.push_back({begin, end - begin, seq_len});
+    const int32_t length = end - begin;
+    int32_t position = seq_len - length;
+    if (input.query_positions != nullptr) {
+      position = input.query_positions[i];
+      if (position < 0 || position > kMaxPosition - length) return AO_BAD_LENGTH;
+    }
+    sequences_.push_back({begin, length, position});
     block_begin_.push_back(int32_t(blocks_.size()));
     const int32_t status = read_blocks(input, i);
     if (status != AO_OK) return status;
@@ -67,28 +71,50 @@ int32_t AoPlan::read_sequences(const AoPlanInput& input) {
   return AO_OK;
 }
 
+// Copies what some row sees. The rest may belong to somebody else by now.
 int32_t AoPlan::read_blocks(const AoPlanInput& input, int32_t sequence) {
-  const Geometry& g = cache_->geometry;
+  const int32_t query_len = sequences_.back().query_len;
+  if (query_len == 0) return AO_OK;
+  Visible seen = visible_to({sequence, 0, 0, query_len * group_});
+  seen.end = std::min(seen.end, input.seq_lens[sequence]);
+  if (seen.begin >= seen.end) return AO_OK;
+  if (input.block_indices != nullptr) return read_indexed_blocks(input, sequence, seen);
+  const int64_t block_size = cache_->geometry.block_size;
+  const int64_t first = input.first_block ? input.first_block[sequence] : 0;
+  const int64_t end = (seen.end + block_size - 1) / block_size - first;
+  if (first < 0 || end > input.max_blocks) return AO_BAD_LENGTH;
+  const int32_t* const table = input.block_table + sequence * input.table_stride;
+  for (int64_t i = std::max<int64_t>(seen.begin / block_size - first, 0); i < end; ++i) {
+    const int32_t status = add_block(table[i], (first + i) * block_size, seen);
+    if (status != AO_OK) return status;
+  }
+  return AO_OK;
+}
+
+int32_t AoPlan::read_indexed_blocks(const AoPlanInput& input, int32_t sequence,
+                                    const Visible& seen) {
+  const int64_t block_size = cache_->geometry.block_size;
   const int64_t row = sequence * input.table_stride;
-  const int32_t seq_len = input.seq_lens[sequence];
-  const bool is_read = sequences_.back().query_len > 0;
-  int64_t count = input.max_blocks;
-  if (is_in_order_) {
-    count = (int64_t{seq_len} + g.block_size - 1) / g.block_size;
-    if (count > input.max_blocks) return AO_BAD_LENGTH;
+  int32_t before = -1;
+  for (int32_t i = 0; i < input.max_blocks; ++i) {
+    const int32_t index = input.block_indices[row + i];
+    if (index < 0) break;
+    if (index <= before) return AO_BAD_LENGTH;
+    before = index;
+    const int64_t position = index * block_size;
+    if (position + block_size <= seen.begin) continue;
+    if (position >= seen.end) break;
+    const int32_t status = add_block(input.block_table[row + i], position, seen);
+    if (status != AO_OK) return status;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t position =
-        input.block_positions ? input.block_positions[row + i] : i * g.block_size;
-    int64_t length = std::clamp<int64_t>(seq_len - position, 0, g.block_size);
-    if (input.block_lens != nullptr) length = input.block_lens[row + i];
-    if (length == 0) continue;
-    if (position < 0 || position > kMaxPosition || length < 0 || length > g.block_size)
-      return AO_BAD_LENGTH;
-    const int32_t block = input.block_table[row + i];
-    if (block < 0 || block >= g.num_blocks) return AO_BAD_BLOCK;
-    if (is_read) blocks_.push_back({block, int32_t(position), int32_t(length)});
-  }
+  return AO_OK;
+}
+
+int32_t AoPlan::add_block(int32_t block, int64_t position, const Visible& seen) {
+  const Geometry& g = cache_->geometry;
+  if (block < 0 || block >= g.num_blocks) return AO_BAD_BLOCK;
+  const int64_t length = std::min<int64_t>(seen.end - position, g.block_size);
+  blocks_.push_back({block, int32_t(position), int32_t(length)});
   return AO_OK;
 }
 
@@ -97,40 +123,42 @@ Rows AoPlan::tile_of_rows(int32_t sequence, int32_t row) const {
   return {sequence, 0, row, std::min(kMaxRows, rows - row)};
 }
 
-// Tiles of a block that these rows read.
-int32_t AoPlan::block_tiles(const BlockRef& block, const Rows& rows,
-                            int32_t window) const {
+// Keys that some of these rows see.
+Visible AoPlan::visible_to(const Rows& rows) const {
   const SequenceRef& sequence = sequences_[size_t(rows.sequence)];
   const int32_t last = (rows.row_begin + rows.row_count - 1) / group_;
-  const Visible oldest =
-      visible_keys(sequence, rows.row_begin / group_, causal_, window);
-  const Visible newest = visible_keys(sequence, last, causal_, window);
-  const int32_t begin = clamp(oldest.begin - block.position, 0, block.length);
-  const int32_t end = clamp(newest.end - block.position, begin, block.length);
+  return {visible_keys(sequence, rows.row_begin / group_, sliding_window_).begin,
+          visible_keys(sequence, last, sliding_window_).end};
+}
+
+// Tiles of a block that are read.
+int32_t AoPlan::block_tiles(const BlockRef& block, const Visible& visible) const {
+  const int32_t begin = clamp(visible.begin - block.position, 0, block.length);
+  const int32_t end = clamp(visible.end - block.position, begin, block.length);
   return begin == end ? 0 : (end + kTile - 1) / kTile - begin / kTile;
 }
 
-// Tiles of all blocks that these rows read. Between the first and the last visible
-// block all are read whole: not counted one by one, which takes longer than planning.
-int64_t AoPlan::visible_tiles(const Rows& rows) const {
-  const size_t sequence = size_t(rows.sequence);
-  int32_t first = block_begin_[sequence];
-  const int32_t end = block_begin_[sequence + 1];
+// Between the first and the last visible block all are read whole: they are not counted
+// one by one, which takes longer than planning.
+AoPlan::TileWork AoPlan::measure_tile(const Rows& rows) const {
+  const Visible visible = visible_to(rows);
+  const BlockRef* const all = blocks_.data();
+  const BlockRef* first = all + block_begin_[size_t(rows.sequence)];
+  const BlockRef* end = all + block_begin_[size_t(rows.sequence) + 1];
+  first = std::partition_point(first, end, [&](const BlockRef& block) {
+    return block.position + block.length <= visible.begin;
+  });
+  end = std::partition_point(
+      first, end, [&](const BlockRef& block) { return block.position < visible.end; });
   int64_t tiles = 0;
-  while (first < end) {
-    tiles += block_tiles(blocks_[size_t(first)], rows, sliding_window_);
-    ++first;
-    if (is_in_order_ && tiles > 0) break;
+  if (first < end) tiles += block_tiles(*first, visible);
+  if (first + 1 < end) tiles += block_tiles(end[-1], visible);
+  if (first + 2 < end) {
+    const int32_t per_block = (cache_->geometry.block_size + kTile - 1) / kTile;
+    tiles += (end - first - 2) * per_block;
   }
-  int32_t last = end;
-  while (last > first) {
-    --last;
-    const int32_t read = block_tiles(blocks_[size_t(last)], rows, sliding_window_);
-    tiles += read;
-    if (is_in_order_ && read > 0) break;
-  }
-  const int32_t block_size = cache_->geometry.block_size;
-  return tiles + int64_t{last - first} * ((block_size + kTile - 1) / kTile);
+  // Two more for reading the query and writing the output.
+  return {int32_t(first - all), int32_t(end - all), (tiles + 2) * tile_cost(rows)};
 }
 
 // Loading a tile costs about as much as multiplying it by two rows.
@@ -141,10 +169,8 @@ int64_t AoPlan::measure() {
   for (int32_t s = 0; s < int32_t(sequences_.size()); ++s) {
     const int32_t rows = sequences_[size_t(s)].query_len * group_;
     for (int32_t row = 0; row < rows; row += kMaxRows) {
-      const Rows tile = tile_of_rows(s, row);
-      // Two more for reading the query and writing the output.
-      costs_.push_back((visible_tiles(tile) + 2) * tile_cost(tile));
-      total += costs_.back();
+      tiles_.push_back(measure_tile(tile_of_rows(s, row)));
+      total += tiles_.back().cost;
     }
   }
   return total * cache_->geometry.num_kv_heads;
@@ -158,36 +184,37 @@ void AoPlan::split(int num_threads, int64_t total_cost) {
           ? INT64_MAX / 4
           : std::max(min_cost, total_cost / (int64_t{num_threads} * kChunksPerThread));
   chunk_begin_.push_back(0);
-  size_t first_cost = 0;
+  size_t first_tile = 0;
   for (int32_t s = 0; s < int32_t(sequences_.size()); ++s) {
     const int32_t rows = sequences_[size_t(s)].query_len * group_;
     for (int32_t head = 0; head < g.num_kv_heads; ++head) {
-      size_t cost = first_cost;
-      for (int32_t row = 0; row < rows; row += kMaxRows, ++cost) {
-        Rows tile = tile_of_rows(s, row);
-        tile.kv_head = head;
-        add_piece(tile, costs_[cost], target);
+      size_t tile = first_tile;
+      for (int32_t row = 0; row < rows; row += kMaxRows, ++tile) {
+        Rows piece = tile_of_rows(s, row);
+        piece.kv_head = head;
+        add_piece(piece, tiles_[tile], target);
       }
     }
-    first_cost += size_t((rows + kMaxRows - 1) / kMaxRows);
+    first_tile += size_t((rows + kMaxRows - 1) / kMaxRows);
   }
   close_chunk(0, 0);
 }
 
-void AoPlan::add_piece(const Rows& rows, int64_t cost, int64_t target) {
-  const int32_t begin = block_begin_[size_t(rows.sequence)];
-  const int32_t end = block_begin_[size_t(rows.sequence) + 1];
+void AoPlan::add_piece(const Rows& rows, const TileWork& work, int64_t target) {
+  const int32_t begin = work.block_begin;
+  const int32_t end = work.block_end;
+  const int64_t cost = work.cost;
   if (cost <= target + target / 4 || end - begin < 2) {
     pieces_.push_back({rows, begin, end, -1, -1});
     return close_chunk(cost, target);
   }
   const int64_t parts = (cost + target - 1) / target;
+  const Visible visible = visible_to(rows);
   merges_.push_back({rows, num_partials_, 0});
   int32_t first = begin;
   int64_t part_cost = 0;
   for (int32_t b = begin; b < end; ++b) {
-    part_cost += int64_t{block_tiles(blocks_[size_t(b)], rows, sliding_window_)} *
-                 tile_cost(rows);
+    part_cost += int64_t{block_tiles(blocks_[size_t(b)], visible)} * tile_cost(rows);
     if (part_cost * parts < cost && b + 1 < end) continue;
     pieces_.push_back(
         {rows, first, b + 1, num_partials_++, int32_t(merges_.size()) - 1});

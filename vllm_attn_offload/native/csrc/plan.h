@@ -23,6 +23,12 @@ struct AoPlan {
 
  private:
   struct Slice;
+  // Blocks that a tile of rows sees, and what it costs for one KV head.
+  struct TileWork {
+    int32_t block_begin;
+    int32_t block_end;
+    int64_t cost;
+  };
   // What a thread was at when the time of its slice was over.
   struct Paused {
     attn_offload::Span span;
@@ -32,15 +38,19 @@ struct AoPlan {
   void clear();
   int32_t read_sequences(const AoPlanInput& input);
   int32_t read_blocks(const AoPlanInput& input, int32_t sequence);
+  int32_t read_indexed_blocks(const AoPlanInput& input, int32_t sequence,
+                              const attn_offload::Visible& seen);
+  int32_t add_block(int32_t block, int64_t position, const attn_offload::Visible& seen);
   int64_t measure();
   void split(int num_threads, int64_t total_cost);
-  void add_piece(const attn_offload::Rows& rows, int64_t cost, int64_t target);
+  void add_piece(const attn_offload::Rows& rows, const TileWork& work, int64_t target);
   void close_chunk(int64_t cost, int64_t target);
   void reserve_partials();
   attn_offload::Rows tile_of_rows(int32_t sequence, int32_t row) const;
   int32_t block_tiles(const attn_offload::BlockRef& block,
-                      const attn_offload::Rows& rows, int32_t window) const;
-  int64_t visible_tiles(const attn_offload::Rows& rows) const;
+                      const attn_offload::Visible& visible) const;
+  attn_offload::Visible visible_to(const attn_offload::Rows& rows) const;
+  TileWork measure_tile(const attn_offload::Rows& rows) const;
   int32_t tile_cost(const attn_offload::Rows& rows) const;
   void begin_layer();
   int32_t num_chunks() const { return int32_t(chunk_begin_.size()) - 1; }
@@ -54,13 +64,11 @@ struct AoPlan {
   const AoCache* const cache_;
   int32_t num_query_heads_ = 0;
   int32_t group_ = 1;
-  bool causal_ = true;
   int32_t sliding_window_ = 0;
-  bool is_in_order_ = true;  // every block is here: i * block_size is its position
   std::vector<attn_offload::SequenceRef> sequences_;
   std::vector<int32_t> block_begin_;  // of each sequence, and the end
-  std::vector<attn_offload::BlockRef> blocks_;
-  std::vector<int64_t> costs_;  // of each tile of rows, for one KV head
+  std::vector<attn_offload::BlockRef> blocks_;  // positions rise within a sequence
+  std::vector<TileWork> tiles_;                 // each tile of rows
   std::vector<attn_offload::Piece> pieces_;
   std::vector<attn_offload::Merge> merges_;
   std::vector<int32_t> chunk_begin_;  // first piece of each chunk, and the end

@@ -56,7 +56,7 @@ int32_t AoPlan::attend(AoPool* pool, const AoAttendInput& input, int64_t budget_
                state_floats(g),
                num_query_heads_,
                group_,
-               causal_};
+               sliding_window_};
   slice.deadline_ns = budget_ns > 0 ? now_ns() + budget_ns : INT64_MAX;
   slice.work = budget_ns > 0 ? kClockWork : INT64_MAX;
   slice.is_first = is_first;

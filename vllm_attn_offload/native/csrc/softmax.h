@@ -67,8 +67,8 @@ static inline RowScores row_scores(const Job& job, const Rows& rows, int32_t row
   const int32_t head = rows.kv_head * job.group + row % job.group;
   return {input.softmax_scale, input.soft_cap,
           input.alibi_slopes ? input.alibi_slopes[head] : 0.0f,
-          sequence.seq_len - sequence.query_len + query_index,
-          visible_keys(sequence, query_index, job.causal, input.sliding_window)};
+          sequence.position + query_index,
+          visible_keys(sequence, query_index, job.sliding_window)};
 }
 
 // Finishes the scores of one row in place and returns their maximum.

@@ -60,12 +60,10 @@ class TileCursor {
     const Piece& piece = job_.pieces[piece_];
     const SequenceRef& sequence = job_.sequences[piece.rows.sequence];
     const int32_t last_row = piece.rows.row_begin + piece.rows.row_count - 1;
-    const int32_t window = job_.input->sliding_window;
+    const int32_t window = job_.sliding_window;
     visible_.begin =
-        visible_keys(sequence, piece.rows.row_begin / job_.group, job_.causal, window)
-            .begin;
-    visible_.end =
-        visible_keys(sequence, last_row / job_.group, job_.causal, window).end;
+        visible_keys(sequence, piece.rows.row_begin / job_.group, window).begin;
+    visible_.end = visible_keys(sequence, last_row / job_.group, window).end;
     block_ = piece.block_begin;
     token_ = 0;
   }
@@ -88,7 +86,7 @@ class TileCursor {
     const int64_t head = job_.pieces[piece_].rows.kv_head;
     const int64_t index = token_ / kTile;
     const char* k = static_cast<const char*>(job_.input->cache) +
-                    ref.block * g.block_bytes + head * g.head_bytes;
+                    ref.block * g.block_stride + head * g.head_bytes;
     const char* v = k + g.k_head_bytes;
     return {k + index * g.k_tile_bytes, v + index * g.v_tile_bytes,
             ref.position + token_, clamp(begin_ - token_, 0, kTile),

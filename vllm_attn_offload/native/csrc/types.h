@@ -29,6 +29,7 @@ struct Geometry {
   int64_t k_head_bytes;  // one KV head's K tiles within a block; its V tiles follow
   int64_t head_bytes;
   int64_t block_bytes;
+  int64_t block_stride;
 };
 
 // Tokens [position, position + length) of a request, at the start of a block.
@@ -41,7 +42,7 @@ struct BlockRef {
 struct SequenceRef {
   int32_t query_begin;  // row in the query tensor
   int32_t query_len;
-  int32_t seq_len;
+  int32_t position;  // of the first query row
 };
 
 // Rows of one KV head of one request. Row r is query position r / group, head
@@ -88,8 +89,8 @@ struct Job {
   float* partials;  // [num_partials, partial_stride]
   int64_t partial_stride;
   int32_t num_query_heads;
-  int32_t group;  // query heads per KV head
-  bool causal;
+  int32_t group;           // query heads per KV head
+  int32_t sliding_window;  // 0: none
 };
 
 struct alignas(64) Scratch {
@@ -134,17 +135,17 @@ static inline int64_t state_floats(const Geometry& geometry) {
   return int64_t{kMaxRows} * (geometry.v_columns + 2);
 }
 
-// Keys that row `row` of a request may see: logical positions [begin, end).
+// Keys that a row of a request may see: positions [begin, end).
 struct Visible {
   int32_t begin;
   int32_t end;
 };
 
 static inline Visible visible_keys(const SequenceRef& sequence, int32_t query_index,
-                                   bool causal, int32_t window) {
-  const int32_t position = sequence.seq_len - sequence.query_len + query_index;
+                                   int32_t window) {
+  const int32_t position = sequence.position + query_index;
   const int32_t begin = window > 0 ? position - window + 1 : 0;
-  return {begin > 0 ? begin : 0, causal ? position + 1 : INT32_MAX};
+  return {begin > 0 ? begin : 0, position + 1};
 }
 
 }  // namespace attn_offload
