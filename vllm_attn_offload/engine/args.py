@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm_attn_offload.engine.outage_board import BOARD_VARIABLE, OutageBoard
 from vllm_attn_offload.engine.start_failure import say_why_at_exit
+from vllm_attn_offload.worker.failure_note import NOTE_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,6 +41,7 @@ _VARIABLES = (
     _RUN_DIR_VARIABLE,
     _DATA_PARALLEL_SIZE_VARIABLE,
     BOARD_VARIABLE,
+    NOTE_VARIABLE,
     RESERVED_CPUS_VARIABLE,
 )
 

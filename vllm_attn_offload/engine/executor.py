@@ -32,6 +32,7 @@ from vllm_attn_offload.engine.start_failure import tells_why
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.worker.failure_note import FailureNote
 from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
 if TYPE_CHECKING:
@@ -56,11 +57,14 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         MemoryNodeError: A memory node cannot be started, reached or used.
     """
 
+    failure_note: FailureNote | None = None
+
     @tells_why
     @environment_of_one_engine()
     def _init_executor(self) -> None:
         check_supported(self.vllm_config)
         end_with_frontend()
+        self.failure_note = FailureNote()
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
         self._pool = NodePool(
@@ -164,6 +168,9 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         # Nodes and workers stop together: the engine has few seconds for both.
         self._pool.request_stop()
         super().shutdown()
+        if self.failure_note is not None:
+            self.failure_note.close()
+            self.failure_note = None
         self._leave_memory_nodes()
 
     def _new_recovery(self, config: AttentionOffloadConfig) -> Recovery | None:

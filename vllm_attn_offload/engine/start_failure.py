@@ -8,7 +8,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage
@@ -16,11 +16,19 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
-    from vllm.v1.executor.abstract import Executor
+    from vllm.config import ParallelConfig
+
+    from vllm_attn_offload.worker.failure_note import FailureNote
 
 logger = get_logger(__name__)
 
-_ExecutorT = TypeVar("_ExecutorT", bound="Executor")
+
+class _Starting(Protocol):
+    parallel_config: ParallelConfig
+    failure_note: FailureNote | None
+
+
+_ExecutorT = TypeVar("_ExecutorT", bound=_Starting)
 _P = ParamSpec("_P")
 _ResultT = TypeVar("_ResultT")
 
@@ -28,23 +36,41 @@ _ResultT = TypeVar("_ResultT")
 def tells_why(
     start: Callable[Concatenate[_ExecutorT, _P], _ResultT],
 ) -> Callable[Concatenate[_ExecutorT, _P], _ResultT]:
-    """Show the frontend the sentence with which a method of an executor fails."""
+    """Show the frontend the sentence with which a method of an executor fails.
+
+    Where a worker failed it is the worker's sentence, and the method raises that.
+    """
 
     @functools.wraps(start)
     def wrapper(executor: _ExecutorT, *args: _P.args, **kwargs: _P.kwargs) -> _ResultT:
         try:
             return start(executor, *args, **kwargs)
         except (MemoryNodeError, ValueError) as error:
-            if board := OutageBoard.find():
-                node, cause = "", str(error)
-                if isinstance(error, MemoryNodeError):
-                    node, cause = error.node, error.cause
-                now = time.monotonic()
-                outage = Outage(node, cause, now, now, now, is_final=True)
-                board.write(executor.parallel_config.data_parallel_index, outage)
+            _show(executor, error)
+            raise
+        except Exception as error:
+            if sentence := _sentence_of_worker(executor):
+                _show(executor, ValueError(sentence))
+                raise ValueError(sentence) from error
             raise
 
     return wrapper
+
+
+def _sentence_of_worker(executor: _Starting) -> str:
+    return executor.failure_note.read() if executor.failure_note else ""
+
+
+def _show(executor: _Starting, error: MemoryNodeError | ValueError) -> None:
+    board = OutageBoard.find()
+    if board is None:  # No frontend of ours configured this engine.
+        return
+    node, cause = "", str(error)
+    if isinstance(error, MemoryNodeError):
+        node, cause = error.node, error.cause
+    now = time.monotonic()
+    outage = Outage(node, cause, now, now, now, is_final=True)
+    board.write(executor.parallel_config.data_parallel_index, outage)
 
 
 def say_why_at_exit(board: OutageBoard) -> None:

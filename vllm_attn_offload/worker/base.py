@@ -32,6 +32,7 @@ from vllm_attn_offload.protocol.geometry import (
     SessionGeometry,
 )
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
+from vllm_attn_offload.worker.failure_note import noted_failure
 from vllm_attn_offload.worker.lost_step import LostStep
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class AttentionOffloadWorker(_WorkerBase):
     _micro_batches: MicroBatchRunner | None = None
     _generation = 0
 
+    @noted_failure()
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with offloaded attention layers.
 
@@ -66,6 +68,7 @@ class AttentionOffloadWorker(_WorkerBase):
         super().load_model(*args, **kwargs)
         check_layers(layer_problems(self.vllm_config))
 
+    @noted_failure()
     def session_geometry(self) -> SessionGeometry:
         """Shapes of this worker's attention layers, in the order of their index."""
         specs = self.get_kv_cache_spec()
