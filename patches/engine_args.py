@@ -10,7 +10,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
+from vllm_attn_offload.config import (
+    CONFIG_KEY,
+    AttentionOffloadConfig,
+    spelled_alike,
+)
 from vllm_attn_offload.logger import get_logger
 
 from .patch import Patch
@@ -120,7 +124,7 @@ def with_options(
     """
     given = additional_config.get(CONFIG_KEY) or {}
     AttentionOffloadConfig.from_dict(given)
-    merged = {**given, **options}
+    merged = {**spelled_alike(given), **spelled_alike(options)}
     AttentionOffloadConfig.from_dict(merged)
     return {**additional_config, CONFIG_KEY: merged}
 

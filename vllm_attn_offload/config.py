@@ -141,7 +141,7 @@ class AttentionOffloadConfig:
                 "an object; write {} for the defaults. Valid options: "
                 f"{', '.join(allowed)}."
             )
-        given = {str(name).replace("-", "_"): each for name, each in options.items()}
+        given = spelled_alike(options)
         if unknown := sorted(set(given) - set(allowed)):
             raise ValueError(
                 f"attention-offload-config has no option {', '.join(unknown)}. "
@@ -165,7 +165,7 @@ class AttentionOffloadConfig:
         field: FieldInfo = vars(cls)["__pydantic_fields__"][name]
         (allowed,) = (each for each in field.metadata if isinstance(each, Allowed))
         return (
-            f"{name} was given {_written(item['input'])}. Allowed: {allowed.text}. "
+            f"{name} was given {written(item['input'])}. Allowed: {allowed.text}. "
             f"Write for example {name}: {allowed.example}."
         )
 
@@ -195,9 +195,24 @@ def _nearest(unknown: list[str], allowed: list[str]) -> str:
     return f"Did you mean {names}? " if names else ""
 
 
-def _written(value: object) -> str:
-    """Write a value as JSON and YAML do."""
-    try:
-        return json.dumps(value)
-    except TypeError:
-        return repr(value)
+def spelled_alike(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Write all names with underscores.
+
+    Raises:
+        ValueError: An option stands there twice, once with hyphens.
+    """
+    alike: dict[str, Any] = {}
+    for name, value in options.items():
+        spelled = str(name).replace("-", "_")
+        if spelled in alike:
+            raise ValueError(
+                f"{spelled} was given twice, with - and with _. Allowed: one of the "
+                "two spellings. Remove the other."
+            )
+        alike[spelled] = value
+    return alike
+
+
+def written(value: object) -> str:
+    """Write a value as JSON and YAML do; YAML has more types, such as dates."""
+    return json.dumps(value, default=str)

@@ -33,6 +33,8 @@ def _number(value: Any) -> Any:
 
 def _list_of(part: Callable[[Any], str]) -> Callable[[Any], tuple[str, ...]]:
     def parse(value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()  # a name in a YAML file with nothing behind it
         if isinstance(value, list | tuple):
             return tuple(map(part, value))
         return tuple(filter(None, map(str.strip, part(value).split(","))))
@@ -69,7 +71,7 @@ def _lower(value: Any) -> Any:
 
 
 def _path(value: Any) -> str:
-    return os.path.expanduser(_text(value))
+    return "" if value is None else os.path.expanduser(_text(value))
 
 
 Addresses = Annotated[

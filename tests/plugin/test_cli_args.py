@@ -105,6 +105,12 @@ def test_flag_wins_over_additional_config(additional_config: Parse) -> None:
     assert found == {CONFIG_KEY: {"kv_cache_gib": 4}}
 
 
+def test_flag_wins_over_another_spelling(additional_config: Parse) -> None:
+    given = f"{ADDITIONAL}.attention_offload.kv-cache-gib"
+    found = additional_config(given, "1", f"{CONFIG}.kv_cache_gib", "4")
+    assert found == {CONFIG_KEY: {"kv_cache_gib": 4}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def test_unknown_options() -> None:
         ({"num_local_nodes": "3"}, {"num_local_nodes": 3}),
         ({"kv_cache_gib": "0.5"}, {"kv_cache_gib": 0.5}),
         ({"kv_cache_gib": None}, {}),
+        ({"memory_nodes": None, "standby_nodes": None}, {}),
+        ({"local_node_cpus": None, "auth_token_file": None}, {}),
         ({"kv-cache-gib": 4}, {"kv_cache_gib": 4.0}),
         ({"partition": "Heads"}, {"partition": "heads"}),
         ({"request_timeout_s": "5"}, {"request_timeout_s": 5.0}),
@@ -111,6 +114,9 @@ def test_home_in_tls_files() -> None:
         ({"request_timeout_s": -1}, "given -1. Allowed: a number of seconds above 0."),
         ({"startup_timeout_s": None}, "given null. Allowed: a number of seconds"),
         ({"tls_cert": 3}, "given 3. Allowed: the path of a file."),
+        ({"local_node_cpus": date(2026, 1, 2)}, 'given "2026-01-02". Allowed: CPU'),
+        ({"kv_cache_gib": date(2026, 1, 2)}, 'given "2026-01-02". Allowed: a number'),
+        ({"memory_nodes": [date(2026, 1, 2)]}, 'given ["2026-01-02"]. Allowed: a list'),
     ],
     ids=str,
 )
@@ -124,6 +130,16 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
     assert "Write for example " in text
     assert not PYTHON.search(text)
     assert name in text or "is not an address" in text
+
+
+def test_both_spellings_of_a_name() -> None:
+    """None of the two wins."""
+    message = (
+        "kv_cache_gib was given twice, with - and with _. Allowed: one of the two "
+        "spellings. Remove the other."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AttentionOffloadConfig.from_dict({"kv-cache-gib": 4, "kv_cache_gib": 4})
 
 
 def test_several_nodes() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.entrypoints.cli import serve
 from vllm.logger import _print_info_once
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_attn_offload.config import CONFIG_KEY
+from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -48,11 +49,78 @@ def test_off_wins_over_options(additional_config: Callable[..., Any], key: str) 
     assert additional_config(f"{key}: false\n") == {}
 
 
-@pytest.mark.parametrize("switch", ["", "attention-offload: true\n"])
+@pytest.mark.parametrize("quoted", ['"false"', "'False'", '" false "'])
+@pytest.mark.parametrize("key", ["attention-offload", "attention_offload"])
+def test_quoted_off(
+    additional_config: Callable[..., Any], key: str, quoted: str
+) -> None:
+    assert additional_config(f"{key}: {quoted}\n{OPTIONS}") == {}
+    assert additional_config(f"{OPTIONS}{key}: {quoted}\nseed: 1\n") == {}
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "",
+        "attention-offload: true\n",
+        'attention-offload: "true"\n',
+        "attention_offload: 'True'\n",
+    ],
+)
 def test_options(additional_config: Callable[..., Any], switch: str) -> None:
     expected = {CONFIG_KEY: {"kv_cache_gib": 4}}
     assert additional_config(switch + OPTIONS) == expected
     assert additional_config(switch + OPTIONS, "--no-attention-offload") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("attention-offload: maybe", 'given "maybe" in the --config file. Allowed: tr'),
+        ("attention-offload: 1", "given 1 in the --config file. Allowed: true or fal"),
+        ("attention-offload:", "given null in the --config file. Allowed: true or f"),
+        ("attention-offload: [true]", "given [true] in the --config file. Allowed: "),
+        (
+            "attention-offload: true\nattention_offload: false",
+            "attention_offload was given twice, with - and with _. Allowed: one of",
+        ),
+        (
+            f"{OPTIONS}attention_offload_config: {{}}",
+            "attention_offload_config was given twice, with - and with _. Allowed: ",
+        ),
+        (
+            f"{OPTIONS}  kv-cache-gib: 5",
+            "kv_cache_gib was given twice, with - and with _. Allowed: one of the",
+        ),
+        (
+            f"{OPTIONS}  local_node_cpus: 2026-01-02",
+            'local_node_cpus was given "2026-01-02". Allowed: CPU numbers and ranges',
+        ),
+    ],
+    ids=str,
+)
+def test_refused(
+    additional_config: Callable[..., Any], text: str, message: str
+) -> None:
+    """In three parts, whatever YAML makes of it."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        additional_config(f"{text}\n")
+
+
+def test_nothing_behind_a_name(additional_config: Callable[..., Any]) -> None:
+    """As where the name is left out."""
+    assert additional_config("attention-offload-config:\n") == {}
+    assert additional_config("attention_offload_config:\nseed: 1\n") == {}
+    options = additional_config(f"{OPTIONS}  memory_nodes:\n")[CONFIG_KEY]
+    expected = AttentionOffloadConfig(kv_cache_gib=4)
+    assert AttentionOffloadConfig.from_dict(options) == expected
+
+
+def test_dates_of_other_options_are_for_others(
+    additional_config: Callable[..., Any],
+) -> None:
+    with pytest.raises(TypeError):
+        additional_config(f"{OPTIONS}speculative-config:\n  model: 2026-01-02\n")
 
 
 def test_command_line_wins_over_the_file(additional_config: Callable[..., Any]) -> None:
