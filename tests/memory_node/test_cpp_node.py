@@ -189,7 +189,10 @@ def test_layers_allocate_nothing() -> None:
     attention = CppDecodeAttention(library, [0])
     geometry = make_geometry(num_layers=4, dtype="bfloat16")
     cache = PagedKVCache(geometry, NUM_BLOCKS, attention)
-    pools = [attention.bind(geometry, x, cache.region(x)) for x in geometry.layers]
+    pools = [
+        attention.bind(geometry, x, cache.region(x), cache.block_stride(x))
+        for x in geometry.layers
+    ]
     step, rows = PagedBatch(geometry, NUM_BLOCKS, 3).grow([20, 5, 40])
     qkv = rows.view(torch.uint8).numpy().data.cast("B")
     out = memoryview(bytearray(step.num_tokens * 9 * 64 * 2))

@@ -180,8 +180,10 @@ def test_triton_stores_in_ranges() -> None:
     plan = attention.plan(0, GEOMETRY, step, None)
     pools = []
     for bounds in ([(0, 50)], [(0, 7), (7, 49), (49, 50)]):
-        size = NUM_BLOCKS * attention.block_bytes(GEOMETRY.layers[0], 16, "float32")
-        pool = attention.bind(GEOMETRY, GEOMETRY.layers[0], attention.allocate(size))
+        layer = GEOMETRY.layers[0]
+        stride = attention.block_bytes(layer, 16, "float32")
+        region = attention.allocate(NUM_BLOCKS * stride)
+        pool = attention.bind(GEOMETRY, layer, region, stride)
         for first, last in bounds:
             attention.store(pool, plan, call, first, last)
         pools.append(pool)

@@ -39,10 +39,11 @@ class PagedKVCache:
         attention: DecodeAttention[Any, Any],
     ) -> None:
         self.num_blocks = num_blocks
+        self._strides = _block_bytes(geometry, attention)
         # With what gives it back; of the arena, or of the kernel's own.
         self._regions: dict[int, tuple[Region | memoryview, Callable[[], None]]] = {}
         try:
-            for storage, num_bytes in _block_bytes(geometry, attention).items():
+            for storage, num_bytes in self._strides.items():
                 self._regions[storage] = _allocate(attention, num_blocks * num_bytes)
         except BaseException:
             self.close()
@@ -54,6 +55,10 @@ class PagedKVCache:
     def region(self, layer: LayerGeometry) -> Region | memoryview:
         """Memory of the layer's storage, as the attention kernel allocated it."""
         return self._regions[layer.storage][0]
+
+    def block_stride(self, layer: LayerGeometry) -> int:
+        """Bytes from block to block in the layer's storage."""
+        return self._strides[layer.storage]
 
     @property
     def num_bytes(self) -> int:
@@ -77,6 +82,7 @@ def bytes_per_block(geometry: SessionGeometry, layout: BlockLayout) -> int:
 
 
 def _block_bytes(geometry: SessionGeometry, layout: BlockLayout) -> dict[int, int]:
+    """Bytes of one block of each storage: of the largest layer that shares it."""
     sizes: dict[int, int] = {}
     for layer in geometry.layers:
         block_size = geometry.groups[layer.group].block_size

@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.capacity import available_host_bytes
 from vllm_attn_offload.memory_node.memory_claim import unpromised_host_bytes
 from vllm_attn_offload.transport.address import check_directory
 
-__all__ = ["MemoryNodeProcess", "local_address", "unpromised_host_bytes"]
+__all__ = [
+    "MemoryNodeProcess",
+    "available_host_bytes",
+    "local_address",
+    "unpromised_host_bytes",
+]
 
 _MODULE = "vllm_attn_offload.memory_node.main"
 _SOCKET = "sock"  # short, because a socket's path must be

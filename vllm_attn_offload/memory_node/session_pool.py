@@ -55,7 +55,12 @@ class SessionPool:
         self._cache = PagedKVCache(geometry, num_blocks, attention)
         try:
             self._pools = [
-                attention.bind(geometry, layer, self._cache.region(layer))
+                attention.bind(
+                    geometry,
+                    layer,
+                    self._cache.region(layer),
+                    self._cache.block_stride(layer),
+                )
                 for layer in geometry.layers
             ]
         except BaseException:

@@ -91,7 +91,11 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
 
     @abstractmethod
     def bind(
-        self, geometry: SessionGeometry, layer: LayerGeometry, region: Any
+        self,
+        geometry: SessionGeometry,
+        layer: LayerGeometry,
+        region: Any,
+        block_stride: int,
     ) -> PoolT:
         """Prepare a layer's pool; the result is passed to ``store`` and ``attend``.
 
@@ -99,6 +103,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
             geometry: Geometry of the session.
             layer: One of its layers.
             region: Result of ``allocate`` for the layer's storage.
+            block_stride: Bytes from block to block in ``region``: those of the largest
+                layer that shares it. A block of any layer lies within its own.
         """
 
     @abstractmethod
@@ -136,7 +142,9 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     def attend(
         self, pool: PoolT, plan: PlanT, call: LayerCall, slice_s: float = 0.0
     ) -> bool:
-        """Attend with the step's queries over ``seq_lens`` tokens of their requests.
+        """Attend with the step's queries over the tokens that they see.
+
+        A token that no row sees is not read: its block may be another request's.
 
         Args:
             pool: Blocks of the layer.

@@ -39,8 +39,9 @@ from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
 _SLOT_BYTES = 8
-#: Rows, query heads, KV heads, blocks and window of layers that share a plan.
-_KindKey = tuple[TokenLayout, int, int, int, int]
+#: Rows, query heads, KV heads, blocks, their stride and the window of layers that share
+#: a plan.
+_KindKey = tuple[TokenLayout, int, int, int, int, int]
 
 
 class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
@@ -86,19 +87,21 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         return region
 
     def bind(
-        self, geometry: SessionGeometry, layer: LayerGeometry, region: mmap.mmap
+        self,
+        geometry: SessionGeometry,
+        layer: LayerGeometry,
+        region: mmap.mmap,
+        block_stride: int,
     ) -> _Pool:
         session = self._sessions.get(id(geometry))
         if session is None:
             session = _SessionKinds(self._library, geometry)
             self._sessions[id(geometry)] = session
-        block_size = geometry.groups[layer.group].block_size
-        block_bytes = self.block_bytes(layer, block_size, geometry.dtype)
-        num_blocks = len(region) // block_bytes
+        num_blocks = len(region) // block_stride
         slopes = np.array(layer.alibi_slopes, np.float32)
         return _Pool(
             session=session,
-            kind=session.add_kind(layer, num_blocks),
+            kind=session.add_kind(layer, num_blocks, block_stride),
             # The view ends at once: a region with views cannot be unmapped.
             address=addressof(c_char.from_buffer(region)),
             softmax_scale=layer.softmax_scale,
@@ -177,15 +180,14 @@ class _LayerKind:
         self,
         library: CpuKernelLibrary,
         layer: LayerGeometry,
-        num_blocks: int,
-        block_size: int,
+        cache: CpuCache,
         dtype: str,
     ) -> None:
         self.rows = TokenLayout.of(layer)
         self.num_query_heads = layer.num_query_heads
         self.sliding_window = layer.sliding_window
         self.dtype = dtype
-        self.cache = _create_cache(library, layer, num_blocks, block_size, dtype)
+        self.cache = cache
         weakref.finalize(self, library.destroy_cache, self.cache).atexit = False
 
 
@@ -254,16 +256,19 @@ class _SessionKinds:
         self._geometry = geometry
         self._kinds: list[dict[_KindKey, _LayerKind]] = [{} for _ in geometry.groups]
 
-    def add_kind(self, layer: LayerGeometry, num_blocks: int) -> int:
+    def add_kind(self, layer: LayerGeometry, num_blocks: int, block_stride: int) -> int:
         """Index of the layer's kind in its group."""
         kinds = self._kinds[layer.group]
         heads = (layer.num_query_heads, layer.num_kv_heads)
-        key = (TokenLayout.of(layer), *heads, num_blocks, layer.sliding_window)
+        blocks = (num_blocks, block_stride)
+        key = (TokenLayout.of(layer), *heads, *blocks, layer.sliding_window)
         if key not in kinds:
             block_size = self._geometry.groups[layer.group].block_size
-            kinds[key] = _LayerKind(
-                self._library, layer, num_blocks, block_size, self._geometry.dtype
+            dtype = self._geometry.dtype
+            cache = _create_cache(
+                self._library, layer, num_blocks, block_size, dtype, block_stride
             )
+            kinds[key] = _LayerKind(self._library, layer, cache, dtype)
         return list(kinds).index(key)
 
     def create_plan(self, group: int) -> _KernelPlan:
@@ -277,6 +282,7 @@ def _create_cache(
     num_blocks: int,
     block_size: int,
     dtype: str,
+    block_stride: int = 0,
 ) -> CpuCache:
     return library.create_cache(
         num_blocks=num_blocks,
@@ -285,4 +291,5 @@ def _create_cache(
         head_size=layer.head_size,
         v_head_size=layer.v_head_size,
         dtype=dtype,
+        block_stride=block_stride,
     )

@@ -19,14 +19,15 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     LayerCall,
 )
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
+from vllm_attn_offload.memory_node.decode_attention.request_parts import (
+    RequestPart,
+    StepRequest,
+    parts_of,
+    requests_of,
+)
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.step import StepMetadata
-
-#: Tokens, and query rows x heads x tokens, that are attended at once, in a few ms. More
-#: rows than that have the tokens gathered again, for a quarter of the time.
-_MAX_TOKENS = 2048
-_MAX_SCORES = 1 << 19
 
 _TORCH_DTYPES = {
     "float32": torch.float32,
@@ -37,42 +38,21 @@ _TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """K is [num_slots, num_kv_heads, head_size], V likewise with v_head_size."""
+    """K is [num_blocks, block_size, num_kv_heads, head_size], V has v_head_size.
+
+    ``slopes`` is fp32 ``[num_kv_heads, group, 1, 1]``, if there are any.
+    """
 
     layer: LayerGeometry
     dtype: torch.dtype
-    block_size: int
     key: torch.Tensor
     value: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Query rows of a request, and its int64 blocks ``[num_blocks]``."""
-
-    begin: int
-    end: int
-    blocks: torch.Tensor
-    seq_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Query rows of a request, and tokens that they attend to at once.
-
-    ``blocks`` is int64 ``[num_blocks]``. With ``is_last`` no token is left.
-    """
-
-    begin: int
-    end: int
-    blocks: torch.Tensor
-    num_tokens: int
-    is_last: bool
+    slopes: torch.Tensor | None
 
 
 @dataclass(slots=True)
 class _KernelPlan:
-    """One step: int64 rows and slots ``[num_stored]`` of new tokens; its requests.
+    """One step: int64 rows, blocks and offsets ``[num_stored]`` to store; its requests.
 
     ``next_part`` and then ``parts`` are left of an unfinished layer, and made when they
     are needed: a request may have very many. ``partial`` is the output of a request's
@@ -80,10 +60,11 @@ class _KernelPlan:
     """
 
     stored_rows: torch.Tensor
-    stored_slots: torch.Tensor
-    requests: tuple[_Request, ...]
-    parts: Iterator[_Part] | None = None
-    next_part: _Part | None = None
+    stored_blocks: torch.Tensor
+    stored_offsets: torch.Tensor
+    requests: tuple[StepRequest, ...]
+    parts: Iterator[RequestPart] | None = None
+    next_part: RequestPart | None = None
     partial: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -97,22 +78,28 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         return block_size * row * DTYPE_BYTES[dtype]
 
     def bind(
-        self, geometry: SessionGeometry, layer: LayerGeometry, region: mmap.mmap
+        self,
+        geometry: SessionGeometry,
+        layer: LayerGeometry,
+        region: mmap.mmap,
+        block_stride: int,
     ) -> _Pool:
         dtype = _TORCH_DTYPES[geometry.dtype]
         elements = torch.frombuffer(region, dtype=dtype)
-        row_k = layer.num_kv_heads * layer.head_size
-        row_v = layer.num_kv_heads * layer.v_head_size
-        num_slots = elements.numel() // (row_k + row_v)
-        key, value = elements[: num_slots * (row_k + row_v)].split(
-            [num_slots * row_k, num_slots * row_v]
-        )
+        stride, heads = block_stride // dtype.itemsize, layer.num_kv_heads
+        shape = (len(region) // block_stride, geometry.groups[layer.group].block_size)
+        parts, offset = [], 0
+        for size in (layer.head_size, layer.v_head_size):
+            strides = (stride, heads * size, size, 1)
+            parts.append(elements.as_strided((*shape, heads, size), strides, offset))
+            offset += shape[1] * heads * size
+        slopes = torch.tensor(layer.alibi_slopes).view(-1, 1, 1)
         return _Pool(
             layer=layer,
             dtype=dtype,
-            block_size=geometry.groups[layer.group].block_size,
-            key=key.view(num_slots, layer.num_kv_heads, layer.head_size),
-            value=value.view(num_slots, layer.num_kv_heads, layer.v_head_size),
+            key=parts[0],
+            value=parts[1],
+            slopes=slopes.unflatten(0, (heads, -1)) if layer.alibi_slopes else None,
         )
 
     def plan(
@@ -125,12 +112,12 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         block_size = geometry.groups[group].block_size
         slots = torch.from_numpy(step.slot_mapping.copy())
         stored = (slots >= 0).nonzero().flatten()
+        slots = slots[stored]
         return _KernelPlan(
             stored_rows=stored,
-            stored_slots=slots[stored],
-            requests=tuple(
-                _plan_request(step, index, block_size) for index in range(step.num_reqs)
-            ),
+            stored_blocks=slots // block_size,
+            stored_offsets=slots % block_size,
+            requests=requests_of(step, block_size),
         )
 
     def store(
@@ -138,7 +125,8 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
     ) -> None:
         _, key, value = payload_views(call.payload, call.layout, pool.layer, pool.dtype)
         begin, end = torch.searchsorted(plan.stored_rows, torch.tensor([first, last]))
-        rows, slots = plan.stored_rows[begin:end], plan.stored_slots[begin:end]
+        rows = plan.stored_rows[begin:end]
+        slots = (plan.stored_blocks[begin:end], plan.stored_offsets[begin:end])
         pool.key[slots] = key[rows]
         pool.value[slots] = value[rows]
 
@@ -153,9 +141,7 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         if call.lse is not None:
             lses = torch.frombuffer(call.lse, dtype=torch.float32).view(query.shape[:2])
         until = time.perf_counter() + slice_s if slice_s else math.inf
-        parts = plan.parts or _parts_of(
-            plan.requests, pool.block_size, pool.layer.num_query_heads
-        )
+        parts = plan.parts or parts_of(plan.requests, pool.layer, pool.key.shape[1])
         part = plan.next_part or next(parts, None)
         plan.parts = plan.next_part = None
         while part is not None:
@@ -173,33 +159,8 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         return True
 
 
-def _plan_request(step: StepMetadata, index: int, block_size: int) -> _Request:
-    begin, end = (int(x) for x in step.query_start_loc[index : index + 2])
-    seq_len = int(step.seq_lens[index]) if begin < end else 0
-    num_blocks = -(-seq_len // block_size)
-    blocks = torch.from_numpy(step.block_table[index, :num_blocks].copy()).long()
-    return _Request(begin, end, blocks, seq_len)
-
-
-def _parts_of(
-    requests: tuple[_Request, ...], block_size: int, num_heads: int
-) -> Iterator[_Part]:
-    """Cut requests between rows, and rows of long ones between blocks."""
-    most_blocks = max(1, _MAX_TOKENS // block_size)
-    for request in requests:
-        most_tokens = max(1, min(request.seq_len, most_blocks * block_size))
-        num_rows = max(1, _MAX_SCORES // (most_tokens * num_heads))
-        for first in range(request.begin, request.end, num_rows):
-            last = min(request.end, first + num_rows)
-            for block in range(0, max(1, len(request.blocks)), most_blocks):
-                left = request.seq_len - block * block_size
-                num_tokens = min(left, most_tokens)
-                blocks = request.blocks[block : block + most_blocks]
-                yield _Part(first, last, blocks, num_tokens, num_tokens == left)
-
-
 def _attend_part(
-    pool: _Pool, part: _Part, query: torch.Tensor
+    pool: _Pool, part: RequestPart, query: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend for rows of one request; the query heads of a KV head become rows.
 
@@ -207,38 +168,36 @@ def _attend_part(
         fp32 ``[num_rows, num_heads, v_head_size]`` and ``[num_rows, num_heads]``.
     """
     num_rows, num_heads, head_size = query.shape
-    if not part.num_tokens:
-        out = torch.zeros(num_rows, num_heads, pool.layer.v_head_size)
+    layer, num_kv_heads = pool.layer, pool.layer.num_kv_heads
+    if not len(part.blocks):
+        out = torch.zeros(num_rows, num_heads, layer.v_head_size)
         return out, torch.full((num_rows, num_heads), -torch.inf)
-    num_kv_heads = pool.layer.num_kv_heads
-    group = num_heads // num_kv_heads
+    positions, seen = part.tokens(pool.key.shape[1])
     # In fp32: rounding probabilities to bf16 would part from vLLM's own CPU kernel.
-    # Not kept in the plan: they take 8 bytes a token.
-    offsets = torch.arange(pool.block_size)
-    slots = (part.blocks[:, None] * pool.block_size + offsets).flatten()
-    slots = slots[: part.num_tokens]
-    key = pool.key[slots].transpose(0, 1).float()
-    value = pool.value[slots].transpose(0, 1).float()
-    folded = (
-        query.unflatten(1, (num_kv_heads, group))
-        .permute(1, 2, 0, 3)
-        .reshape(num_kv_heads, group * num_rows, head_size)
-        .float()
+    key, value = (
+        cache.index_select(0, part.blocks).flatten(0, 1)[seen].transpose(0, 1).float()
+        for cache in (pool.key, pool.value)
     )
-    # The only CPU attention of torch that returns the log-sum-exp.
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        folded[None],
-        key[None],
-        value[None],
-        scale=pool.layer.softmax_scale,
-    )
-    if key.shape[1] < 64:
-        # Fewer keys than a vector, all NaN, look to torch like no key.
-        poisoned = (folded @ key.transpose(1, 2)).isnan().any(2)
-        out[0, poisoned] = lse[0, poisoned] = torch.nan
-    out = out[0].view(num_kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
-    lse = lse[0].view(num_kv_heads, group, num_rows).permute(2, 0, 1)
-    return out.reshape(num_rows, num_heads, -1), lse.reshape(num_rows, num_heads)
+    # Heads [num_kv_heads, group] of a row, by rows.
+    folded = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).float()
+    scores = folded.flatten(1, 2) @ key.transpose(1, 2)
+    scores = scores.unflatten(1, (-1, num_rows)).mul_(layer.softmax_scale)
+    if layer.soft_cap:
+        scores = scores.div_(layer.soft_cap).tanh_().mul_(layer.soft_cap)
+    rows = torch.arange(part.position, part.position + num_rows)
+    distance = positions[None, :] - rows[:, None]
+    if pool.slopes is not None:
+        scores = scores.add_(pool.slopes * distance)
+    hidden = distance > 0
+    if layer.sliding_window:
+        hidden |= distance <= -layer.sliding_window
+    if hidden.any():
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(_finite(lse)[..., None]).exp_()
+    out = (weights.flatten(1, 2) @ value).unflatten(1, (-1, num_rows))
+    out = out.permute(2, 0, 1, 3).reshape(num_rows, num_heads, -1)
+    return out, lse.permute(2, 0, 1).reshape(num_rows, num_heads)
 
 
 def _merged(
@@ -251,5 +210,11 @@ def _merged(
         return out, lse
     before, lse_before = earlier
     total = torch.logaddexp(lse_before, lse)
-    weights = ((part - total).exp()[:, :, None] for part in (lse_before, lse))
+    shift = _finite(total)
+    weights = ((part - shift).exp()[:, :, None] for part in (lse_before, lse))
     return before * next(weights) + out * next(weights), total
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """Zero where a row sees nothing, so that its weights become 0 and not NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)

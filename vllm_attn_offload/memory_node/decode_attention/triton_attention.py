@@ -6,6 +6,7 @@ Slow, but it is what GPU nodes run: the same plan, the same kernels, the same bl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,24 +64,27 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
         return block_size * row * DTYPE_BYTES[dtype]
 
     def bind(
-        self, geometry: SessionGeometry, layer: LayerGeometry, region: Any
+        self,
+        geometry: SessionGeometry,
+        layer: LayerGeometry,
+        region: Any,
+        block_stride: int,
     ) -> Pool:
         elements = self.view(region, geometry.dtype)
         block_size = geometry.groups[layer.group].block_size
-        heads = layer.num_kv_heads
-        sizes = [
-            heads * block_size * size for size in (layer.head_size, layer.v_head_size)
-        ]
-        num_blocks = elements.numel() // sum(sizes)
-        key, value = elements[: num_blocks * sum(sizes)].split(
-            [num_blocks * size for size in sizes]
+        num_blocks, stride = (
+            len(region) // block_stride,
+            block_stride // elements.element_size(),
         )
-        return Pool(
-            layer=layer,
-            shape=HeadShape.of(layer),
-            key=key.view(num_blocks, heads, block_size, layer.head_size),
-            value=value.view(num_blocks, heads, block_size, layer.v_head_size),
-        )
+        shape, parts, offset = (layer.num_kv_heads, block_size), [], 0
+        for size in (layer.head_size, layer.v_head_size):
+            strides = (stride, block_size * size, size, 1)
+            parts.append(
+                elements.as_strided((num_blocks, *shape, size), strides, offset)
+            )
+            offset += math.prod(shape) * size
+        key, value = parts
+        return Pool(layer=layer, shape=HeadShape.of(layer), key=key, value=value)
 
     def view(self, region: Any, dtype: str) -> torch.Tensor:
         """A region's elements, flat."""
