@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows, caps, slopes and positions: every kernel against float64, and no other read.
+
+Blocks that no row sees, the null block included, hold NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from random_step import RandomStep
+
+from vllm_attn_offload.memory_node.decode_attention import create_decode_attention
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.native.attention import load_cpu_library
+from vllm_attn_offload.protocol.geometry import Dtype
+
+ROUNDS = 3
+PER_ROUND = 16
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def attention(request: pytest.FixtureRequest) -> DecodeAttention[Any, Any]:
+    if request.param == "cpp" and load_cpu_library() is None:
+        pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
+    threads = torch.get_num_threads()
+    created = create_decode_attention(request.param, "cpu")
+    torch.set_num_threads(threads)
+    return created
+
+
+@pytest.mark.parametrize("first_seed", range(0, ROUNDS * PER_ROUND, PER_ROUND))
+def test_random_steps_are_exact(
+    attention: DecodeAttention[Any, Any], first_seed: int
+) -> None:
+    for seed in range(first_seed, first_seed + PER_ROUND):
+        RandomStep(seed).assert_exact(attention)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_random_steps_in_half_precision(
+    attention: DecodeAttention[Any, Any], dtype: Dtype
+) -> None:
+    for seed in range(PER_ROUND):
+        RandomStep(seed, dtype=dtype).assert_exact(attention)
+
+
+def test_random_steps_of_large_heads(attention: DecodeAttention[Any, Any]) -> None:
+    for seed in range(PER_ROUND):
+        RandomStep(seed, head_sizes=(256, 512)).assert_exact(attention)
