@@ -7,13 +7,11 @@ from collections.abc import Iterable
 
 import torch
 
+from vllm_attn_offload.attention.cpu_chunk import CpuChunk, chunk_of
+from vllm_attn_offload.attention.cpu_fused import attend_causal, attend_window
+from vllm_attn_offload.attention.cpu_scores import attend_scores
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.client.step_partition import Prefill
-
-#: CPUs without bf16 instructions multiply in fp32 several times faster.
-_COMPUTES_BF16 = (
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
 
 
 def attend_locally(
@@ -33,7 +31,7 @@ def attend_locally(
         output: ``[num_tokens, num_heads, head_size]``; rows of prefills are filled,
             the others set to zero where there are any.
         prefills: Which rows belong together.
-        attention: Attributes of the layer.
+        attention: Attributes of the layer; sinks do not enter here.
 
     Returns:
         ``[num_tokens, num_heads]`` fp32 natural log-sum-exp; -inf in other rows.
@@ -43,41 +41,19 @@ def attend_locally(
     for prefill in prefills:
         output[filled : prefill.begin].zero_()
         rows = slice(prefill.begin, prefill.end)
-        _attend(
-            query[rows],
-            key[rows],
-            value[rows],
-            output[rows],
-            lse[rows],
-            attention.softmax_scale,
-        )
+        chunk = chunk_of(query[rows], key[rows], value[rows], output[rows], lse[rows])
+        _attend(chunk, attention)
         filled = prefill.end
     output[filled:].zero_()
     return lse
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    softmax_scale: float,
-) -> None:
-    """Attend one request; KV heads are the batch, query heads of one share its keys."""
-    num_kv_heads = key.shape[1]
-    group = query.shape[1] // num_kv_heads
-    if query.dtype != torch.float32 and not _COMPUTES_BF16:
-        query, key, value = query.float(), key.float(), value.float()
-    # [num_kv_heads, group, rows, size]; the group's keys are one tensor, seen often.
-    queries = query.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
-    keys, values = (
-        part.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
-        for part in (key, value)
-    )
-    # The only CPU attention of torch that returns the log-sum-exp.
-    out, out_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, is_causal=True, scale=softmax_scale
-    )
-    output.unflatten(1, (num_kv_heads, group)).copy_(out.permute(2, 0, 1, 3))
-    lse.unflatten(1, (num_kv_heads, group)).copy_(out_lse.permute(2, 0, 1))
+def _attend(chunk: CpuChunk, attention: LayerAttention) -> None:
+    """Attend one request by the fastest exact way."""
+    window = attention.sliding_window
+    if attention.soft_cap or attention.alibi_slopes is not None:
+        attend_scores(chunk, attention)
+    elif 0 < window < chunk.num_rows:
+        attend_window(chunk, attention.softmax_scale, window)
+    else:
+        attend_causal(chunk, attention.softmax_scale)
