@@ -98,14 +98,17 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             apply_to_engine_args,
             choose_scheduler,
         )
+        from vllm_attn_offload.engine.cpu_shares import check_cpus
         from vllm_attn_offload.engine.node_metrics import export_node_metrics
-        from vllm_attn_offload.engine.placement import check_local_cpus
+        from vllm_attn_offload.engine.placement import check_local_memory
 
         check_arguments(self)
-        check_local_cpus(config)
-        apply_to_engine_args(self)
+        check_cpus(config)
+        is_first = apply_to_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
+        if is_first:
+            check_local_memory(config, vllm_config)
         if config.on_node_loss == "recover":
             choose_scheduler(vllm_config, config.recovery_timeout_s)
         export_node_metrics(vllm_config, config)

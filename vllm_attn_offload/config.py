@@ -52,7 +52,8 @@ class AttentionOffloadConfig:
     """CPUs of the local memory nodes, such as 8-15; several nodes divide them in order,
     or share all where there are fewer CPUs than nodes. Unset: half of the host's cores,
     or those that the workers are not bound to; each node may use all with
-    VLLM_CPU_OMP_THREADS_BIND=nobind."""
+    VLLM_CPU_OMP_THREADS_BIND=nobind. Under a CPU quota, such as a container's, nodes
+    and workers together get as many CPUs as it allows, and unbound nodes as many."""
     partition: PartitionOption = "auto"
     """What is divided between several memory nodes. heads: each node holds some KV
     heads of every block; the number of KV heads must be a multiple of the number of

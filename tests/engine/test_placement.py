@@ -1,56 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this host's CPUs, memory and GPUs are divided between local memory nodes."""
+"""How this host's memory and GPUs are divided between local memory nodes."""
 
 from __future__ import annotations
 
-import os
 import re
+from pathlib import Path
 
 import psutil
 import pytest
-from vllm.config import VllmConfig
+from harness import tiny_llama
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm_attn_offload.patches import apply_patches
 
-from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.config import CONFIG_KEY, AttentionOffloadConfig
+from vllm_attn_offload.engine.args import environment_of_one_engine
 from vllm_attn_offload.engine.placement import (
-    check_local_cpus,
+    check_local_memory,
     choose_devices,
-    local_cpus,
     local_kv_cache_gib,
 )
 from vllm_attn_offload.memory_node.memory_claim import unpromised_host_bytes
 from vllm_attn_offload.protocol.messages import GIB
-
-
-@pytest.mark.parametrize(
-    ("num_nodes", "given", "expected"),
-    [
-        (1, "8-15", ["8-15"]),
-        (2, "0-4", ["0,1", "2,3,4"]),
-        (3, "6,7", ["6,7", "6,7", "6,7"]),
-    ],
-)
-def test_given_cpus(num_nodes: int, given: str, expected: list[str]) -> None:
-    config = AttentionOffloadConfig(num_local_nodes=num_nodes, local_node_cpus=given)
-    assert local_cpus(config, VllmConfig()) == expected
-
-
-def test_nodes_avoid_the_cores_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of the ranks that another engine of the deployment starts."""
-    first, *rest = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{first}")
-    (cpus,) = local_cpus(AttentionOffloadConfig(), VllmConfig())
-    assert cpus == ",".join(map(str, rest))
-
-
-def test_nodes_are_not_bound_where_workers_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each node may use all CPUs, unless the user chose some for the nodes."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    config = AttentionOffloadConfig(num_local_nodes=2)
-    assert local_cpus(config, VllmConfig()) == ["", ""]
-    config = AttentionOffloadConfig(num_local_nodes=2, local_node_cpus="0-3")
-    assert local_cpus(config, VllmConfig()) == ["0,1", "2,3"]
 
 
 def test_local_memory() -> None:
@@ -66,24 +37,54 @@ def test_local_memory() -> None:
     assert share * 8 < psutil.virtual_memory().total / GIB
 
 
-def test_cpus_that_are_not_here() -> None:
-    """Refused before a node is started, unless nodes run elsewhere."""
-    usable = sorted(os.sched_getaffinity(0))
-    check_local_cpus(AttentionOffloadConfig(local_node_cpus=str(usable[0])))
-    check_local_cpus(AttentionOffloadConfig(("a:1",), local_node_cpus="4095"))
-    allowed = f"CPU 4095 is not usable here. Allowed: {','.join(map(str, usable))}. "
-    with pytest.raises(ValueError, match=re.escape(allowed)):
-        check_local_cpus(AttentionOffloadConfig(local_node_cpus="0,4095"))
+def total_gib() -> float:
+    return psutil.virtual_memory().total / GIB
 
 
-@pytest.mark.parametrize("text", ["a-b", "1-", "0;1"])
-def test_cpus_that_are_no_list(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = r" was given\. Allowed: CPU numbers and .+ Write for example 8-15"
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", text)
-    with pytest.raises(
-        ValueError, match=f"VLLM_CPU_OMP_THREADS_BIND={text!r}{allowed}"
-    ):
-        local_cpus(AttentionOffloadConfig(), VllmConfig())
+@pytest.mark.parametrize(("num_nodes", "num_engines"), [(1, 1), (2, 1), (2, 2)])
+def test_more_memory_than_there_is(num_nodes: int, num_engines: int) -> None:
+    """Nodes of all engines of this host count, each for itself and in all."""
+    kv_cache_gib = total_gib() / (num_nodes * num_engines) * 1.01
+    config = AttentionOffloadConfig(
+        num_local_nodes=num_nodes, kv_cache_gib=kv_cache_gib
+    )
+    parallel = ParallelConfig(
+        data_parallel_size=num_engines, data_parallel_size_local=num_engines
+    )
+    message = (
+        f"kv_cache_gib={kv_cache_gib:g} was given for {num_nodes * num_engines} local "
+        f"memory node(s): {kv_cache_gib * num_nodes * num_engines:g} GiB, and "
+    )
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_local_memory(config, VllmConfig(parallel_config=parallel))
+    (allowed,) = re.findall(r"Allowed: up to ([\d.]+)\. Lower ", str(error.value))
+    assert float(allowed) < kv_cache_gib
+
+
+def test_memory_that_is_not_this_hosts() -> None:
+    """Nodes that run elsewhere know their own; a node without a size chooses one."""
+    much = total_gib() * 2
+    remote = AttentionOffloadConfig(("a:1",), kv_cache_gib=much)
+    check_local_memory(remote, VllmConfig())
+    check_local_memory(AttentionOffloadConfig(num_local_nodes=64), VllmConfig())
+    check_local_memory(AttentionOffloadConfig(kv_cache_gib=0.001), VllmConfig())
+
+
+def test_refused_with_the_configuration(tmp_path: Path) -> None:
+    """By vLLM's own call, before a process is started."""
+    apply_patches()
+    tiny_llama.save(tmp_path)
+    options = {"num_local_nodes": 2, "kv_cache_gib": total_gib() * 0.6}
+    arguments = EngineArgs(
+        str(tmp_path),
+        skip_tokenizer_init=True,
+        additional_config={CONFIG_KEY: options},
+        **tiny_llama.engine_options(),
+    )
+    before = psutil.Process().children(recursive=True)
+    with environment_of_one_engine(), pytest.raises(ValueError, match="2 local memory"):
+        arguments.create_engine_config()
+    assert psutil.Process().children(recursive=True) == before
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,12 @@ _VARIABLES = (
 )
 
 
-def apply_to_engine_args(engine_args: EngineArgs) -> None:
+def apply_to_engine_args(engine_args: EngineArgs) -> bool:
     """Set executor, worker and backend, and what only the environment can carry.
+
+    Returns:
+        Whether this is the process that starts the engines: one of several API servers
+        does not, and finds them started.
 
     Raises:
         ValueError: The user chose another executor, worker or device.
@@ -70,13 +74,14 @@ def apply_to_engine_args(engine_args: EngineArgs) -> None:
     _set(engine_args, "distributed_executor_backend", EXECUTOR_CLS, (None, "mp", "uni"))
     _set(engine_args, "worker_cls", worker_cls, ("auto",))
     if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
-        return  # One of several API servers; their parent process has done the rest.
+        return False
     directory = _new_run_dir()
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
     say_why_at_exit(OutageBoard.create())
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
+    return True
 
 
 @contextmanager

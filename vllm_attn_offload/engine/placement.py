@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divides a host's devices, CPUs and memory between workers and memory nodes."""
+"""Chooses the devices, CPUs and memory of local memory nodes."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm import envs
 from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import parse_id_list
 from vllm.utils.import_utils import import_pynvml
-from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.cpu_list import parse_cpu_list
-from vllm_attn_offload.engine.args import (
-    RESERVED_CPUS_VARIABLE,
-    data_parallel_size,
-    run_dir,
-)
+from vllm_attn_offload.engine.args import data_parallel_size, run_dir
+from vllm_attn_offload.engine.cpu_shares import check_cpus, local_cpus
 from vllm_attn_offload.engine.node_handle import Launch
 from vllm_attn_offload.memory_node.launcher import (
     MemoryNodeProcess,
+    available_host_bytes,
     unpromised_host_bytes,
 )
 from vllm_attn_offload.protocol.messages import GIB
@@ -47,7 +39,7 @@ def local_nodes(
     Returns:
         One launcher per node; none if the options name running nodes.
     """
-    check_local_cpus(config)
+    check_cpus(config)
     if config.memory_nodes:
         return []
     engine = vllm_config.parallel_config.data_parallel_index
@@ -96,81 +88,30 @@ def _launch(
     )
 
 
-def check_local_cpus(config: AttentionOffloadConfig) -> None:
-    """Refuse CPUs that local nodes cannot have, before any of them is started.
+def check_local_memory(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> None:
+    """Refuse a KV cache that this host's memory, or its container's, does not hold.
 
     Raises:
-        ValueError: A CPU is not on this host, or not for this process.
+        ValueError: The local nodes of all engines here would hold more than there is.
     """
-    if not config.local_node_cpus or config.memory_nodes:
+    if config.kv_cache_gib is None or config.memory_nodes:
         return
-    usable = os.sched_getaffinity(0)
-    if absent := set(parse_cpu_list(config.local_node_cpus)) - usable:
+    parallel = vllm_config.parallel_config
+    num_engines = parallel.data_parallel_size_local
+    devices = local_devices(
+        config.num_local_nodes, parallel.local_world_size, 0, num_engines
+    )
+    num_nodes = devices.count("cpu") * num_engines
+    wanted_gib = config.kv_cache_gib * num_nodes
+    available_gib = available_host_bytes() / GIB
+    if wanted_gib > available_gib:
         raise ValueError(
-            f"local_node_cpus={config.local_node_cpus!r} was given, and CPU "
-            f"{min(absent)} is not usable here. Allowed: "
-            f"{','.join(map(str, sorted(usable)))}. Choose from these, or leave "
-            "local_node_cpus out."
+            f"kv_cache_gib={config.kv_cache_gib:g} was given for {num_nodes} local "
+            f"memory node(s): {wanted_gib:g} GiB, and {available_gib:.2f} GiB of "
+            f"memory are available here. Allowed: up to {available_gib / num_nodes:.2f}"
+            ". Lower kv_cache_gib or num_local_nodes, stop other processes, or name "
+            "nodes of other hosts in memory_nodes."
         )
-
-
-def share_cpus(vllm_config: VllmConfig) -> list[int]:
-    """Split the host's CPUs between the workers and the local memory nodes.
-
-    vLLM's automatic binding gives the workers all cores but one. Attention is the
-    memory-bound half of a decode step, so half of the cores are reserved for the nodes,
-    unless the user has bound threads or reserved CPUs already.
-
-    Returns:
-        CPUs of the nodes; none if workers are not bound.
-    """
-    if not current_platform.is_cpu():
-        return []
-    binding = envs.VLLM_CPU_OMP_THREADS_BIND
-    if binding == "nobind":
-        return []
-    if binding != "auto":
-        # CPUs of all data-parallel ranks; each rank knows only its own workers.
-        bound = {cpu for part in binding.split("|") for cpu in _bound_cpus(part)}
-        return sorted(os.sched_getaffinity(0) - bound)
-    if envs.VLLM_CPU_NUM_OF_RESERVED_CPU is None:
-        # vLLM reads it later, when it binds the workers.
-        num_cores = len(os.sched_getaffinity(0))
-        os.environ[RESERVED_CPUS_VARIABLE] = str(
-            max(vllm_config.parallel_config.local_world_size, num_cores // 2)
-        )
-    return sorted(OMPProcessManager(vllm_config).reserved_cpu_list)
-
-
-def local_cpus(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> list[str]:
-    """Choose the CPUs of each local memory node, in the syntax of ``--cpus``.
-
-    Nodes have CPUs of their own if there are enough and share all of them otherwise.
-    An empty string leaves the node's default.
-    """
-    num_nodes = config.num_local_nodes
-    if not config.local_node_cpus:
-        cpus = share_cpus(vllm_config)
-    elif num_nodes == 1:
-        return [config.local_node_cpus]
-    else:
-        cpus = parse_cpu_list(config.local_node_cpus)
-    if len(cpus) < num_nodes:
-        return [",".join(map(str, cpus))] * num_nodes
-    bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
-    return [
-        ",".join(map(str, cpus[begin:end])) for begin, end in itertools.pairwise(bounds)
-    ]
-
-
-def _bound_cpus(text: str) -> list[int]:
-    try:
-        return parse_id_list(text)  # as vLLM reads it
-    except ValueError as error:
-        raise ValueError(
-            f"VLLM_CPU_OMP_THREADS_BIND={text!r} was given. Allowed: CPU numbers and "
-            "ranges of them. Write for example 8-15 or 0,2."
-        ) from error
 
 
 def local_kv_cache_gib(
