@@ -31,17 +31,27 @@ class PartialOutputs:
     ) -> None:
         shape = (num_parts, num_rows, num_heads)
         self.out = torch.zeros(*shape, v_head_size, dtype=dtype)
-        self.lse = torch.full(shape, -torch.inf)
+        # One more part, which weighs nothing but where no node sees a key: a softmax
+        # over no part at all is NaN.
+        self._lse_and_floor = torch.full((num_parts + 1, *shape[1:]), -torch.inf)
+        self._lse_and_floor[-1] = torch.finfo(torch.float32).min
+        self.lse = self._lse_and_floor[:-1]
+
+    def part(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of one node."""
+        return self.out[index], self.lse[index]
 
     def merge_into(self, output: torch.Tensor, lse: torch.Tensor | None) -> None:
-        """Combine all parts by their log-sum-exp, in fp32.
+        """Combine all parts, finite everywhere, by their log-sum-exp, in fp32.
 
         Args:
-            output: ``[num_rows, num_heads, v_head_size]``, filled.
-            lse: ``[num_rows, num_heads]`` fp32, filled; None: not wanted.
+            output: ``[num_rows, num_heads, v_head_size]``, filled; 0 where no part sees
+                a key.
+            lse: ``[num_rows, num_heads]`` fp32, filled, -inf where no part sees a key;
+                None: not wanted.
         """
-        weights = torch.softmax(self.lse, dim=0).unsqueeze(-1)
-        output.copy_((self.out.float() * weights).sum(0))
+        weights = torch.softmax(self._lse_and_floor, dim=0)[:-1].unsqueeze(-1)
+        output.copy_((self.out * weights).sum(0))
         if lse is not None:
             torch.logsumexp(self.lse, dim=0, out=lse)
 
@@ -56,18 +66,36 @@ def merge_remote(
     """Complete local attention by the part of the nodes, in fp32.
 
     Args:
-        output: ``[num_tokens, num_heads, v_head_size]``: the local part, finite
-            everywhere; filled with the result.
-        lse: ``[num_tokens, num_heads]`` fp32 of the local part; -inf: none.
-        remote: ``[num_rows, num_heads, v_head_size]``, the nodes' part.
-        remote_lse: ``[num_rows, num_heads]`` fp32.
+        output: ``[num_tokens, num_heads, v_head_size]``: the local part, 0 where its
+            ``lse`` is -inf; filled with the result.
+        lse: ``[num_tokens, num_heads]`` fp32 of the local part, -inf: none; filled with
+            that of both.
+        remote: ``[num_rows, num_heads, v_head_size]``, the nodes' part, finite.
+        remote_lse: ``[num_rows, num_heads]`` fp32, -inf where nodes see no key.
         rows: int64 ``[num_rows]``, rows of ``output``; None: all.
     """
     local, seen = (output, lse) if rows is None else (output[rows], lse[rows])
-    out = torch.stack((local.float(), remote.float()))
-    weights = torch.softmax(torch.stack((seen, remote_lse)), dim=0).unsqueeze(-1)
-    merged = (out * weights).sum(0).to(output.dtype)
+    merged_lse = torch.logaddexp(seen, remote_lse)
+    # Where neither part sees a key their difference would be NaN: the local part stays.
+    floor = torch.finfo(torch.float32).min
+    weight = torch.exp(remote_lse - merged_lse.clamp_min(floor)).unsqueeze(-1)
+    merged = torch.lerp(local.float(), remote.float(), weight).to(output.dtype)
     if rows is None:
         output.copy_(merged)
+        lse.copy_(merged_lse)
     else:
         output.index_copy_(0, rows, merged)
+        lse.index_copy_(0, rows, merged_lse)
+
+
+def apply_sinks(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let every head see one more key, of this score and without a value, in place.
+
+    Once, after the last merge: a key that several parts counted would weigh more.
+
+    Args:
+        output: ``[num_rows, num_heads, v_head_size]``, of any device; rescaled in fp32.
+        lse: ``[num_rows, num_heads]`` fp32 over all keys that a row sees; -inf: none.
+        sinks: ``[num_heads]`` of any float type, finite.
+    """
+    output.mul_(torch.sigmoid(lse - sinks.float()).unsqueeze(-1))
