@@ -33,9 +33,9 @@ class PartialOutputs:
         self.out = torch.zeros(*shape, v_head_size, dtype=dtype)
         # One more part, which weighs nothing but where no node sees a key: a softmax
         # over no part at all is NaN.
-        self._lse_and_floor = torch.full((num_parts + 1, *shape[1:]), -torch.inf)
-        self._lse_and_floor[-1] = torch.finfo(torch.float32).min
-        self.lse = self._lse_and_floor[:-1]
+        self._exponents = torch.full((num_parts + 1, *shape[1:], 1), -torch.inf)
+        self._exponents[-1] = torch.finfo(torch.float32).min
+        self.lse = self._exponents[:-1, ..., 0]
 
     def part(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp of one node."""
@@ -50,8 +50,8 @@ class PartialOutputs:
             lse: ``[num_rows, num_heads]`` fp32, filled, -inf where no part sees a key;
                 None: not wanted.
         """
-        weights = torch.softmax(self._lse_and_floor, dim=0)[:-1].unsqueeze(-1)
-        output.copy_((self.out * weights).sum(0))
+        weights = torch.softmax(self._exponents, dim=0)[:-1]
+        output.copy_((self.out.float() * weights).sum(0))
         if lse is not None:
             torch.logsumexp(self.lse, dim=0, out=lse)
 
