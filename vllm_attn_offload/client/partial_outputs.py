@@ -51,7 +51,10 @@ class PartialOutputs:
                 None: not wanted.
         """
         weights = torch.softmax(self._exponents, dim=0)[:-1]
-        output.copy_((self.out.float() * weights).sum(0))
+        if output.dtype == torch.float32:
+            torch.sum(self.out * weights, dim=0, out=output)
+        else:
+            output.copy_(self.out.float().mul_(weights).sum(0))
         if lse is not None:
             torch.logsumexp(self.lse, dim=0, out=lse)
 
