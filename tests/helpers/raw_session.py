@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import select
 import socket
+from typing import Any
 
 import torch
 
@@ -62,6 +63,30 @@ def make_geometry(
         for index in range(num_layers)
     ]
     return SessionGeometry(dtype, [KVGroup(block_size)], layers)
+
+
+def make_hybrid_geometry(
+    dtype: Dtype = "float32", num_query_heads: int = 6
+) -> SessionGeometry:
+    """Full and windowed layers that share two storages, in blocks of unequal bytes.
+
+    Layer 0 has a soft cap, 1 ALiBi, 2 reads what 1 stores; 3 and 4 have windows.
+    """
+
+    def layer(group: int, storage: int, **changes: Any) -> LayerGeometry:
+        num_kv_heads, head_size = ((2, 64), (1, 32))[group]
+        shape = (num_query_heads, num_kv_heads, head_size, head_size)
+        return LayerGeometry(f"{changes}", group, storage, *shape, 0.1, **changes)
+
+    slopes = tuple(2.0 ** -(head + 1) for head in range(num_query_heads))
+    layers = [
+        layer(0, 0, soft_cap=3.0),
+        layer(0, 1, alibi_slopes=slopes),
+        layer(0, 1, stores=False),
+        layer(1, 0, sliding_window=40),
+        layer(1, 1, sliding_window=40, soft_cap=5.0, alibi_slopes=slopes),
+    ]
+    return SessionGeometry(dtype, [KVGroup(16), KVGroup(32)], layers)
 
 
 def reservation(
@@ -138,11 +163,12 @@ class RawSession:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
-    def send_step(self, step: StepMetadata) -> None:
-        """Send a STEP frame with the next number."""
-        self._step += 1
+    def send_step(self, step: StepMetadata, group: int = 0) -> None:
+        """Send a STEP frame; that of group 0 comes first and has the next number."""
+        self._step += group == 0
         payload = encode_step(step)
         header = FrameHeader(FrameKind.STEP, step=self._step, num_bytes=payload.nbytes)
+        header.group = group
         self.send(header, payload)
 
     def layer_header(self, layer: int, qkv: torch.Tensor) -> FrameHeader:
@@ -177,7 +203,7 @@ class RawSession:
     def post_planar(
         self, layer: int, parts: tuple[torch.Tensor, ...], flags: int = 0
     ) -> None:
-        """Send rows of q (if any), k and v, one behind the other."""
+        """Send rows of q (if any), k and v (if stored), one behind the other."""
         payload = torch.cat([part.reshape(-1) for part in parts])
         header = self.layer_header(layer, payload)
         header.flags = flags
@@ -229,11 +255,11 @@ def encode_step(step: StepMetadata) -> memoryview:
 
 
 def _block_bytes(geometry: SessionGeometry) -> int:
+    """Bytes of a block in all storages, if none is padded."""
     item_bytes = 4 if geometry.dtype == "float32" else 2
-    return sum(
-        layer.num_kv_heads
-        * (layer.head_size + layer.v_head_size)
-        * geometry.groups[layer.group].block_size
-        * item_bytes
-        for layer in geometry.layers
-    )
+    storages: dict[int, int] = {}
+    for layer in geometry.layers:
+        row = layer.num_kv_heads * (layer.head_size + layer.v_head_size)
+        num_bytes = row * geometry.groups[layer.group].block_size * item_bytes
+        storages[layer.storage] = max(num_bytes, storages.get(layer.storage, 0))
+    return sum(storages.values())

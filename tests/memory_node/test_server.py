@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from collections.abc import Iterator
@@ -198,6 +199,14 @@ def test_reserve_more_than_is_left(node: NodeProcess, control: ControlClient) ->
     control.reserve(reservation(make_geometry(), 128 * MIB))
 
 
+def with_layers(**changes: Any) -> dict[str, Any]:
+    """A geometry whose last layer is changed."""
+    geometry = make_geometry()
+    first, last = geometry.layers
+    layers = [first, msgspec.structs.replace(last, **changes)]
+    return {"geometry": msgspec.structs.replace(geometry, layers=layers)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -212,10 +221,31 @@ def test_reserve_more_than_is_left(node: NodeProcess, control: ControlClient) ->
                     make_geometry(), groups=[KVGroup(16), KVGroup(16)]
                 )
             },
-            "2 KV groups were given; this release serves 1",
+            "KV group 1 has no layer; each must have one",
+        ),
+        (
+            with_layers(alibi_slopes=(0.5,)),
+            "1 ALiBi slopes for 9 query heads; one each",
+        ),
+        (with_layers(soft_cap=math.inf), "that is not finite; all must be"),
+        (with_layers(softmax_scale=math.nan), "that is not finite; all must be"),
+        (
+            with_layers(storage=0),
+            "layers.1.attn of KV group 0 both store into storage 0",
+        ),
+        (
+            with_layers(stores=False),
+            "reads storage 1, into which no layer of KV group 0",
+        ),
+        (
+            with_layers(stores=False, storage=0, num_kv_heads=9),
+            r"reads KV heads and head sizes \(9, 64, 64\), and layer layers.0.attn",
         ),
     ],
-    ids=["less than a block", "heads", "groups"],
+    ids=[
+        *("less than a block", "heads", "groups", "slopes", "cap", "scale"),
+        *("two stores", "no store", "other heads"),
+    ],
 )
 def test_reserve_refuses(
     control: ControlClient, changes: dict[str, Any], message: str

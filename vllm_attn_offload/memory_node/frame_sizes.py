@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-
-import msgspec
+from collections import defaultdict
 
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
@@ -43,17 +42,13 @@ class FrameSizes:
 
     def __init__(self, geometry: SessionGeometry, opened: OpenSession) -> None:
         self._rows = [TokenLayout.of(layer) for layer in geometry.layers]
-        # Layers that differ in nothing else share a plan.
-        self._shapes = list(
-            {
-                msgspec.structs.replace(layer, name="", storage=0, softmax_scale=0.0)
-                for layer in geometry.layers
-            }
-        )
+        self._stores = [layer.stores for layer in geometry.layers]
+        self._shapes = _planned_shapes(geometry)
         self._item_bytes = DTYPE_BYTES[geometry.dtype]
         self._max_reqs = opened.max_num_reqs
         self._max_tokens = opened.max_num_tokens
-        self.kinds = [self._rows.index(rows) for rows in self._rows]
+        layouts = list(zip(self._rows, self._stores, strict=True))
+        self.kinds = [layouts.index(layout) for layout in layouts]
         self.out_row_bytes = [rows.out * self._item_bytes for rows in self._rows]
         self.lse_row_bytes = [4 * layer.num_query_heads for layer in geometry.layers]
         self.limits = [
@@ -111,12 +106,16 @@ class FrameSizes:
     def layout(
         self, layer: int, num_query_rows: int, num_tokens: int, *, is_fused: bool
     ) -> PayloadLayout:
-        """Layout of a LAYER payload.
+        """Layout of a LAYER payload: of q alone where the layer stores nothing.
 
         Raises:
-            ProtocolError: Fused rows, but not every token queries.
+            ProtocolError: Fused rows, but not every token queries, or none is stored.
         """
         rows = self._rows[layer]
+        if not self._stores[layer]:
+            if is_fused:
+                raise ProtocolError(f"fused rows for layer {layer}, which sends only q")
+            num_tokens = 0
         if not is_fused:
             return PayloadLayout.planar(
                 rows, num_query_rows, num_tokens, self._item_bytes
@@ -127,3 +126,22 @@ class FrameSizes:
                 "tokens"
             )
         return PayloadLayout.fused(rows, num_tokens, self._item_bytes)
+
+
+def _planned_shapes(geometry: SessionGeometry) -> list[LayerGeometry]:
+    """A layer for each plan of a step: it suits all with its heads, window and blocks.
+
+    Blocks of one shape lie further apart where larger ones share the storage.
+    """
+    in_storage: dict[int, set[tuple[int, int, int, int]]] = defaultdict(set)
+    for layer in geometry.layers:
+        block_size = geometry.groups[layer.group].block_size
+        block = (block_size, layer.num_kv_heads, layer.head_size, layer.v_head_size)
+        in_storage[layer.storage].add(block)
+    shapes = {}
+    for layer in geometry.layers:
+        heads = (layer.num_query_heads, layer.num_kv_heads)
+        sizes = (layer.head_size, layer.v_head_size, layer.sliding_window)
+        blocks = frozenset(in_storage[layer.storage])
+        shapes[layer.group, heads, sizes, blocks] = layer
+    return list(shapes.values())

@@ -18,9 +18,9 @@ class PlannedStep:
 
     Attributes:
         number: Number of the step, as its layers name it.
-        num_tokens: Rows of k and v in every layer.
+        num_tokens: Rows of k and v in every layer that stores.
         num_query_rows: Rows of q in every layer.
-        num_attended_tokens: Cached tokens that every layer reads.
+        num_attended_tokens: Tokens that a layer without a window reads.
         plan: Plan of the node's kernel.
         layouts: Layouts of LAYER payloads, kept because layers are alike.
     """
@@ -33,13 +33,15 @@ class PlannedStep:
     layouts: dict[tuple[int, int], PayloadLayout] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, number: int, step: StepMetadata, plan: Any) -> PlannedStep:
+    def of(
+        cls, number: int, step: StepMetadata, plan: Any, block_size: int
+    ) -> PlannedStep:
         """Plan of a step, whose arrays may change afterwards."""
         has_queries = np.diff(step.query_start_loc) > 0
         return cls(
             number,
             step.num_tokens,
             step.num_query_rows,
-            int(step.seq_lens[has_queries].sum()),
+            int(step.tokens_held(block_size)[has_queries].sum()),
             plan,
         )

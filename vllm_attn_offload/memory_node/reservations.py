@@ -15,9 +15,9 @@ from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.fair_lock import FairLock
 from vllm_attn_offload.memory_node.frame_budget import ENGINE_SHARE, FrameBudget
 from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
+from vllm_attn_offload.memory_node.geometry_check import check_geometry
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.session import Session
-from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import (
     GIB,
     AttachSession,
@@ -102,7 +102,7 @@ class Reservations:
         return CapacityReserved(reservation, num_blocks, kv_bytes)
 
     def _block_bytes(self, request: ReserveCapacity) -> int:
-        _check_geometry(request.geometry)
+        check_geometry(request.geometry)
         block_bytes = bytes_per_block(request.geometry, self._attention)
         if request.kv_bytes < block_bytes:
             raise ValueError(
@@ -276,22 +276,4 @@ def _check_attach(session: Session, token: str, request: AttachSession) -> None:
             "the worker's attention layers differ from the session's (heads, head "
             "sizes, block size or dtype). Use the same model and vLLM version in all "
             "ranks of an engine."
-        )
-
-
-def _check_geometry(geometry: SessionGeometry) -> None:
-    for layer in geometry.layers:
-        if layer.group >= len(geometry.groups):
-            raise ValueError(
-                f"layer {layer.name} names KV group {layer.group}, which is missing"
-            )
-        if layer.num_query_heads % layer.num_kv_heads:
-            raise ValueError(
-                f"layer {layer.name} has {layer.num_query_heads} query heads for "
-                f"{layer.num_kv_heads} KV heads; it must be a multiple"
-            )
-    if len(geometry.groups) > 1:
-        raise ValueError(
-            f"{len(geometry.groups)} KV groups were given; this release serves 1. "
-            "Use a model whose layers all use full attention."
         )

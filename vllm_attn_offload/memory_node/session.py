@@ -165,7 +165,7 @@ class Session:
         plan = self._attention.plan(
             header.group, self.geometry, step, previous and previous.plan
         )
-        self._steps[key] = PlannedStep.of(header.step, step, plan)
+        self._steps[key] = PlannedStep.of(header.step, step, plan, limits.block_size)
         self._counters.num_steps += 1
         self._counters.bytes_received += header.num_bytes
 

@@ -138,7 +138,7 @@ def store_rows(
     rows: slice = slice(None),
 ) -> None:
     """Write rows of k and v of the payload, uint8 ``[num_bytes]``, into the pool."""
-    if plan.num_tokens:
+    if layout.num_tokens:
         _, key, value = payload_views(payload, layout, pool.layer, pool.key.dtype)
         slots = plan.slot_mapping[rows]
         store_kv(key[rows], value[rows], pool.key, pool.value, slots)
