@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_attn_offload.unsupported import Unsupported, is_set
+from vllm_attn_offload.unsupported import Given, Unsupported, is_set
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -15,17 +15,6 @@ _SINK_MODELS = ("gpt_oss",)
 _OWN_ATTENTION = "vllm.models."
 #: Of the memory nodes' compiled kernels.
 _MAX_HEAD_SIZE = 576
-
-
-def _sliding_window(config: VllmConfig) -> str:
-    window = config.model_config.get_sliding_window()
-    return f"a sliding window of {window} tokens" if window else ""
-
-
-def _soft_cap(config: VllmConfig) -> str:
-    # Gemma-2 names it so; models without the field have none.
-    cap = config.model_config.hf_text_config.to_dict().get("attn_logit_softcapping")
-    return f"attn_logit_softcapping={cap}" if cap else ""
 
 
 def _sinks(config: VllmConfig) -> str:
@@ -64,18 +53,6 @@ def _head_size(config: VllmConfig) -> str:
     return "" if is_held or config.model_config.use_mla else f"heads of size {size}"
 
 
-def _uneven_heads(config: VllmConfig) -> str:
-    """Find layers whose heads differ: each kind of them sends a step of its own."""
-    text = config.model_config.hf_text_config.to_dict()
-    per_layer = text.get("num_key_value_heads_per_layer") or [
-        (block.get("attention") or {}).get("n_heads_in_group")
-        for block in text.get("block_configs") or ()
-    ]
-    # Of a layer without attention there are none.
-    differ = len(set(per_layer) - {None}) > 1
-    return "layers that differ in their heads" if differ else ""
-
-
 def _shared_kv(config: VllmConfig) -> str:
     # Gemma-3n and Gemma-4 name it so; models without the field have none.
     count = config.model_config.hf_text_config.to_dict().get("num_kv_shared_layers")
@@ -90,14 +67,13 @@ def _value_heads(config: VllmConfig) -> str:
     return f"values of size {size} with keys of size {keys}" if differs else ""
 
 
+def _on_gpu(given: Given) -> Given:
+    return lambda config: (
+        "" if config.device_config.device_type == "cpu" else given(config)
+    )
+
+
 UNSUPPORTED_MODELS = (
-    Unsupported(
-        "Sliding-window layers",
-        _sliding_window,
-        "attention over the full context",
-        "Pass --disable-sliding-window to limit the context to the window, or run "
-        "without --attention-offload.",
-    ),
     Unsupported(
         "Chunked local attention",
         is_set(
@@ -106,16 +82,15 @@ UNSUPPORTED_MODELS = (
         ),
         "attention over the full context",
     ),
-    Unsupported("Attention sinks", _sinks, "attention without sinks"),
     Unsupported(
-        "Layers that differ in their heads", _uneven_heads, "layers that are alike"
+        "Attention sinks on GPU compute nodes",
+        _on_gpu(_sinks),
+        "attention without sinks, or a CPU compute node",
     ),
-    Unsupported("KV sharing between layers", _shared_kv, "layers with a KV cache each"),
-    Unsupported("Logit soft cap", _soft_cap, "no soft cap"),
     Unsupported(
-        "ALiBi",
-        is_set("model_config.uses_alibi", "ALiBi"),
-        "attention without position biases",
+        "KV sharing between layers on GPU compute nodes",
+        _on_gpu(_shared_kv),
+        "layers with a KV cache each, or a CPU compute node",
     ),
     Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
     Unsupported(

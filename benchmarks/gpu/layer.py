@@ -71,7 +71,9 @@ class OneLayer:
         query, key, value = (part.unflatten(1, (-1, size)) for part in parts)
         self._qkv = query, key, value
         self.output = self.rows.new_empty(self.batch, heads, size)
-        self._metadata = AttentionOffloadMetadata(HostStep(self.session.step(*point)))
+        self._metadata = AttentionOffloadMetadata(
+            HostStep(self.session.step(*point)), BLOCK_SIZE
+        )
         self._attention = LayerAttention(size**-0.5)
 
     def attend(self) -> None:

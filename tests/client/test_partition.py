@@ -58,9 +58,9 @@ def test_nodes_of_a_batch_read_alike() -> None:
 def test_heads_need_the_block_everywhere() -> None:
     assert Partition("heads", (40, 30)).num_blocks == 30
     geometry = make_geometry(num_query_heads=12, num_kv_heads=4)
-    sharded = shard_geometry(geometry, "heads", 2)
+    sharded = shard_geometry(geometry, "heads", 0, 2)
     assert {(x.num_query_heads, x.num_kv_heads) for x in sharded.layers} == {(6, 2)}
-    assert shard_geometry(geometry, "blocks", 2) == geometry
+    assert shard_geometry(geometry, "blocks", 0, 2) == geometry
 
 
 @pytest.mark.parametrize(

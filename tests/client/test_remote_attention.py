@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,9 +33,13 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.step_partition import partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.step import StepMetadata
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 NUM_BLOCKS = 60
 GEOMETRY = make_geometry()
+BLOCK_SIZE = GEOMETRY.groups[0].block_size
 
 
 class Worker:
@@ -58,7 +63,7 @@ class Worker:
         if kind == "blocks":
             sizes = [NUM_BLOCKS // count - 5, *sizes[1:-1], NUM_BLOCKS // count + 5]
         self.partition = Partition(kind, tuple(sizes[:count]))
-        sharded = shard_geometry(geometry, kind, count)
+        sharded = shard_geometry(geometry, kind, 0, count)
         self.controls, self.reservations, clients = [], [], []
         for address, num_blocks in zip(addresses, sizes, strict=False):
             control = ControlClient(address, 10)
@@ -72,16 +77,21 @@ class Worker:
             clients, self.partition, geometry, tolerate_loss=tolerate_loss
         )
 
-    def step(self, num_new: list[int], *, layer: int = 0) -> float:
+    def step(self, num_new: list[int]) -> float:
         """Run a step on both layers; the largest error of the outputs."""
-        batch, (query, key, value) = self.batch.grow(num_new)
-        metadata = AttentionOffloadMetadata(HostStep(batch))
+        output = self.attend(*self.batch.grow(num_new))
+        return float((output - self.batch.expected()).abs().max())
+
+    def attend(self, batch: StepMetadata, qkv: Rows) -> torch.Tensor:
+        """Output of the last layer."""
+        query = qkv[0]
+        metadata = AttentionOffloadMetadata(HostStep(batch), BLOCK_SIZE)
         attention = LayerAttention(self._geometry.layers[0].softmax_scale)
         output = torch.full(query.shape, torch.nan, dtype=query.dtype)
         exchange = CpuExchange(self.nodes)
-        for index in (layer, 1):
-            exchange.attend(metadata, index, (query, key, value), output, attention)
-        return float((output - self.batch.expected()).abs().max())
+        for index in (0, 1):
+            exchange.attend(metadata, index, qkv, output, attention)
+        return output
 
     def close(self) -> None:
         self.nodes.close()
@@ -173,7 +183,7 @@ def test_blocks_are_read_once() -> None:
     batch, _ = requests.grow([1] * 16)
     partition = Partition("blocks", (1000, 1000, 2000))
     plan = partition_step(batch, partition, 16)
-    tokens = [int(part.step.seq_lens.sum()) for part in plan.shares]
+    tokens = [int(part.step.tokens_held(16).sum()) for part in plan.shares]
     assert sum(tokens) == int(batch.seq_lens.sum())
     load = np.array(tokens) / np.array(partition.blocks_per_node)
     assert load.max() / load.mean() < 1.25
@@ -183,9 +193,11 @@ def test_blocks_are_read_once() -> None:
 def test_refusal_of_the_node(addresses: list[str]) -> None:
     """The node's sentence reaches the worker."""
     worker = Worker(addresses[:1])
-    with pytest.raises(MemoryNodeError, match=r"layer 7; this session has 2"):
-        worker.step([1], layer=7)
-    with pytest.raises(MemoryNodeError, match=r"layer 7; this session has 2"):
+    batch, rows = worker.batch.grow([1])
+    slots = np.full_like(batch.slot_mapping, NUM_BLOCKS * BLOCK_SIZE)
+    with pytest.raises(MemoryNodeError, match=r"slots from 960 to 960; this session"):
+        worker.attend(replace(batch, slot_mapping=slots), rows)
+    with pytest.raises(MemoryNodeError, match=r"slots from 960 to 960; this session"):
         worker.step([1])
     worker.close()
 

@@ -14,7 +14,7 @@ from harness import tiny_llama
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_attn_offload.client.partition import PartitionKind
 from vllm_attn_offload.engine.pool_size import check_pool_size
@@ -24,6 +24,7 @@ SPEC = FullAttentionSpec(
     block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.float32
 )
 SPECS: dict[str, KVCacheSpec] = {"layers.0": SPEC, "layers.1": SPEC}
+GROUPS = [KVCacheGroupSpec(list(SPECS), SPEC)]
 BLOCK_BYTES = 2 * SPEC.page_size_bytes
 
 
@@ -60,7 +61,7 @@ def refusal(config: VllmConfig, num_blocks: int, *nodes: Node) -> str:
     """What is said of the pool; empty where it is accepted."""
     partition: PartitionKind = "heads" if len(nodes) == 1 else "blocks"
     try:
-        check_pool_size(config, BLOCK_SIZE, num_blocks, nodes, partition)
+        check_pool_size(config, GROUPS, num_blocks, nodes, partition)
     except ValueError as error:
         return str(error)
     return ""

@@ -119,7 +119,7 @@ class Engine:
         exchange = CpuExchange(self.nodes)
         for index, impl in enumerate(self.model.impls):
             impl.connect(exchange, index)
-        self.runner = MicroBatchRunner(self.model, BLOCK_SIZE, MicroBatchChoice(option))
+        self.runner = MicroBatchRunner(self.model, MicroBatchChoice(option))
         self.runner.connect(self.nodes)
         self._requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, num_reqs)
 
@@ -134,7 +134,7 @@ class Engine:
             num_padding: Rows that fill the batch to the size of a captured graph.
         """
         batch, _ = self._requests.grow(num_new)
-        metadata = AttentionOffloadMetadata(HostStep(batch))
+        metadata = AttentionOffloadMetadata(HostStep(batch), BLOCK_SIZE)
         slots = torch.nn.functional.pad(
             torch.as_tensor(batch.slot_mapping), (0, num_padding)
         )

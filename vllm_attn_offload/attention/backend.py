@@ -20,8 +20,8 @@ _MIN_CAPABILITY = DeviceCapability(8, 0)
 class AttentionOffloadBackend(AttentionBackend):
     """Causal decoder attention over blocks that memory nodes hold.
 
-    Capabilities not declared here (sliding window, sinks, MLA, non-causal, context
-    parallelism, quantised KV) keep vLLM's default, which is "not supported".
+    Capabilities not declared here (MLA, non-causal, context parallelism, quantised KV)
+    keep vLLM's default, which is "not supported".
     """
 
     forward_includes_kv_cache_update: bool = True
@@ -52,6 +52,16 @@ class AttentionOffloadBackend(AttentionBackend):
         from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
         return FlashAttentionBackend.supports_head_size(head_size)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Every kernel of a memory node masks what a window hides."""
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Sinks enter on the compute node, after the last merge."""
+        return True
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

@@ -37,30 +37,33 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
-        self.attention = LayerAttention(self.scale)
+        self.attention = LayerAttention(
+            self.scale,
+            sliding_window or 0,
+            logits_soft_cap or 0.0,
+            None if alibi_slopes is None else torch.tensor(alibi_slopes),
+            # The parameter itself, which is filled, and filled again, later.
+            sinks,
+        )
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self._exchange: LayerExchange | None = None
         self._layer_index = -1
         refused = {
-            "ALiBi": alibi_slopes,
-            "a sliding window": sliding_window,
-            "a logit soft cap": logits_soft_cap,
-            "KV sharing between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            # A tensor of sinks, for one, is neither true nor false.
             **{name: value is not None for name, value in extra.items()},
         }
         if wanted := [name for name, value in refused.items() if value]:
             raise ValueError(
                 f"Attention offloading does not support {', '.join(wanted)}. Allowed: "
-                "causal decoder attention over the full context. Run this model "
-                "without --attention-offload."
+                "causal decoder attention. Run this model without --attention-offload."
             )
 
     def connect(self, exchange: LayerExchange | None, layer_index: int) -> None:
@@ -77,8 +80,8 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: AttentionOffloadMetadata | None,
         output: torch.Tensor,
@@ -90,8 +93,9 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         Args:
             layer: The vLLM layer.
             query: ``[num_tokens, num_heads, head_size]``.
-            key: ``[num_tokens, num_kv_heads, head_size]``.
-            value: ``[num_tokens, num_kv_heads, v_head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``; None where the layer shares
+                the KV of another.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``, as ``key``.
             kv_cache: The one-block stub; never touched.
             attn_metadata: The step, or None in most profiling and warm-up runs.
             output: ``[num_tokens, num_heads, v_head_size]``, filled and returned; rows
@@ -106,10 +110,16 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise ValueError(_FUSED_QUANTISATION)
-        qkv, out = (query, key, value), output
+        out = output
         num_tokens = attn_metadata.num_tokens
         if query.shape[0] != num_tokens:
-            qkv = (query[:num_tokens], key[:num_tokens], value[:num_tokens])
             out = output[:num_tokens]
+            query = query[:num_tokens]
+            key = None if key is None else key[:num_tokens]
+            value = None if value is None else value[:num_tokens]
+        if self.kv_sharing_target_layer_name is not None:
+            # Some models pass what the layer would have stored.
+            key = value = None
+        qkv = (query, key, value)
         exchange.attend(attn_metadata, self._layer_index, qkv, out, self.attention)
         return output

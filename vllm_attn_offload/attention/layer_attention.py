@@ -20,8 +20,9 @@ class LayerAttention:
         soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
         alibi_slopes: fp32 ``[num_heads]``, factors of key minus query position (ALiBi,
             arXiv 2108.12409), on the device of q; None: no bias.
-        sinks: fp32 ``[num_heads]``, scores of one more key whose value is zero, on the
-            device of q; None: there is none. They enter after the last merge.
+        sinks: ``[num_heads]`` of any float type, scores of one more key whose value is
+            zero, on the device of q; None: there is none. They enter after the last
+            merge.
     """
 
     softmax_scale: float

@@ -10,7 +10,8 @@ import torch
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 
-Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: k and v are None where the layer shares those of another.
+Qkv = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class LayerExchange(ABC):

@@ -24,11 +24,7 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
 
 def layer_problems(vllm_config: VllmConfig) -> list[str]:
     """Name the layers that memory nodes cannot attend for, and why."""
-    return [
-        *_foreign_layers(vllm_config),
-        *_uneven_values(vllm_config),
-        *_uneven_layers(vllm_config),
-    ]
+    return [*_foreign_layers(vllm_config), *_uneven_values(vllm_config)]
 
 
 def _foreign_layers(vllm_config: VllmConfig) -> list[str]:
@@ -50,17 +46,4 @@ def _uneven_values(vllm_config: VllmConfig) -> list[str]:
         f"{name} (values of size {layer.head_size_v}, keys of {layer.head_size})"
         for name, layer in attention_layers(vllm_config).items()
         if layer.head_size_v != layer.head_size
-    ]
-
-
-def _uneven_layers(vllm_config: VllmConfig) -> list[str]:
-    """Layers with other heads than the first: a step is sent once for all."""
-    layers = list(attention_layers(vllm_config).items())
-    return [
-        f"{name} ({layer.num_heads} query heads, {layer.num_kv_heads} KV heads; "
-        f"the first layer has {layers[0][1].num_heads} and "
-        f"{layers[0][1].num_kv_heads})"
-        for name, layer in layers
-        if (layer.num_heads, layer.num_kv_heads)
-        != (layers[0][1].num_heads, layers[0][1].num_kv_heads)
     ]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig
@@ -17,7 +18,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attn_offload.attention.micro_batch.baton import Baton
 from vllm_attn_offload.attention.readback import HostReadback, Readback, StepSource
-from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.sent_step import SentStep
 from vllm_attn_offload.protocol.step import StepMetadata
 
 
@@ -26,13 +28,17 @@ class AttentionOffloadMetadata(AttentionMetadata):
     """One step of one KV cache group, or one micro-batch of it.
 
     ``source`` counts real rows only, without those that pad the batch to a captured
-    graph's size. With a ``baton`` another micro-batch computes in turns with this one.
+    graph's size. ``block_size`` is in tokens. With a ``baton`` another micro-batch
+    computes in turns with this one. ``kept`` are k and v, by their storage, of layers
+    whose KV others share: ``[num_tokens, num_kv_heads, size]`` each.
     """
 
     source: StepSource
+    block_size: int
     micro_batch: int = 0
     step: SentStep | None = None
     baton: Baton | None = None
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def batch(self) -> StepMetadata:
@@ -44,13 +50,14 @@ class AttentionOffloadMetadata(AttentionMetadata):
         """Real rows of q, k and v."""
         return self.source.num_tokens
 
-    def ensure_sent(self, nodes: RemoteAttention) -> SentStep:
-        """Send the step with its first layer.
+    def ensure_sent(self, nodes: RemoteAttention, layer: int) -> SentStep:
+        """Send the step with its first layer, an index in the session's geometry.
 
         Late, because dummy runs build metadata that no layer uses.
         """
         if self.step is None:
-            self.step = nodes.begin_step(self.batch, self.micro_batch)
+            group = nodes.geometry.layers[layer].group
+            self.step = nodes.begin_step(self.batch, self.micro_batch, group)
         return self.step
 
     def let_others_compute(self) -> None:
@@ -62,8 +69,15 @@ class AttentionOffloadMetadata(AttentionMetadata):
 class AttentionOffloadMetadataBuilder(
     AttentionMetadataBuilder[AttentionOffloadMetadata]
 ):
-    """Takes from vLLM's batch what the memory nodes need to know."""
+    """Takes from vLLM's batch what the memory nodes need to know.
 
+    vLLM makes a builder for every backend, spec and number of query heads in a KV
+    group, and asks one after another about the same batch: they share its metadata,
+    because a step is sent once for all layers of a group.
+    """
+
+    _latest: ClassVar[tuple[CommonAttentionMetadata, AttentionOffloadMetadata] | None]
+    _latest = None
     # Attention leaves the device, so it runs between captured graphs (PIECEWISE).
     _cudagraph_support = AttentionCGSupport.NEVER
 
@@ -75,7 +89,8 @@ class AttentionOffloadMetadataBuilder(
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._readback = _readback(device, kv_cache_spec.block_size)
+        self._block_size = kv_cache_spec.block_size
+        self._readback = _readback(device, self._block_size)
 
     def build(
         self,
@@ -93,7 +108,12 @@ class AttentionOffloadMetadataBuilder(
                 "Attention offloading does not support non-causal attention. Allowed: "
                 "causal attention. Run this model without --attention-offload."
             )
-        return AttentionOffloadMetadata(self._readback.begin(common_attn_metadata))
+        shared = AttentionOffloadMetadataBuilder
+        if shared._latest is None or shared._latest[0] is not common_attn_metadata:
+            source = self._readback.begin(common_attn_metadata)
+            metadata = AttentionOffloadMetadata(source, self._block_size)
+            shared._latest = (common_attn_metadata, metadata)
+        return shared._latest[1]
 
 
 def _readback(device: torch.device, block_size: int) -> Readback:

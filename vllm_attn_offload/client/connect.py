@@ -45,12 +45,13 @@ def connect_nodes(
     Raises:
         MemoryNodeError: A node is gone or refuses the session.
     """
-    digest = shard_geometry(geometry, kind, len(attachments)).digest()
+    num_nodes = len(attachments)
     # Parts of several nodes are cut, and merged, on the host.
-    device = device if len(attachments) == 1 else None
+    device = device if num_nodes == 1 else None
     clients: list[NodeClient] = []
     with contextlib.ExitStack() as opened:
-        for each in attachments:
+        for node, each in enumerate(attachments):
+            digest = shard_geometry(geometry, kind, node, num_nodes).digest()
             request = _request(each, digest, worker_kv_bytes)
             client = NodeClient(each.address, request, timeout_s, credentials, device)
             opened.callback(client.close)

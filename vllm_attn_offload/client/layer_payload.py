@@ -11,7 +11,6 @@ import torch
 
 _Key = tuple[torch.dtype, tuple[tuple[int, ...], ...]]
 _Layout = tuple[tuple[int, ...], ...]
-_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _MAX_BUFFERS = 64
 
 
@@ -85,17 +84,17 @@ class LayerPayload:
 
     def planar(
         self,
-        parts: _Parts,
+        parts: tuple[torch.Tensor, ...],
         rows: tuple[torch.Tensor | None, ...],
         payload_buffer: Callable[[int], memoryview],
     ) -> memoryview:
         """Copy the node's rows: q, then k, then v.
 
         Args:
-            parts: q ``[num_tokens, num_heads, head_size]``, k ``[num_tokens,
-                num_kv_heads, head_size]`` and v ``[num_tokens, num_kv_heads,
-                v_head_size]``, CPU.
-            rows: int64 rows of q, k and v that the node gets; None: all.
+            parts: q ``[num_tokens, num_heads, head_size]``, and where the layer
+                stores k ``[num_tokens, num_kv_heads, head_size]`` and v ``[num_tokens,
+                num_kv_heads, v_head_size]``, CPU.
+            rows: int64 rows of each part that the node gets; None: all.
             payload_buffer: Returns that many writable bytes, the same object for the
                 same memory and size.
 
@@ -104,10 +103,9 @@ class LayerPayload:
         """
         if not self._has_all_heads:
             heads = (self._query_heads, self._kv_heads, self._kv_heads)
-            query, key, value = (
-                part[:, mine] for part, mine in zip(parts, heads, strict=True)
+            parts = tuple(
+                part[:, mine] for part, mine in zip(parts, heads, strict=False)
             )
-            parts = (query, key, value)
         shapes = tuple(
             (part.shape[0] if index is None else index.shape[0], *part.shape[1:])
             for part, index in zip(parts, rows, strict=True)

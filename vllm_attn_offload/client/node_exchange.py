@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.layer_payload import LayerPayload, bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
+from vllm_attn_offload.client.node_heads import NodeHeads
 from vllm_attn_offload.client.step_partition import NodeShare
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.step import StepMetadata, write_step
@@ -26,40 +27,45 @@ _NOTHING = memoryview(bytearray(0))
 
 
 class NodeExchange:
-    """Exchanges the layers of one micro-batch with one node.
+    """Exchanges the layers of one KV group and micro-batch with one node.
 
     Its buffers are kept between steps. Every method but the constructor and `place`
     raises MemoryNodeError where the node is gone, too slow, or refused the layer.
 
     Args:
         client: Data channel to the node.
-        query_heads: Heads of q that the node attends with.
-        kv_heads: Heads of k and v that it stores; None: all, and all of q.
+        heads: The node's heads of every layer.
+        group: Index of the KV group.
+        block_size: Tokens of its blocks.
         times: Sums that this exchange adds to.
     """
 
     def __init__(
         self,
         client: NodeClient,
-        query_heads: slice,
-        kv_heads: slice | None,
+        heads: Sequence[NodeHeads],
+        group: int,
+        block_size: int,
         times: ExchangeTimes,
     ) -> None:
         self._client = client
-        self._heads = query_heads
+        self._group = group
+        self._block_size = block_size
         self._times = times
+        self._heads = heads
+        payloads = {each: _payload_of(each) for each in heads}
+        self._payloads = [payloads[each] for each in heads]
         self._step = self._micro_batch = 0
         self._num_rows = 0
         self._has_reply = False
         self._positions: torch.Tensor | None = None
         self._query_rows: torch.Tensor | None = None
         self._stored_rows: torch.Tensor | None = None
-        self._payload = LayerPayload(query_heads if kv_heads else None, kv_heads)
         self._allowance_s = 0.0
         self._step_buffer = memoryview(bytearray(0))
         self._out = self._lse = torch.empty(0)
         self._reply = torch.empty(0, dtype=torch.uint8)
-        self._reply_shape: tuple[int, int, torch.dtype] | None = None
+        self._reply_shape: tuple[int, int, int, torch.dtype] | None = None
         self._reply_bytes = memoryview(b"")
 
     def begin_step(
@@ -81,42 +87,45 @@ class NodeExchange:
         )
         step = share.step
         self._num_rows = step.num_query_rows
-        self._allowance_s = slowest_token_s * _num_scores(step)
+        self._allowance_s = slowest_token_s * _num_scores(step, self._block_size)
         num_bytes = step.num_bytes
         if self._step_buffer.nbytes < num_bytes:
             self._step_buffer = memoryview(bytearray(2 * num_bytes))
         write_step(step, self._step_buffer)
-        self._client.post_step(number, micro_batch, 0, self._step_buffer[:num_bytes])
+        payload = self._step_buffer[:num_bytes]
+        self._client.post_step(number, micro_batch, self._group, payload)
 
     def post(
         self,
         layer: int,
         flags: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
     ) -> None:
         """Pack the node's rows of a layer and send them, if there are any.
 
         Args:
             layer: Index of the layer in the session's geometry.
-            flags: ``FrameFlag`` that the whole step needs.
+            flags: ``FrameFlag`` that the layer needs.
             query: ``[num_tokens, num_heads, head_size]``, CPU.
-            key: ``[num_tokens, num_kv_heads, head_size]``.
-            value: ``[num_tokens, num_kv_heads, v_head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``; None: another layer's.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``, as ``key``.
         """
         times, started = self._times, time.perf_counter()
+        packer, buffer = self._payloads[layer], self._client.payload_buffer
         payload = None
-        if self._query_rows is None and self._stored_rows is None:
-            payload = self._payload.fused(query, key, value)
-        if payload is not None:
-            flags |= _FUSED
-        else:
-            payload = self._payload.planar(
-                (query, key, value),
-                (self._query_rows, self._stored_rows, self._stored_rows),
-                self._client.payload_buffer,
-            )
+        if key is None or value is None:
+            payload = packer.planar((query,), (self._query_rows,), buffer)
+        elif self._query_rows is None and self._stored_rows is None:
+            payload = packer.fused(query, key, value)
+            flags |= 0 if payload is None else _FUSED
+        if payload is None:
+            assert key is not None
+            assert value is not None
+            stored = self._stored_rows
+            rows = (self._query_rows, stored, stored)
+            payload = packer.planar((query, key, value), rows, buffer)
         packed = time.perf_counter()
         times.pack_s += packed - started
         self._has_reply = payload.nbytes > 0 and self._client.post_layer(
@@ -156,16 +165,17 @@ class NodeExchange:
         if not self._num_rows:
             self._client.receive_out(layer, _NOTHING, self._allowance_s)
             return False
-        self._lay_out_reply(v_head_size, dtype)
+        self._lay_out_reply(self._heads[layer].num_query_heads, v_head_size, dtype)
         num_bytes = self._out.nbytes + (self._lse.nbytes if with_lse else 0)
         target = self._reply_bytes[:num_bytes]
         self._client.receive_out(layer, target, self._allowance_s)
         return True
 
-    def place(self, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def place(self, layer: int, output: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Copy what was received to its rows and heads.
 
         Args:
+            layer: Index of the layer.
             output: ``[num_remote_rows, num_heads, v_head_size]``.
             lse: ``[num_remote_rows, num_heads]`` fp32; None: not wanted.
         """
@@ -174,7 +184,7 @@ class NodeExchange:
             pairs.append((lse, self._lse))
         for target, source in pairs:
             if self._positions is None:
-                target[:, self._heads] = source
+                target[:, self._heads[layer].query] = source
             else:
                 target.index_copy_(0, self._positions, source)
 
@@ -210,12 +220,13 @@ class NodeExchange:
         rows = self._client.receive_rows(layer, num_bytes, self._allowance_s)
         self._client.keep_rows(use(rows))
 
-    def _lay_out_reply(self, v_head_size: int, dtype: torch.dtype) -> None:
-        shape = (self._num_rows, v_head_size, dtype)
+    def _lay_out_reply(
+        self, num_heads: int, v_head_size: int, dtype: torch.dtype
+    ) -> None:
+        shape = (self._num_rows, num_heads, v_head_size, dtype)
         if shape == self._reply_shape:
             return
         self._reply_shape = shape
-        num_heads = self._heads.stop - self._heads.start
         out_bytes = self._num_rows * num_heads * v_head_size * dtype.itemsize
         num_bytes = out_bytes + self._num_rows * num_heads * 4
         if self._reply.numel() < num_bytes:
@@ -228,7 +239,12 @@ class NodeExchange:
         self._reply_bytes = array.data[:num_bytes]
 
 
-def _num_scores(step: StepMetadata) -> float:
+def _payload_of(heads: NodeHeads) -> LayerPayload:
+    return LayerPayload() if heads.has_all else LayerPayload(heads.query, heads.kv)
+
+
+def _num_scores(step: StepMetadata, block_size: int) -> float:
     """Query rows times the tokens that they see; 16 rows share what they read."""
     rows = np.diff(step.query_start_loc)
-    return float((np.ceil(rows / ROWS_PER_READ) * step.seq_lens).sum())
+    tokens = step.tokens_held(block_size)
+    return float((np.ceil(rows / ROWS_PER_READ) * tokens).sum())

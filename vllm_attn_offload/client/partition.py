@@ -107,7 +107,7 @@ def choose_partition(
 
 
 def shard_geometry(
-    geometry: SessionGeometry, kind: PartitionKind, num_nodes: int
+    geometry: SessionGeometry, kind: PartitionKind, node: int, num_nodes: int
 ) -> SessionGeometry:
     """The layers as one node sees them.
 
@@ -124,10 +124,16 @@ def shard_geometry(
                 layer,
                 num_query_heads=layer.num_query_heads // num_nodes,
                 num_kv_heads=layer.num_kv_heads // num_nodes,
+                alibi_slopes=_share(layer.alibi_slopes, node, num_nodes),
             )
             for layer in geometry.layers
         ],
     )
+
+
+def _share(values: tuple[float, ...], index: int, num_shares: int) -> tuple[float, ...]:
+    size = len(values) // num_shares
+    return values[index * size : (index + 1) * size]
 
 
 def divide_blocks(

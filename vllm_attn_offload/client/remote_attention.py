@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
@@ -13,9 +13,11 @@ from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.loss_guard import LossGuard
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.node_exchange import ROWS_PER_READ, NodeExchange
+from vllm_attn_offload.client.node_heads import NodeHeads
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
 from vllm_attn_offload.client.partition import Partition
-from vllm_attn_offload.client.step_partition import StepPartition, partition_step
+from vllm_attn_offload.client.sent_step import SentStep
+from vllm_attn_offload.client.step_partition import partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import SessionGeometry
@@ -29,22 +31,6 @@ _SLOWEST_BYTES_PER_S = 50e6
 _SLOWEST_FLOP_PER_S = 1e9
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
-
-
-@dataclass(slots=True)
-class SentStep:
-    """A step that was sent, and how it is divided.
-
-    ``remote_rows`` is int64 ``[num_remote_rows]``: rows of the batch that nodes attend
-    for; None: all. ``is_plain``: one reply is the whole remote part.
-    """
-
-    number: int
-    micro_batch: int
-    partition: StepPartition
-    remote_rows: torch.Tensor | None
-    is_plain: bool
-    partials: PartialOutputs | None = None
 
 
 class RemoteAttention:
@@ -71,12 +57,14 @@ class RemoteAttention:
     ) -> None:
         self._clients = clients
         self._partition = partition
-        self._geometry = geometry
-        self._block_size = geometry.groups[0].block_size
+        self.geometry = geometry
+        self._windows = [
+            widest_window(geometry, group) for group in range(len(geometry.groups))
+        ]
         self._guard = LossGuard(tolerate=tolerate_loss)
         self._token_s = _slowest_token_s(geometry)
-        # Per micro-batch, one per node.
-        self._exchanges: list[list[NodeExchange]] = []
+        # One per node, by micro-batch and group.
+        self._exchanges: dict[tuple[int, int], list[NodeExchange]] = {}
         self._times = ExchangeTimes()
         self._step = 0
 
@@ -85,22 +73,25 @@ class RemoteAttention:
         """The first failure of a node."""
         return self._guard.loss
 
-    def begin_step(self, batch: StepMetadata, micro_batch: int = 0) -> SentStep:
-        """Divide a step between the nodes and send each its share."""
+    def begin_step(
+        self, batch: StepMetadata, micro_batch: int = 0, group: int = 0
+    ) -> SentStep:
+        """Divide a step of a KV group between the nodes and send each its share."""
         self._step += 1
         self._times.num_steps += 1
-        partition = partition_step(batch, self._partition, self._block_size)
+        block_size = self.geometry.groups[group].block_size
+        window = self._windows[group]
+        partition = partition_step(batch, self._partition, block_size, window)
         rows = partition.remote_rows
         remote_rows = None if rows is None else torch.from_numpy(rows)
         is_plain = len(self._clients) == 1 and not partition.needs_merge
-        step = SentStep(self._step, micro_batch, partition, remote_rows, is_plain)
-        while len(self._exchanges) <= micro_batch:
-            nodes = range(len(self._clients))
-            self._exchanges.append([self._exchange(node) for node in nodes])
+        step = SentStep(
+            self._step, micro_batch, group, partition, remote_rows, is_plain
+        )
+        exchanges = self._exchanges_of(step)
         if self._guard.is_lost():
             return step
         with self._guard:
-            exchanges = self._exchanges[micro_batch]
             for exchange, share in zip(exchanges, partition.shares, strict=True):
                 exchange.begin_step(step.number, micro_batch, share, self._token_s)
         return step
@@ -110,24 +101,27 @@ class RemoteAttention:
         step: SentStep,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        *,
+        with_lse: bool = False,
     ) -> None:
         """Send a layer's rows to every node, before any of them is waited for.
 
         Args:
-            step: Result of ``begin_step``.
+            step: Result of ``begin_step`` for the layer's group.
             layer: Index of the layer in the session's geometry.
             query: ``[num_tokens, num_heads, head_size]``, CPU.
-            key: ``[num_tokens, num_kv_heads, head_size]``.
-            value: ``[num_tokens, num_kv_heads, v_head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``; None: another layer's.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``, as ``key``.
+            with_lse: Whether `collect` takes the log-sum-exp though no merge needs it.
         """
         self._times.num_layer_calls += 1
         if self._guard.loss is not None and self._guard.is_lost():
             return
-        flags = _WANT_LSE if step.partition.needs_merge else 0
+        flags = _WANT_LSE if with_lse or step.partition.needs_merge else 0
         with self._guard:
-            for exchange in self._exchanges[step.micro_batch]:
+            for exchange in self._exchanges_of(step):
                 exchange.post(layer, flags, query, key, value)
 
     def collect(
@@ -144,7 +138,7 @@ class RemoteAttention:
             layer: Index of the posted layer.
             output: ``[num_remote_rows, num_heads, v_head_size]``, filled.
             lse: ``[num_remote_rows, num_heads]`` fp32, filled; to be given where the
-                step needs a merge with local parts.
+                step needs a merge with local parts, or it was asked for.
         """
         if self._guard.loss is None:
             with self._guard:
@@ -169,14 +163,14 @@ class RemoteAttention:
         is_whole = step.remote_rows is None and step.is_plain
         if self._guard.loss is None and is_whole:
             with self._guard:
-                return self._exchanges[step.micro_batch][0].rows_buffer(num_bytes)
+                return self._exchanges_of(step)[0].rows_buffer(num_bytes)
         return None
 
     def post_rows(self, step: SentStep, layer: int, num_bytes: int) -> None:
         """Send the layer whose rows are in the `rows_buffer`."""
         self._times.num_layer_calls += 1
         with self._guard:
-            self._exchanges[step.micro_batch][0].post_rows(layer, num_bytes)
+            self._exchanges_of(step)[0].post_rows(layer, num_bytes)
 
     def collect_rows(
         self,
@@ -200,7 +194,7 @@ class RemoteAttention:
         started = time.perf_counter()
         if self._guard.loss is None:
             with self._guard:
-                exchange = self._exchanges[step.micro_batch][0]
+                exchange = self._exchanges_of(step)[0]
                 exchange.receive_rows(layer, num_bytes, use)
         self._times.wait_s += time.perf_counter() - started
         return self._guard.loss is None
@@ -220,14 +214,27 @@ class RemoteAttention:
             client.close()
         self._guard.forget_frames()
 
-    def _exchange(self, node: int) -> NodeExchange:
-        client, layer = self._clients[node], self._geometry.layers[0]
-        num_nodes, num_heads = len(self._clients), layer.num_query_heads
-        if self._partition.kind == "blocks" or num_nodes == 1:
-            return NodeExchange(client, slice(0, num_heads), None, self._times)
-        query_heads = _share(num_heads, node, num_nodes)
-        kv_heads = _share(layer.num_kv_heads, node, num_nodes)
-        return NodeExchange(client, query_heads, kv_heads, self._times)
+    def _exchanges_of(self, step: SentStep) -> list[NodeExchange]:
+        """One per node; of a group's first step of a micro-batch they are made."""
+        key = (step.micro_batch, step.group)
+        exchanges = self._exchanges.get(key)
+        if exchanges is None:
+            kind, num_nodes = self._partition.kind, len(self._clients)
+            block_size = self.geometry.groups[step.group].block_size
+            exchanges = self._exchanges[key] = [
+                NodeExchange(
+                    client,
+                    [
+                        NodeHeads.of_node(layer, kind, node, num_nodes)
+                        for layer in self.geometry.layers
+                    ],
+                    step.group,
+                    block_size,
+                    self._times,
+                )
+                for node, client in enumerate(self._clients)
+            ]
+        return exchanges
 
     def _receive(
         self,
@@ -237,38 +244,42 @@ class RemoteAttention:
         lse: torch.Tensor | None,
     ) -> None:
         started = time.perf_counter()
-        exchanges = self._exchanges[step.micro_batch]
-        if step.is_plain and output.is_contiguous():
+        exchanges = self._exchanges_of(step)
+        if step.is_plain and lse is None and output.is_contiguous():
             exchanges[0].receive_into(layer, output)
             self._times.wait_s += time.perf_counter() - started
             return
-        with_lse, size = step.partition.needs_merge, output.shape[2]
+        with_lse = lse is not None or step.partition.needs_merge
+        size, partials = output.shape[2], self._partials(step, output)
         for node, exchange in enumerate(exchanges):
             if exchange.receive(layer, size, output.dtype, with_lse=with_lse):
-                exchange.place(*self._part(step, node, output, lse))
+                target = (output, lse) if partials is None else partials.part(node)
+                exchange.place(layer, *target)
         received = time.perf_counter()
         self._times.wait_s += received - started
-        if step.partials is not None:
-            step.partials.merge_into(output, lse)
+        if partials is not None:
+            partials.merge_into(output, lse)
             self._times.merge_s += time.perf_counter() - received
 
-    def _part(
-        self, step: SentStep, node: int, output: torch.Tensor, lse: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where a node's reply belongs before it is merged with those of others."""
+    def _partials(self, step: SentStep, output: torch.Tensor) -> PartialOutputs | None:
+        """Where replies belong that are merged with those of other nodes."""
         if self._partition.kind == "heads" or len(self._clients) == 1:
-            return output, lse
-        if step.partials is None:
-            num_rows, num_heads, size = output.shape
-            step.partials = PartialOutputs(
+            return None
+        num_rows, num_heads, size = output.shape
+        partials = step.partials.get((num_heads, size))
+        if partials is None:
+            partials = step.partials[num_heads, size] = PartialOutputs(
                 len(self._clients), num_rows, num_heads, size, output.dtype
             )
-        return step.partials.out[node], step.partials.lse[node]
+        return partials
 
 
-def _share(num_heads: int, node: int, num_nodes: int) -> slice:
-    count = num_heads // num_nodes
-    return slice(node * count, (node + 1) * count)
+def widest_window(geometry: SessionGeometry, group: int) -> int:
+    """Most tokens that a row sees in any layer of a KV group; 0: all."""
+    windows = [
+        layer.sliding_window for layer in geometry.layers if layer.group == group
+    ]
+    return 0 if 0 in windows else max(windows, default=0)
 
 
 def _slowest_token_s(geometry: SessionGeometry) -> float:

@@ -38,7 +38,7 @@ class NodeShare:
 @dataclass(frozen=True, slots=True)
 class Prefill:
     """A request's rows ``[begin, end)`` that attend to each other on the compute node;
-    with ``has_context`` they attend to cached tokens on the nodes, too."""
+    with ``has_context`` some attend to cached tokens on the nodes, too."""
 
     begin: int
     end: int
@@ -65,35 +65,34 @@ class StepPartition:
 
 
 def partition_step(
-    batch: StepMetadata, partition: Partition, block_size: int
+    batch: StepMetadata, partition: Partition, block_size: int, window: int = 0
 ) -> StepPartition:
     """Divide a step between the compute node and the memory nodes.
 
     A row of a decoding request sees all of its request's tokens on the nodes, its own
     included. Rows of a longer chunk see the tokens that were cached before the step.
+
+    Args:
+        batch: The step of one KV group.
+        partition: Division of the blocks, or of the heads.
+        block_size: Tokens of a block.
+        window: Most tokens that a row sees in any layer of the group, its own
+            included; 0: all. Rows and blocks that it hides are not sent.
     """
     starts = batch.query_start_loc.astype(np.int64)
     query_lens = np.diff(starts)
-    is_decode = query_lens == 1
-    visible = np.where(is_decode, batch.seq_lens, batch.seq_lens - query_lens)
-    is_remote = (query_lens > 0) & (visible > 0)
+    visible = np.where(query_lens == 1, batch.seq_lens, batch.query_positions)
+    remote_lens = _remote_lens(query_lens, visible, window)
+    is_remote = remote_lens > 0
     prefills = tuple(
-        Prefill(int(starts[index]), int(starts[index + 1]), bool(visible[index] > 0))
+        Prefill(int(starts[index]), int(starts[index + 1]), bool(is_remote[index]))
         for index in np.flatnonzero(query_lens > 1)
     )
-    all_remote = bool(is_remote.all())
-    lens = query_lens[is_remote]
-    rows = None if all_remote else _rows_of(starts[:-1][is_remote], lens)
-    visible = visible[is_remote].astype(np.int32)
-    width = max(1, -(-int(visible.max(initial=1)) // block_size))
-    table = batch.block_table[:, :width] if all_remote else None
-    if table is None:
-        table = batch.block_table[is_remote, :width]
-    positions = batch.query_positions[is_remote]
-    first_block = np.zeros(lens.shape[0], np.int32)
-    whole = StepMetadata(
-        _offsets(lens), visible, batch.slot_mapping, table, positions, first_block
-    )
+    lens = remote_lens[is_remote]
+    rows = None
+    if not (remote_lens == query_lens).all():
+        rows = _rows_of(starts[:-1][is_remote], lens)
+    whole = _remote_step(batch, is_remote, lens, visible[is_remote], block_size, window)
     if partition.kind == "heads" or partition.num_nodes == 1:
         shares = (NodeShare(whole, None, rows, None),) * partition.num_nodes
     else:
@@ -104,38 +103,78 @@ def partition_step(
     return StepPartition(batch.num_tokens, rows, prefills, shares, needs_merge)
 
 
+def _remote_lens(
+    query_lens: Int64Array, visible: Int64Array, window: int
+) -> Int64Array:
+    """Rows of each request that see tokens on the nodes: its first ones."""
+    lens = np.where(visible > 0, query_lens, 0)
+    if window:
+        # A chunk's row i sees cached tokens only while i < window - 1.
+        lens = np.where(query_lens > 1, np.minimum(lens, window - 1), lens)
+    return lens
+
+
+def _remote_step(
+    batch: StepMetadata,
+    is_remote: BoolArray,
+    lens: Int64Array,
+    visible: npt.NDArray[np.integer],
+    block_size: int,
+    window: int,
+) -> StepMetadata:
+    """The step of all nodes together, with the blocks that its rows may see."""
+    positions = batch.query_positions[is_remote]
+    first_block = np.zeros_like(positions)
+    if window:
+        first_block = np.maximum(positions - window + 1, 0) // block_size
+    columns = -(-visible // block_size) - first_block
+    width = max(1, int(columns.max(initial=1)))
+    table = batch.block_table
+    if first_block.any():
+        index = first_block[:, None] + np.arange(width)
+        index = np.minimum(index, table.shape[1] - 1)
+        table = np.take_along_axis(table[is_remote], index, axis=1)
+    else:
+        table = table[:, :width] if is_remote.all() else table[is_remote, :width]
+    return StepMetadata(
+        _offsets(lens),
+        visible.astype(np.int32),
+        batch.slot_mapping,
+        table,
+        positions,
+        first_block,
+    )
+
+
 def _divided_blocks(
     whole: StepMetadata,
     rows: Int64Array | None,
     partition: Partition,
     block_size: int,
 ) -> tuple[NodeShare, ...]:
-    """The requests, tokens and blocks that lie on each node.
-
-    A request's last block may be partial; as the last of its node, too, it needs no
-    length of its own, and attention does not ask for the order of the others.
-    """
-    columns = np.arange(whole.block_table.shape[1], dtype=np.int64)
-    tokens = np.clip(whole.seq_lens[:, None] - columns * block_size, 0, block_size)
-    used = np.where(tokens > 0, whole.block_table, 0)
-    homes = np.where(tokens > 0, partition.node_of_block[used], -1)
+    """The requests, tokens and blocks that lie on each node."""
+    columns = np.arange(whole.block_table.shape[1], dtype=np.int32)
+    indices = whole.first_block[:, None] + columns
+    is_used = indices < -(-whole.seq_lens // block_size)[:, None]
+    used = np.where(is_used, whole.block_table, 0)
+    homes = np.where(is_used, partition.node_of_block[used], -1)
     local_ids = partition.local_block[used]
     starts, query_lens = whole.query_start_loc[:-1], np.diff(whole.query_start_loc)
     slot_homes, local_slots = _divided_slots(whole.slot_mapping, partition, block_size)
     shares = []
     for node in range(partition.num_nodes):
         is_here = homes == node
-        lens = np.where(is_here, tokens, 0).sum(1).astype(np.int32)
-        has_any = lens > 0
+        has_any = is_here.any(1)
         positions = _rows_of(starts[has_any], query_lens[has_any])
         stored_rows = np.flatnonzero(slot_homes == node)
         step = StepMetadata(
             _offsets(query_lens[has_any]),
-            lens[has_any],
+            whole.seq_lens[has_any],
             local_slots[stored_rows],
-            _compacted(local_ids, is_here)[has_any],
+            _compacted(local_ids, is_here, 0)[has_any],
             whole.query_positions[has_any],
-            whole.first_block[has_any],
+            np.zeros(int(has_any.sum()), np.int32),
+            _compacted(indices, is_here, -1)[has_any],
         )
         query_rows = positions if rows is None else rows[positions]
         shares.append(NodeShare(step, positions, query_rows, stored_rows))
@@ -152,13 +191,14 @@ def _divided_slots(
     return homes, local * block_size + slot_mapping % block_size
 
 
-def _compacted(ids: Int32Array, is_here: BoolArray) -> Int32Array:
-    """Move the marked ids of every row to its front, in order."""
+def _compacted(values: Int32Array, is_here: BoolArray, empty: int) -> Int32Array:
+    """Move the marked values of every row to its front, in order."""
     counts = is_here.sum(1)
-    compact = np.zeros((ids.shape[0], max(1, int(counts.max(initial=0)))), np.int32)
+    width = max(1, int(counts.max(initial=0)))
+    compact = np.full((values.shape[0], width), empty, np.int32)
     place = is_here.cumsum(1) - 1
     request, _ = np.nonzero(is_here)
-    compact[request, place[is_here]] = ids[is_here]
+    compact[request, place[is_here]] = values[is_here]
     return compact
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
@@ -48,6 +50,9 @@ else:
 
 logger = get_logger(__name__)
 
+#: Bytes with which vLLM groups the layers before the pool's size is known.
+_MORE_THAN_ANY_POOL = 1 << 60
+
 
 class AttentionOffloadExecutorMixin(_ExecutorBase):
     """Adds memory nodes to an executor of vLLM.
@@ -67,6 +72,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         self.failure_note = FailureNote()
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
+        self._planned: list[KVCacheConfig] = []
         self._pool = NodePool(
             config,
             f"{self.vllm_config.instance_id}-{self.parallel_config.data_parallel_index}",
@@ -92,25 +98,27 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             ValueError: The pool holds no request of max_model_len.
         """
         super().determine_available_memory()
-        geometries: list[SessionGeometry] = self.collective_rpc("session_geometry")
-        specs_by_rank = self.get_kv_cache_specs()
-        block_bytes = [
-            sum(spec.page_size_bytes for spec in specs.values())
-            for specs in specs_by_rank
-        ]
+        # On copies: what vLLM makes of its specs may change them.
+        specs = copy.deepcopy(self.get_kv_cache_specs())
+        self._planned = get_kv_cache_configs(
+            self.vllm_config, specs, [_MORE_THAN_ANY_POOL] * len(specs)
+        )
+        geometries: list[SessionGeometry] = self.collective_rpc(
+            "session_geometry", args=(self._planned,)
+        )
         num_blocks = self._pool.reserve(
             geometries, data_parallel_size(self.vllm_config)
         )
         check_pool_size(
             self.vllm_config,
-            next(iter(specs_by_rank[0].values())).block_size,
+            self._planned[0].kv_cache_groups,
             min(num_blocks),
             self._pool.nodes,
             self._pool.partition,
         )
         return [
-            count * num_bytes
-            for count, num_bytes in zip(num_blocks, block_bytes, strict=True)
+            count * _block_bytes(planned)
+            for count, planned in zip(num_blocks, self._planned, strict=True)
         ]
 
     @tells_why
@@ -119,7 +127,10 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
 
         Raises:
             MemoryNodeError: A node is gone or refuses a session.
+            RuntimeError: vLLM grouped the layers in another way than before.
         """
+        for planned, given in zip(self._planned, kv_cache_configs, strict=True):
+            _check_groups(planned, given)
         scheduler, block_size = self.scheduler_config, self.cache_config.block_size
         max_blocks = -(-self.model_config.max_model_len // block_size) + 1
         attachments = self._pool.open_sessions(
@@ -226,6 +237,24 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _leave_memory_nodes(self) -> None:
         self._pool.request_stop()
         self._pool.close()
+
+
+def _block_bytes(config: KVCacheConfig) -> int:
+    """Bytes of a block in vLLM's layout, of the largest group (``size`` is of all)."""
+    return config.kv_cache_tensors[0].size // config.num_blocks
+
+
+def _check_groups(planned: KVCacheConfig, given: KVCacheConfig) -> None:
+    """Compare what memory was reserved for with what the scheduler is going to use."""
+    if planned.kv_cache_groups != given.kv_cache_groups or _block_bytes(
+        planned
+    ) != _block_bytes(given):
+        raise RuntimeError(
+            f"vLLM made {len(given.kv_cache_groups)} KV groups of this model with "
+            f"{_block_bytes(given):,} bytes a block. Memory nodes were asked for "
+            f"{len(planned.kv_cache_groups)} groups with {_block_bytes(planned):,} "
+            "bytes. Run this model without --attention-offload, and report it."
+        )
 
 
 class AttentionOffloadExecutor(AttentionOffloadExecutorMixin, MultiprocExecutor):

@@ -114,19 +114,16 @@ class NodePool:
         self.partition, reason = choose_partition(
             self._config.partition, geometries[0], num_nodes
         )
-        shards = [
-            shard_geometry(each, self.partition, num_nodes) for each in geometries
-        ]
         for index, node in enumerate(self._nodes):
             kv_bytes = max(1, self._kv_bytes(node, num_engines) // num_ranks)
             node.reserve(
                 ReserveCapacity(
                     engine=self._engine,
                     shard=Shard(rank, num_ranks, index, num_nodes),
-                    geometry=shard,
+                    geometry=shard_geometry(each, self.partition, index, num_nodes),
                     kv_bytes=kv_bytes,
                 )
-                for rank, shard in enumerate(shards)
+                for rank, each in enumerate(geometries)
             )
         self._log_capacity(reason)
         return [pool_blocks(self.partition, held) for held in self._blocks_by_rank()]

@@ -6,6 +6,7 @@ vLLM's own sentence names its limits on the compute host, which do not apply.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +17,7 @@ from vllm_attn_offload.protocol.messages import GIB
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 
 class HoldsBlocks(Protocol):
@@ -32,7 +34,7 @@ class HoldsBlocks(Protocol):
 
 def check_pool_size(
     vllm_config: VllmConfig,
-    block_size: int,
+    groups: Sequence[KVCacheGroupSpec],
     num_blocks: int,
     nodes: Sequence[HoldsBlocks],
     partition: PartitionKind,
@@ -41,7 +43,7 @@ def check_pool_size(
 
     Args:
         vllm_config: The engine's configuration; a length that vLLM chooses may be 1.
-        block_size: Tokens per block.
+        groups: KV groups of the model, which share the pool.
         num_blocks: Blocks of the rank with the fewest.
         nodes: What is reserved.
         partition: What is divided between the nodes.
@@ -51,8 +53,8 @@ def check_pool_size(
     """
     model, override = vllm_config.model_config, vllm_config.cache_config
     wanted = 1 if model.original_max_model_len == -1 else model.max_model_len
-    # vLLM never hands out one of the blocks.
-    needed = math.ceil(wanted / block_size) + 1
+    needed = _blocks_needed(vllm_config, groups, wanted)
+    block_size = groups[0].kv_cache_spec.block_size
     if override.num_gpu_blocks_override is not None:
         if override.num_gpu_blocks_override < needed:
             raise ValueError(
@@ -62,18 +64,51 @@ def check_pool_size(
                 "--max-model-len."
             )
     elif num_blocks < needed:
+        fits = bisect.bisect_right(
+            range(1, wanted),
+            num_blocks,
+            key=lambda length: _blocks_needed(vllm_config, groups, length),
+        )
+        # Blocks of a single group hold as many tokens for any request.
+        tokens = block_size if len(groups) == 1 else None
         raise ValueError(
-            _too_small(block_size, wanted, num_blocks, needed, nodes, partition)
+            f"One request of {wanted:,} tokens (max_model_len) must fit in the KV "
+            f"cache, and the memory nodes hold {fits:,} "
+            f"({_held(nodes, tokens)}; vLLM keeps one block of {block_size} empty). "
+            + _advice(fits, needed, nodes, partition)
         )
 
 
-def _too_small(
-    block_size: int,
-    wanted: int,
-    num_blocks: int,
-    needed: int,
-    nodes: Sequence[HoldsBlocks],
-    partition: PartitionKind,
+def _blocks_needed(
+    vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec], length: int
+) -> int:
+    """Blocks that one request of ``length`` tokens needs in a pool of its own."""
+    model, before = vllm_config.model_config, vllm_config.model_config.max_model_len
+    # As vLLM itself asks for another length (`_estimate_max_model_len_from_groups`).
+    model.max_model_len = length
+    try:
+        counts = [
+            spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+            for spec in (group.kv_cache_spec for group in groups)
+        ]
+    finally:
+        model.max_model_len = before
+    # vLLM never hands out one of the blocks.
+    return sum(counts) + 1
+
+
+def _held(nodes: Sequence[HoldsBlocks], tokens: int | None) -> str:
+    counts = [(node, min(node.num_blocks)) for node in nodes]
+    return ", ".join(
+        f"{node.address} "
+        + (f"{blocks * tokens:,} tokens" if tokens else f"{blocks:,} blocks")
+        + f" in {byte_size(node.kv_bytes)}"
+        for node, blocks in counts
+    )
+
+
+def _advice(
+    fits: int, needed: int, nodes: Sequence[HoldsBlocks], partition: PartitionKind
 ) -> str:
     held = [min(node.num_blocks) for node in nodes]
     counts = divide_blocks(needed, tuple(held), partition)
@@ -82,16 +117,9 @@ def _too_small(
         node.kv_bytes // blocks * count
         for node, blocks, count in zip(nodes, held, counts, strict=True)
     )
-    per_node = ", ".join(
-        f"{node.address} {blocks * block_size:,} tokens in {byte_size(node.kv_bytes)}"
-        for node, blocks in zip(nodes, held, strict=True)
-    )
-    fits = (num_blocks - 1) * block_size
     shorter = f"lower --max-model-len to {fits} or less, " if fits else ""
     return (
-        f"One request of {wanted:,} tokens (max_model_len) must fit in the KV cache, "
-        f"and the memory nodes hold {fits:,} ({per_node}; vLLM keeps one block of "
-        f"{block_size} empty). Allowed: at least {byte_size(bytes_needed)} on each "
+        f"Allowed: at least {byte_size(bytes_needed)} on each "
         f"node. Set kv_cache_gib to {_round_up(bytes_needed)} or more, which the node "
         f"must have free (--kv-cache-gib there), {shorter}or add a memory node."
     )

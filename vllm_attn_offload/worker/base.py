@@ -7,7 +7,6 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
@@ -26,13 +25,11 @@ from vllm_attn_offload.compatibility import check_layers
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.geometry import (
-    Dtype,
-    KVGroup,
-    LayerGeometry,
     SessionGeometry,
 )
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.worker.failure_note import noted_failure
+from vllm_attn_offload.worker.geometry import session_geometry
 from vllm_attn_offload.worker.lost_step import LostStep
 
 if TYPE_CHECKING:
@@ -56,6 +53,7 @@ class AttentionOffloadWorker(_WorkerBase):
     _exchange: LayerExchange | None = None
     _micro_batches: MicroBatchRunner | None = None
     _generation = 0
+    _geometry: SessionGeometry
 
     @noted_failure()
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -69,23 +67,14 @@ class AttentionOffloadWorker(_WorkerBase):
         check_layers(layer_problems(self.vllm_config))
 
     @noted_failure()
-    def session_geometry(self) -> SessionGeometry:
-        """Shapes of this worker's attention layers, in the order of their index."""
-        specs = self.get_kv_cache_spec()
-        block_sizes = {spec.block_size for spec in specs.values()}
-        if len(block_sizes) != 1:
-            raise ValueError(
-                f"Attention offloading does not support layers with different block "
-                f"sizes ({sorted(block_sizes)}). Allowed: one block size. Run this "
-                "model without --attention-offload."
-            )
-        dtype = cast(Dtype, str(self.model_config.dtype).removeprefix("torch."))
-        named = attention_layers(self.vllm_config).items()
-        layers = [
-            _layer_geometry(index, name, layer)
-            for index, (name, layer) in enumerate(named)
-        ]
-        return SessionGeometry(dtype, [KVGroup(block_sizes.pop())], layers)
+    def session_geometry(self, planned: list[KVCacheConfig]) -> SessionGeometry:
+        """Shapes of this worker's attention layers, in the order of their index.
+
+        Args:
+            planned: How vLLM groups the layers of each rank.
+        """
+        self._geometry = session_geometry(self.vllm_config, planned[self.rank])
+        return self._geometry
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the one-block stub in place of the pool that the nodes hold."""
@@ -115,7 +104,7 @@ class AttentionOffloadWorker(_WorkerBase):
             self._nodes = connect_nodes(
                 attachments[self.rank],
                 kind,
-                self.session_geometry(),
+                self._geometry,
                 timeout_s=config.request_timeout_s,
                 credentials=config.credentials,
                 tolerate_loss=config.on_node_loss == "recover",
@@ -207,19 +196,6 @@ class AttentionOffloadWorker(_WorkerBase):
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""
         raise NotImplementedError
-
-
-def _layer_geometry(index: int, name: str, layer: Attention) -> LayerGeometry:
-    return LayerGeometry(
-        name=name,
-        group=0,
-        storage=index,
-        num_query_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_size=layer.head_size,
-        v_head_size=layer.head_size_v,
-        softmax_scale=layer.impl.scale,
-    )
 
 
 def _stub(kv_cache_config: KVCacheConfig) -> KVCacheConfig:

@@ -51,6 +51,7 @@ from vllm_attn_offload.protocol.step import StepMetadata
 NUM_BLOCKS, NUM_LAYERS = 60, 3
 GEOMETRY = make_geometry(num_layers=NUM_LAYERS)
 LAYER = GEOMETRY.layers[0]
+BLOCK_SIZE = GEOMETRY.groups[0].block_size
 PACES: tuple[Pace, ...] = ("late", "early", "kernels-early")
 #: Rows that pad the batch to a captured graph's size.
 NUM_PADDING = 3
@@ -98,7 +99,7 @@ class DeviceWorker:
         self.requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, 3)
         count = len(addresses)
         sizes = [NUM_BLOCKS] if count == 1 else [NUM_BLOCKS // 2] * count
-        sharded = shard_geometry(GEOMETRY, kind, count)
+        sharded = shard_geometry(GEOMETRY, kind, 0, count)
         self.controls, clients = [], []
         for address, size in zip(addresses, sizes, strict=True):
             self.controls.append(ControlClient(address, 10))
@@ -138,7 +139,9 @@ class DeviceWorker:
         results = []
         for num_new in steps:
             batch, qkv = self.requests.grow(list(num_new))
-            metadata = AttentionOffloadMetadata(self.readback.begin(_common(batch)))
+            metadata = AttentionOffloadMetadata(
+                self.readback.begin(_common(batch)), BLOCK_SIZE
+            )
             results.append((self.forward(metadata, qkv), self.requests.expected()))
         self.exchange.close()
         self.device.finish()
@@ -245,7 +248,7 @@ def test_micro_batches_take_turns(
         batch, qkv = worker.requests.grow(num_new)
         if num_new[0] > 1:
             step = worker.readback.begin(_common(batch))
-            worker.forward(AttentionOffloadMetadata(step), qkv)
+            worker.forward(AttentionOffloadMetadata(step, BLOCK_SIZE), qkv)
             continue
         expected.append(worker.requests.expected())
         parts = cut_batch(batch, 2)
@@ -304,7 +307,7 @@ def _run_part(
     batch: StepMetadata,
     qkv: tuple[torch.Tensor, ...],
 ) -> None:
-    metadata = AttentionOffloadMetadata(HostStep(batch), index)
+    metadata = AttentionOffloadMetadata(HostStep(batch), BLOCK_SIZE, index)
     metadata.baton = baton
     baton.take(index)
     try:
@@ -318,7 +321,9 @@ def test_padding_and_session_less_steps(addresses: list[str]) -> None:
     device = DeferredDevice("early")
     worker = DeviceWorker(addresses[:1], device, "heads")
     batch, (query, key, value) = worker.requests.grow([2, 1, 1])
-    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    metadata = AttentionOffloadMetadata(
+        worker.readback.begin(_common(batch)), BLOCK_SIZE
+    )
     padded = [torch.cat((part, part[:NUM_PADDING])) for part in (query, key, value)]
     output = torch.full(padded[0].shape, 7.0)
     impl = worker.impls[0]
@@ -339,7 +344,9 @@ def test_lost_store_is_reported(tmp_path_factory: pytest.TempPathFactory) -> Non
         worker.run([[20, 0, 0]])
         node.kill()
     batch, qkv = worker.requests.grow([1, 0, 0])
-    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    metadata = AttentionOffloadMetadata(
+        worker.readback.begin(_common(batch)), BLOCK_SIZE
+    )
     with pytest.raises(MemoryNodeError):
         worker.forward(metadata, qkv)
     worker.close()
@@ -356,7 +363,9 @@ def test_node_is_lost_with_rows_in_its_memory(
         [address], device, "heads", HostDevice(), tolerate_loss=tolerate_loss
     )
     batch, qkv = worker.requests.grow([1, 1, 1])
-    metadata = AttentionOffloadMetadata(worker.readback.begin(_common(batch)))
+    metadata = AttentionOffloadMetadata(
+        worker.readback.begin(_common(batch)), BLOCK_SIZE
+    )
     attention.end_session = True
     if not tolerate_loss:
         with pytest.raises(MemoryNodeError):

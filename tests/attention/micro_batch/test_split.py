@@ -52,7 +52,7 @@ def test_choose_cut_is_the_best(seq_lens: list[int], row: float) -> None:
     """No other cut is predicted to be faster; no request is in both or in neither."""
     costs = StepCosts(row=row, token=1.0)
     batch = decode_step(seq_lens)
-    cut = choose_cut(batch, BLOCK, costs)
+    cut = choose_cut(batch, costs)
     assert cut is not None
     best = min(step_time(seq_lens, at, costs) for at in range(1, len(seq_lens)))
     assert step_time(seq_lens, cut, costs) <= best * (1 + 1e-6)
@@ -65,21 +65,21 @@ def test_choose_cut_is_the_best(seq_lens: list[int], row: float) -> None:
 
 
 def test_choose_cut_balances_what_is_alike() -> None:
-    assert choose_cut(decode_step([1000] * 8), BLOCK, StepCosts()) == 4
+    assert choose_cut(decode_step([1000] * 8), StepCosts()) == 4
     # One long request weighs as much as the others together, where attention counts.
     longs = decode_step([7000] + [1000] * 7)
-    assert choose_cut(longs, BLOCK, StepCosts(row=1000.0)) == 2
-    assert choose_cut(longs, BLOCK, StepCosts(row=1e6)) == 4
+    assert choose_cut(longs, StepCosts(row=1000.0)) == 2
+    assert choose_cut(longs, StepCosts(row=1e6)) == 4
 
 
 def test_choose_cut_leaves_other_steps_whole() -> None:
     """One request, and a step in which two tokens of a request are computed."""
-    assert choose_cut(decode_step([100]), BLOCK, StepCosts()) is None
+    assert choose_cut(decode_step([100]), StepCosts()) is None
     two = decode_step([100, 40])
     chunk = StepMetadata.whole(
         np.array([0, 0, 2], np.int32), two.seq_lens, two.slot_mapping, two.block_table
     )
-    assert choose_cut(chunk, BLOCK, StepCosts()) is None
+    assert choose_cut(chunk, StepCosts()) is None
 
 
 def test_choose_cut_keeps_a_reader_with_its_writer() -> None:
@@ -89,11 +89,10 @@ def test_choose_cut_keeps_a_reader_with_its_writer() -> None:
     assert not shares_written(batch, BLOCK)
     batch.block_table[1, :3] = batch.block_table[0, :3]
     assert shares_written(batch, BLOCK)
-    assert choose_cut(batch, BLOCK, StepCosts()) is None
     # A block that was filled by an earlier step is shared like any other.
     later = decode_step([writer_len + 1, writer_len + 1])
     later.block_table[1, :3] = later.block_table[0, :3]
-    assert choose_cut(later, BLOCK, StepCosts()) == 1
+    assert not shares_written(later, BLOCK)
 
 
 def test_shares_written_ignores_what_lies_behind_a_request() -> None:

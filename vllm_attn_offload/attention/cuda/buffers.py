@@ -10,7 +10,7 @@ import torch
 
 from vllm_attn_offload.attention.cuda.prefill import RemotePart
 from vllm_attn_offload.attention.cuda.streams import DeviceStreams, Mark
-from vllm_attn_offload.client.remote_attention import SentStep
+from vllm_attn_offload.client.sent_step import SentStep
 from vllm_attn_offload.client.step_partition import StepPartition
 
 

@@ -21,7 +21,10 @@ from vllm_attn_offload.attention.cuda.streams import DeviceStreams
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.sent_step import SentStep
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _MicroBatchBuffers:
@@ -80,19 +83,24 @@ class CudaExchange(LayerExchange):
         if metadata.step is None:
             # Stores of the step before must be sent before this step is.
             self._stores.finish()
-        step = metadata.ensure_sent(self._nodes)
+        step = metadata.ensure_sent(self._nodes, layer)
         partition = step.partition
+        query, key, value = qkv
+        # Layers that share KV, or have sinks, are refused on GPUs (`compatibility`).
+        assert key is not None
+        assert value is not None
+        rows = (query, key, value)
         if not partition.prefills:
-            self._attend_remotely(metadata, step, layer, qkv, output)
+            self._attend_remotely(metadata, step, layer, rows, output)
             return
         source = metadata.source
         assert isinstance(source, CudaStep)
         remote_rows = partition.remote_rows
         if remote_rows is not None and not remote_rows.size:
-            self._stores.post(step, layer, qkv)
-            self._attention.attend(qkv, output, source, attention)
+            self._stores.post(step, layer, rows)
+            self._attention.attend(rows, output, source, attention)
         else:
-            self._attend_both(metadata, step, layer, qkv, output, attention)
+            self._attend_both(metadata, step, layer, rows, output, attention)
 
     def close(self) -> None:
         """Wait until nothing is being sent; the nodes were closed before."""
@@ -103,7 +111,7 @@ class CudaExchange(LayerExchange):
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: Qkv,
+        qkv: Rows,
         output: torch.Tensor,
     ) -> None:
         buffers = self._of(metadata.micro_batch)
@@ -125,7 +133,7 @@ class CudaExchange(LayerExchange):
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: Qkv,
+        qkv: Rows,
         output: torch.Tensor,
         attention: LayerAttention,
     ) -> None:

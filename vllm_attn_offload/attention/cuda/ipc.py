@@ -9,7 +9,8 @@ import torch
 
 from vllm_attn_offload.attention.cuda.streams import DeviceStreams
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.sent_step import SentStep
 
 
 class SharedRows:

@@ -9,7 +9,8 @@ import torch
 
 from vllm_attn_offload.attention.cuda.buffers import StagedRows
 from vllm_attn_offload.attention.cuda.streams import DeviceStreams, Mark
-from vllm_attn_offload.client.remote_attention import RemoteAttention, SentStep
+from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.client.sent_step import SentStep
 
 #: One layer's rows are sent while the next one's are copied.
 _NUM_BUFFERS = 2

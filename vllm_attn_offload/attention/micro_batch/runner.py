@@ -23,7 +23,11 @@ from vllm_attn_offload.attention.micro_batch.choice import (
     NumMicroBatches,
 )
 from vllm_attn_offload.attention.micro_batch.lora import LoraRows
-from vllm_attn_offload.attention.micro_batch.split import choose_cut, cut_batch
+from vllm_attn_offload.attention.micro_batch.split import (
+    choose_cut,
+    cut_batch,
+    shares_written,
+)
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.config import AttentionOffloadConfig
@@ -32,6 +36,7 @@ from vllm_attn_offload.logger import get_logger
 logger = get_logger(__name__)
 
 Inputs = dict[str, Any]
+AttentionOffloadParts = tuple[AttentionOffloadMetadata, AttentionOffloadMetadata]
 
 #: Inputs of a model that have a row per token, in their last dimension or the first.
 _ROWS_LAST = frozenset({"positions"})
@@ -46,16 +51,12 @@ class MicroBatchRunner:
 
     Args:
         model: vLLM's model; its ``forward`` is wrapped until `uninstall`.
-        block_size: Tokens of a KV block.
         choice: Decides per step.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, block_size: int, choice: MicroBatchChoice
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, choice: MicroBatchChoice) -> None:
         self._model = model
         self._forward = model.forward
-        self._block_size = block_size
         self._choice = choice
         self._lora = LoraRows(model)
         self._nodes: RemoteAttention | None = None
@@ -84,20 +85,22 @@ class MicroBatchRunner:
         return self._choice.times()
 
     def _run(self, *args: Any, **inputs: Any) -> Any:
-        metadata = None if args else _step_of(inputs)
+        groups = None if args else _step_of(inputs)
         nodes = self._nodes
-        if metadata is None or nodes is None or not self._is_looked_at(metadata):
+        if groups is None or nodes is None or not self._is_looked_at(groups):
             return self._forward(*args, **inputs)
-        batch = metadata.batch
+        batch = groups[0].batch
         num_rows, num_tokens = batch.num_tokens, int(batch.seq_lens.sum())
         cut = None
-        if self._choice.wants_cut(num_rows, num_tokens):
-            cut = choose_cut(batch, self._block_size, self._choice.costs)
+        if self._choice.wants_cut(num_rows, num_tokens) and not any(
+            shares_written(each.batch, each.block_size) for each in groups
+        ):
+            cut = choose_cut(batch, self._choice.costs)
         started, waited = time.perf_counter(), nodes.wait_s
         output = (
             self._forward(**inputs)
             if cut is None
-            else self._run_cut(inputs, metadata, cut)
+            else self._run_cut(inputs, groups, cut)
         )
         step_s = time.perf_counter() - started
         # A step that lost a node waited for nothing.
@@ -105,21 +108,22 @@ class MicroBatchRunner:
             self._choice.record(cut is not None, step_s, nodes.wait_s - waited)
         return output
 
-    def _is_looked_at(self, metadata: AttentionOffloadMetadata) -> bool:
+    def _is_looked_at(self, groups: list[AttentionOffloadMetadata]) -> bool:
         """Return True if the step only decodes and its lengths need no wait."""
-        if not (self._choice.may_cut or metadata.source.is_on_host):
+        if not (self._choice.may_cut or all(each.source.is_on_host for each in groups)):
             return False
-        return metadata.batch.seq_lens.shape[0] == metadata.num_tokens
+        return groups[0].batch.seq_lens.shape[0] == groups[0].num_tokens
 
     def _run_cut(
-        self, inputs: Inputs, metadata: AttentionOffloadMetadata, cut: int
+        self, inputs: Inputs, groups: list[AttentionOffloadMetadata], cut: int
     ) -> Any:
         whole = forward_context.get_forward_context()
         parts = [
-            AttentionOffloadMetadata(HostStep(part), index)
-            for index, part in enumerate(cut_batch(metadata.batch, cut))
+            {id(group): part for group, part in zip(groups, of_groups, strict=True)}
+            for of_groups in zip(*(_cut(group, cut) for group in groups), strict=True)
         ]
-        rows = (slice(0, cut), slice(cut, metadata.num_tokens))
+        num_tokens = groups[0].num_tokens
+        rows = (slice(0, cut), slice(cut, num_tokens))
         contexts = list(map(_context_of, (whole, whole), parts, rows))
         adapters = self._lora.whole()
         cut_adapters = list(map(self._lora.of, rows))
@@ -129,8 +133,9 @@ class MicroBatchRunner:
             self._lora.use(cut_adapters[micro_batch])
 
         baton = Baton(enter)
-        for part in parts:
-            part.baton = baton
+        for of_part in parts:
+            for part in of_part.values():
+                part.baton = baton
         # Both compute on one stream: a thread starts with another one.
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         later = self._thread.submit(
@@ -146,7 +151,7 @@ class MicroBatchRunner:
             self._lora.use(adapters)
         if error is not None:
             raise error
-        num_padding = _num_rows(inputs) - metadata.num_tokens
+        num_padding = _num_rows(inputs) - num_tokens
         return _joined([*outputs, later.result()], num_padding)
 
     def _run_part(
@@ -184,8 +189,7 @@ def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRun
     cudagraph_mode = vllm_config.compilation_config.cudagraph_mode
     if option == 2 and cudagraph_mode.has_piecewise_cudagraphs():
         logger.info("Decode steps in two micro-batches run without CUDA graphs.")
-    block_size = vllm_config.cache_config.block_size
-    return MicroBatchRunner(model, block_size, MicroBatchChoice(option))
+    return MicroBatchRunner(model, MicroBatchChoice(option))
 
 
 def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
@@ -199,15 +203,16 @@ def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
     return None
 
 
-def _step_of(inputs: Inputs) -> AttentionOffloadMetadata | None:
-    """The step's metadata, or None where what it needs cannot be cut."""
+def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
+    """The step's metadata by KV group, or None where what it needs cannot be cut."""
     context = forward_context._forward_context
     if context is None or not isinstance(context.attn_metadata, dict):
         return None
-    metadata = next(iter(context.attn_metadata.values()), None)
+    groups = list({id(each): each for each in context.attn_metadata.values()}.values())
     if (
-        not isinstance(metadata, AttentionOffloadMetadata)
-        or any(other is not metadata for other in context.attn_metadata.values())
+        not groups
+        or any(not isinstance(each, AttentionOffloadMetadata) for each in groups)
+        or len({each.num_tokens for each in groups}) > 1
         or context.cudagraph_runtime_mode == CUDAGraphMode.FULL
         or context.dp_metadata is not None
         or any(
@@ -216,7 +221,15 @@ def _step_of(inputs: Inputs) -> AttentionOffloadMetadata | None:
         )
     ):
         return None
-    return metadata
+    return groups
+
+
+def _cut(metadata: AttentionOffloadMetadata, cut: int) -> AttentionOffloadParts:
+    first, second = (
+        AttentionOffloadMetadata(HostStep(part), metadata.block_size, index)
+        for index, part in enumerate(cut_batch(metadata.batch, cut))
+    )
+    return first, second
 
 
 def _num_rows(inputs: Inputs) -> int:
@@ -229,7 +242,7 @@ def _num_rows(inputs: Inputs) -> int:
 
 
 def _context_of(
-    whole: ForwardContext, metadata: AttentionOffloadMetadata, rows: slice
+    whole: ForwardContext, parts: dict[int, AttentionOffloadMetadata], rows: slice
 ) -> ForwardContext:
     assert isinstance(whole.attn_metadata, dict)
     # Slots reach the nodes with the step; nothing on this side asks for them. All CUDA
@@ -237,7 +250,9 @@ def _context_of(
     # overwrite what the other still needs.
     return replace(
         whole,
-        attn_metadata=dict.fromkeys(whole.attn_metadata, metadata),
+        attn_metadata={
+            name: parts[id(metadata)] for name, metadata in whole.attn_metadata.items()
+        },
         slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
         batch_descriptor=None,

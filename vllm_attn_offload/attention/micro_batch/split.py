@@ -23,27 +23,22 @@ class StepCosts:
     token: float = 1.0
 
 
-def choose_cut(batch: StepMetadata, block_size: int, costs: StepCosts) -> int | None:
+def choose_cut(batch: StepMetadata, costs: StepCosts) -> int | None:
     """Requests of the first micro-batch, so that both are predicted to take as long.
 
     While one computes the other is attended: with compute C and attention A the step
     takes about ``max(C0, A1) + max(C1, A0)`` (Lamina, arXiv 2405.01814, section 4.3).
 
     Args:
-        batch: A step.
-        block_size: Tokens of a block.
+        batch: A step of any KV group, in which no request ``shares_written``.
         costs: Predicted times.
 
     Returns:
-        None where the step must run whole: a request is prefilled, there is only one,
-        or a request reads a block that another one writes in this step.
+        None where the step must run whole: a request is prefilled, or there is only
+        one.
     """
     num_reqs = batch.seq_lens.shape[0]
-    if (
-        num_reqs < 2
-        or (np.diff(batch.query_start_loc) != 1).any()
-        or shares_written(batch, block_size)
-    ):
+    if num_reqs < 2 or (np.diff(batch.query_start_loc) != 1).any():
         return None
     rows = np.arange(1, num_reqs)
     tokens = batch.seq_lens.cumsum(dtype=np.int64)

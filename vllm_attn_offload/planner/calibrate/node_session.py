@@ -80,7 +80,7 @@ class NodeSession:
         self._num_blocks = -(-num_tokens // self._block_size)
         self._max_num_reqs = max_num_reqs
         kind, _ = choose_partition("auto", geometry, len(addresses))
-        self._shard = shard_geometry(geometry, kind, len(addresses))
+        self._shard = shard_geometry(geometry, kind, 0, len(addresses))
         with contextlib.ExitStack() as stack:
             self._controls: list[ControlClient] = []
             for address in addresses:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints of model families whose attention differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+#: Smaller than vLLM's blocks on CPUs, so that blocks fall out of it soon.
+WINDOW = 40
+MAX_MODEL_LEN = 512
+BASE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    # Large, so that tokens depend on what attention returns.
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+MOE: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+TIED = {"tie_word_embeddings": True}
+
+#: Type of transformers' config, and what differs from ``BASE``.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "phi3": ("phi3", {"sliding_window": 4096}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"sliding_window": WINDOW, "layer_types": SLIDING, **MOE}
+        | {"intermediate_size": 64},
+    ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": WINDOW, "layer_types": SLIDING}
+        | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32}
+        | TIED,
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "sliding_window": WINDOW}
+        | {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
+        | {"query_pre_attn_scalar": 32},
+    ),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 4, "hidden_size": 128} | TIED),
+}
+
+
+def save(family: str, directory: Path) -> None:
+    """Write config and seeded weights."""
+    torch.manual_seed(0)
+    model_type, changes = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(BASE | changes))
+    model = AutoModelForCausalLM.from_config(config).float()
+    model.save_pretrained(directory)
