@@ -49,7 +49,8 @@ def _mla(config: VllmConfig) -> str:
 
 def _head_size(config: VllmConfig) -> str:
     size = config.model_config.get_head_size()
-    is_held = size % 8 == 0 and 8 <= size <= _MAX_HEAD_SIZE
+    # Of models without attention it is 0.
+    is_held = size % 8 == 0 and size <= _MAX_HEAD_SIZE
     return "" if is_held or config.model_config.use_mla else f"heads of size {size}"
 
 
@@ -74,14 +75,6 @@ def _on_gpu(given: Given) -> Given:
 
 
 UNSUPPORTED_MODELS = (
-    Unsupported(
-        "Chunked local attention",
-        is_set(
-            "model_config.attention_chunk_size",
-            "attention in chunks of {} tokens (attention_chunk_size)",
-        ),
-        "attention over the full context",
-    ),
     Unsupported(
         "Attention sinks on GPU compute nodes",
         _on_gpu(_sinks),

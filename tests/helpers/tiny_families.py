@@ -36,6 +36,17 @@ MOE: dict[str, Any] = {
     "moe_intermediate_size": 32,
 }
 TIED = {"tie_word_embeddings": True}
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "sliding_window": WINDOW,
+    "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
+    "initializer_range": 0.1,
+    **TIED,
+}
 
 #: Type of transformers' config, and what differs from ``BASE``.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,6 +69,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 6, "sliding_window": WINDOW}
         | {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
         | {"query_pre_attn_scalar": 32},
+    ),
+    "gemma4": ("gemma4_text", GEMMA4),
+    "gemma4-shared": ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 3}),
+    "laguna": (
+        "laguna",
+        {"sliding_window": WINDOW, "mlp_layer_types": ["dense"] * 4}
+        | {"layer_types": [*SLIDING[:2], *reversed(SLIDING[:2])]}
+        | {"num_attention_heads_per_layer": [4, 4, 8, 8]},
+    ),
+    "llama4": (
+        "llama4_text",
+        # vLLM wants whole blocks.
+        {"attention_chunk_size": 64, "no_rope_layers": [1, 1, 1, 0], **MOE}
+        | {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 128}
+        | {"num_experts_per_tok": 1}
+        | {"use_qk_norm": False, "attn_temperature_tuning": False},
     ),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 4, "hidden_size": 128} | TIED),
 }

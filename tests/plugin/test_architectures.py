@@ -16,6 +16,7 @@ MIN_ARCHITECTURES, MIN_JUDGED = 140, 95
 #: vLLM's own words for a class that needs a package, a GPU or files of a checkpoint.
 UNMAKEABLE = (
     "No module named",
+    "requires the timm library",
     "Could not import module",
     "Can't load image processor",
     "Can't load feature extractor",

@@ -131,12 +131,14 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         """
         for planned, given in zip(self._planned, kv_cache_configs, strict=True):
             _check_groups(planned, given)
-        scheduler, block_size = self.scheduler_config, self.cache_config.block_size
+        block_size = self.cache_config.block_size
         max_blocks = -(-self.model_config.max_model_len // block_size) + 1
         attachments = self._pool.open_sessions(
             [kv_cache_config.num_blocks for kv_cache_config in kv_cache_configs],
             SessionLimits(
-                scheduler.max_num_batched_tokens, scheduler.max_num_seqs, max_blocks
+                self.scheduler_config.max_num_batched_tokens,
+                self._max_num_reqs(),
+                max_blocks,
             ),
         )
         super().initialize_from_config(kv_cache_configs)
@@ -183,6 +185,14 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self.failure_note.close()
             self.failure_note = None
         self._leave_memory_nodes()
+
+    def _max_num_reqs(self) -> int:
+        """Most requests of a STEP; those of chunked local attention are cut."""
+        scheduler, chunk = self.scheduler_config, self.model_config.attention_chunk_size
+        if not chunk:
+            return scheduler.max_num_seqs
+        num_tokens = scheduler.max_num_batched_tokens
+        return min(2 * scheduler.max_num_seqs + num_tokens // chunk, num_tokens)
 
     def _new_recovery(self, config: AttentionOffloadConfig) -> Recovery | None:
         if config.on_node_loss != "recover":

@@ -28,7 +28,9 @@ def session_geometry(
 
     Layers of different groups that are at the same place in their groups share a
     storage, as they share memory in vLLM's pool: a block belongs to one group at a
-    time.
+    time. Layers with chunked local attention are a group of their own wherever vLLM
+    puts them, because it cuts their requests into virtual ones
+    (`make_local_attention_virtual_batches`).
 
     Args:
         vllm_config: The worker's configuration, with its layers.
@@ -40,18 +42,26 @@ def session_geometry(
         for index, name in enumerate(spec.layer_names)
     }
     layers = attention_layers(vllm_config)
+    placed = {name: places[_owner(name, layers)] for name in layers}
+    kinds = {name: (placed[name][0], _chunk_size(layers[name])) for name in layers}
+    groups = sorted(set(kinds.values()))
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     return SessionGeometry(
         cast(Dtype, dtype),
         [
-            KVGroup(spec.kv_cache_spec.block_size)
-            for spec in kv_cache_config.kv_cache_groups
+            KVGroup(kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size)
+            for group, _ in groups
         ],
         [
-            _layer_geometry(name, layer, *places[_owner(name, layers)])
+            _layer_geometry(name, layer, groups.index(kinds[name]), placed[name][1])
             for name, layer in layers.items()
         ],
     )
+
+
+def _chunk_size(layer: Attention) -> int:
+    """Tokens of a chunk that a row does not see past; 0: there are no chunks."""
+    return getattr(layer, "attention_chunk_size", 0)
 
 
 def _owner(name: str, layers: dict[str, Attention]) -> str:
