@@ -56,8 +56,9 @@ def check_layers(problems: Iterable[str]) -> None:
     if listed:
         raise ValueError(
             f"Attention offloading does not support {len(listed)} layer(s) of this "
-            f"model: {'; '.join(listed[:3])}. Allowed: causal decoder attention over "
-            "the full context. Run this model without --attention-offload."
+            f"model: {'; '.join(listed[:3])}. Allowed: causal decoder attention by "
+            "vLLM's own layer, with values as long as keys. Run this model without "
+            "--attention-offload."
         )
 
 

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy tokens of tiny models of many families, stock or offloaded, in one process."""
+"""Greedy tokens of tiny models of many families, stock and offloaded.
+
+A process of its own that runs one engine after another, because importing vLLM takes
+longer than most of them.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 NUM_TOKENS = 24
 ENGINE: dict[str, Any] = {
@@ -19,67 +27,124 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "block_size": 32,
     "skip_tokenizer_init": True,
+    "trust_remote_code": True,
+    "disable_log_stats": False,
+}
+#: Of all models, as stock vLLM gets it.
+POOL_BYTES = 16 << 20
+#: A decode step of the first requests.
+KILL_AFTER_STEPS = 12
+#: ``nodes`` are external ones, poisoned; 0: the engine starts its own.
+CASES: dict[str, dict[str, Any]] = {
+    "phi3": {"model": "phi3", "nodes": 1},
+    "gpt_oss": {"model": "gpt_oss", "nodes": 1},
+    "gpt_oss without HMA": {
+        "model": "gpt_oss",
+        "nodes": 2,
+        "engine": {"disable_hybrid_kv_cache_manager": True},
+        "offload": {"partition": "heads"},
+    },
+    "gemma2 in a small pool": {
+        "model": "gemma2",
+        "nodes": 1,
+        "pool_blocks": 25,
+        "engine": {"max_num_batched_tokens": 16},
+    },
+    "gemma3": {
+        "model": "gemma3",
+        "nodes": 3,
+        "offload": {"partition": "blocks"},
+        "engine": {"max_num_batched_tokens": 16},
+    },
+    "gemma3 loses its node": {"model": "gemma3", "nodes": 0, "kill": True},
+    "gemma4": {"model": "gemma4", "nodes": 1, "offload": {"num_microbatches": 2}},
+    "gemma4 with shared KV": {
+        "model": "gemma4-shared",
+        "nodes": 2,
+        "offload": {"partition": "blocks"},
+        "engine": {"max_num_batched_tokens": 7},
+    },
+    "mistral": {
+        "model": "mistral",
+        "nodes": 2,
+        "offload": {"partition": "heads"},
+        "engine": {"max_num_batched_tokens": 7},
+    },
+    "laguna on two ranks": {
+        "model": "laguna",
+        "nodes": 1,
+        "engine": {"tensor_parallel_size": 2},
+        "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
+    "bloom": {"model": "bloom", "nodes": 2, "offload": {"partition": "heads"}},
+    "llama4": {"model": "llama4", "nodes": 2, "offload": {"partition": "blocks"}},
+    "decilm": {"model": "decilm", "nodes": 2, "offload": {"partition": "blocks"}},
 }
 
 
-def prompts() -> list[list[int]]:
-    """Of one row, one block and a row, more than three windows; then prefix hits."""
-    import random
-
+def prompts() -> tuple[list[list[int]], list[list[int]]]:
+    """Of one row to more than six windows; then two that begin like the longest."""
     draw = random.Random(0)
     lengths = (1, 33, 70, 150, 260)
     first = [[draw.randrange(3, 500) for _ in range(length)] for length in lengths]
-    return [*first, first[3] + [7, 8, 9], first[4][:200] + [11]]
+    return first, [[*first[3], 7, 8, 9], [*first[4][:200], 11]]
 
 
 def main() -> None:
-    """``families.py MODE OUTPUT MODEL ...``; a mode is JSON: options and offloading."""
-    mode, output, *models = sys.argv[1:]
-    options = json.loads(mode)
+    """``families.py MODELS OUTPUT [ADDRESS ...]``: stock, or every case with nodes."""
+    models, output, *addresses = sys.argv[1:]
+    cases = CASES
+    if not addresses:
+        cases = {case["model"]: {"model": case["model"]} for case in CASES.values()}
     results = {}
-    for model in models:
+    for name, case in cases.items():
         started = time.perf_counter()
-        try:
-            results[Path(model).name] = run(model, options)
-        except Exception as error:
-            results[Path(model).name] = {"error": f"{type(error).__name__}: {error}"}
-        sys.stderr.write(f"{model} {time.perf_counter() - started:.1f} s\n")
+        os.environ.update(case.get("variables", {}))
+        results[name] = run(str(Path(models, case["model"])), case, addresses)
+        for variable in case.get("variables", {}):
+            del os.environ[variable]
+        sys.stderr.write(f"{name}: {time.perf_counter() - started:.1f} s\n")
     Path(output).write_text(json.dumps(results), "utf-8")
 
 
-def run(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-
+def run(model: str, case: dict[str, Any], addresses: list[str]) -> dict[str, Any]:
+    """Results of one engine."""
     from vllm_attn_offload import LLM
 
     load_class(model)
-    llm: Any = LLM(model, **(ENGINE | options))
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=NUM_TOKENS,
-        ignore_eos=True,
-        logprobs=2,
-        detokenize=False,
-    )
-    tokens = [{"prompt_token_ids": prompt} for prompt in prompts()]
-    outputs = llm.generate(tokens[:5], params, use_tqdm=False)
-    outputs += llm.generate(tokens[5:], params, use_tqdm=False)
-    config = llm.llm_engine.vllm_config.cache_config
+    llm: Any = LLM(model, **(ENGINE | case.get("engine", {}) | memory(case, addresses)))
+    first, second = prompts()
+    outputs = generate(llm, first, is_killing=case.get("kill", False))
+    outputs += generate(llm, second)
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
     result = {
-        "num_blocks": config.num_gpu_blocks,
-        "tokens": [list(each.outputs[0].token_ids) for each in outputs],
-        "logprobs": [
-            [
-                step[token].logprob
-                for step, token in zip(o.logprobs, o.token_ids, strict=True)
-            ]
-            for o in (each.outputs[0] for each in outputs)
-        ],
+        "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "hits": metrics["vllm:prefix_cache_hits"].value,
+        "preemptions": metrics["vllm:num_preemptions"].value,
+        "tokens": [tokens for tokens, _ in outputs],
+        "logprobs": [logprobs for _, logprobs in outputs],
     }
+    if addresses:
+        result["times"] = llm.collective_rpc("exchange_times")
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     return result
+
+
+def memory(case: dict[str, Any], addresses: list[str]) -> dict[str, Any]:
+    """Options of the pool."""
+    if not addresses:
+        return {"kv_cache_memory_bytes": POOL_BYTES}
+    num_nodes = case["nodes"]
+    num_bytes = POOL_BYTES / max(1, num_nodes)
+    if "pool_blocks" in case:
+        # Of two layers, keys and values of 32 tokens and 2 heads of 32 in fp32.
+        num_bytes = case["pool_blocks"] * 2 * 2 * 32 * 2 * 32 * 4
+    options = {"kv_cache_gib": num_bytes / (1 << 30), **case.get("offload", {})}
+    if num_nodes:
+        options["memory_nodes"] = addresses[:num_nodes]
+    return {"attention_offload": True, "attention_offload_config": options}
 
 
 def load_class(model: str) -> None:
@@ -88,6 +153,53 @@ def load_class(model: str) -> None:
 
     (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
     ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def generate(
+    llm: Any, token_ids: list[list[int]], *, is_killing: bool = False
+) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
+        logprobs=1,
+        detokenize=False,
+    )
+    engine, done = llm.llm_engine, {}
+    for index, tokens in enumerate(token_ids):
+        engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
+    num_steps = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                done[int(output.request_id)] = output.outputs[0]
+        num_steps += 1
+        if is_killing and num_steps == KILL_AFTER_STEPS:
+            kill_memory_node()
+    return [
+        (
+            list(answer.token_ids),
+            [
+                step[token].logprob
+                for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+            ],
+        )
+        for _, answer in sorted(done.items())
+    ]
+
+
+def kill_memory_node() -> None:
+    """Kill the node that this process's engine started."""
+    nodes = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any("memory_node" in part for part in process.cmdline())
+    ]
+    assert len(nodes) == 1, [process.cmdline() for process in nodes]
+    nodes[0].kill()
 
 
 if __name__ == "__main__":

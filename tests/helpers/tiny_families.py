@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny_decilm
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "gpt_oss",
         {"sliding_window": WINDOW, "layer_types": SLIDING, **MOE}
-        | {"intermediate_size": 64},
+        | {"intermediate_size": 64, "initializer_range": 0.2},
     ),
     "gemma2": (
         "gemma2",
@@ -93,6 +94,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def save(family: str, directory: Path) -> None:
     """Write config and seeded weights."""
     torch.manual_seed(0)
+    if family == "decilm":
+        tiny_decilm.save(directory, BASE)
+        return
     model_type, changes = FAMILIES[family]
     config = AutoConfig.for_model(model_type, **(BASE | changes))
     model = AutoModelForCausalLM.from_config(config).float()

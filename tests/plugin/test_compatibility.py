@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from vllm import ModelRegistry
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -190,24 +191,10 @@ def test_breakable_graphs(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
-        ({"sliding_window": 128}, "a sliding window of 128 tokens"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
         ({"head_dim": 20}, "heads of size 20. Allowed: head sizes that are multiples"),
         ({"head_dim": 584}, "heads of size 584"),
         ({"v_head_dim": 32}, "values of size 32 with keys of size 64"),
-        ({"attention_chunk_size": 64}, "attention in chunks of 64 tokens"),
-        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
-        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2"),
-        ({"num_key_value_heads_per_layer": [3, 1]}, "layers that differ in their"),
-        (
-            {
-                "block_configs": [
-                    {"attention": {"n_heads_in_group": count}} for count in (8, None, 4)
-                ]
-            },
-            "layers that differ in their heads",
-        ),
     ],
 )
 def test_refused_model_configs(
@@ -234,7 +221,6 @@ def test_refused_model_configs(
         ),
         ("mamba", "MambaForCausalLM", {"state_size": 16}, "attention-free models"),
         ("jamba", "JambaForCausalLM", {}, "hybrid models"),
-        ("bloom", "BloomForCausalLM", {"n_head": 4, "n_layer": 2}, "ALiBi"),
     ],
 )
 def test_refused_architectures(
@@ -251,11 +237,38 @@ def test_refused_architectures(
     assert f"does not support {given}" in refusal(model)
 
 
-def test_layers_that_are_alike(model_dir: ModelDir) -> None:
-    """A list of equal numbers, and layers without attention, change nothing."""
-    blocks = [{"attention": {"n_heads_in_group": count}} for count in (3, None, 3)]
-    blocks += [{}, {"attention": None}]  # a layer of another kind
-    create(model_dir(num_key_value_heads_per_layer=[3, 3], block_configs=blocks))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 128},
+        # Longer than the longest context, and a context below the window.
+        {"sliding_window": 1 << 18},
+        {"use_sliding_window": False, "sliding_window": 128, "max_window_layers": 2},
+        {"attn_logit_softcapping": 50.0},
+        {"attention_chunk_size": 64},
+        {"num_key_value_heads_per_layer": [3, 1]},
+    ],
+)
+def test_accepted_model_configs(model_dir: ModelDir, changes: dict[str, Any]) -> None:
+    """Layers say how they attend; `test_families` attends with them."""
+    create(model_dir(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"add_swa_attention_sink_bias": True}, "attention sinks. Allowed: attention"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2"),
+    ],
+)
+def test_refused_on_gpus(
+    model_dir: ModelDir, changes: dict[str, Any], given: str
+) -> None:
+    """Set on a finished configuration: this machine has no GPU."""
+    config = create(model_dir(**changes))
+    config.device_config.device_type = "cuda"
+    with pytest.raises(ValueError, match=f"does not support {given}.* or a CPU comp"):
+        check_supported(config)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +299,7 @@ def test_checkpoint_with_fp8_kv_cache(
 
 
 def test_every_problem_is_named(model_dir: ModelDir) -> None:
-    message = refusal(model_dir(sliding_window=128), kv_cache_dtype="fp8")
+    message = refusal(model_dir(v_head_dim=32), kv_cache_dtype="fp8")
     assert len(message.splitlines()) == 2
 
 
@@ -342,11 +355,7 @@ def test_scheduler(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("extra", "given"),
     [
-        ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"sliding_window": 64}, "a sliding window"),
-        ({"logits_soft_cap": 50.0}, "a logit soft cap"),
-        ({"sinks": [0.0]}, "sinks"),
-        ({"kv_sharing_target_layer_name": "layer.0"}, "KV sharing between layers"),
+        ({"chunk_lookback": 1}, "chunk_lookback"),
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
     ],
 )
@@ -355,7 +364,24 @@ def test_refused_layers(extra: dict[str, Any], given: str) -> None:
     message = f"does not support {given}. Allowed: .*Run this model without"
     with pytest.raises(ValueError, match=message):
         AttentionOffloadImpl(4, 64, 0.125, num_kv_heads=2, **extra)
-    AttentionOffloadImpl(4, 64, 0.125, num_kv_heads=2, alibi_slopes=None, sinks=None)
+
+
+def test_attributes_of_layers() -> None:
+    """As vLLM's models give them; absent ones are off."""
+    plain = AttentionOffloadImpl(4, 64, 0.125, num_kv_heads=2, chunk_lookback=None)
+    assert plain.attention.sliding_window == plain.attention.soft_cap == 0
+    assert plain.attention.alibi_slopes is plain.attention.sinks is None
+    sinks = torch.nn.Parameter(torch.zeros(4))
+    layer = AttentionOffloadImpl(
+        *(4, 64, 0.125, 2, [0.5, 0.25, 0.125, 0.0625], 128, "auto", 50.0), sinks=sinks
+    )
+    assert (layer.attention.sliding_window, layer.attention.soft_cap) == (128, 50.0)
+    assert layer.attention.alibi_slopes is not None
+    assert layer.attention.alibi_slopes.tolist() == [0.5, 0.25, 0.125, 0.0625]
+    # Weights that are loaded again reach the layer.
+    sinks.data.fill_(3.0)
+    assert layer.attention.sinks is not None
+    assert (layer.attention.sinks == 3.0).all()
 
 
 def test_check_layers() -> None:
