@@ -14,10 +14,12 @@ __all__ = ["COMMAND", "NodeProcess", "eventually", "running_node"]
 
 
 @contextmanager
-def running_node(directory: Path, *options: str) -> Iterator[NodeProcess]:
+def running_node(
+    directory: Path, *options: str, **variables: str
+) -> Iterator[NodeProcess]:
     """A node on a Unix socket in a directory, ended with the context."""
     process = NodeProcess(
-        f"unix:{directory / 'node.sock'}", directory / "node.log", *options
+        f"unix:{directory / 'node.sock'}", directory / "node.log", *options, **variables
     )
     try:
         yield process

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from exact_attention import exact_attention
 from paged_batch import Qkv, random_tokens
 
-from vllm_attn_offload.protocol.geometry import SessionGeometry
+from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 
@@ -28,16 +29,24 @@ class WorkerBatch:
         geometry: The worker's layers; all get the same tokens.
         num_blocks: Blocks of the pool.
         num_reqs: Requests, all empty at first.
+        free: Ids of blocks to take from the end; None: all, shuffled.
+        group: KV group of the requests' blocks.
     """
 
     def __init__(
-        self, geometry: SessionGeometry, num_blocks: int, num_reqs: int
+        self,
+        geometry: SessionGeometry,
+        num_blocks: int,
+        num_reqs: int,
+        free: list[int] | None = None,
+        group: int = 0,
     ) -> None:
         self._generator = torch.Generator().manual_seed(num_reqs)
         self._layer = geometry.layers[0]
-        self._block_size = geometry.groups[0].block_size
+        self._block_size = geometry.groups[group].block_size
         self._dtype = getattr(torch, geometry.dtype)
-        self._free = torch.randperm(num_blocks, generator=self._generator).tolist()
+        shuffled = torch.randperm(num_blocks, generator=self._generator).tolist()
+        self._free = shuffled if free is None else free
         self._requests = [_Request(*self._tokens(0)) for _ in range(num_reqs)]
         self._new: list[tuple[_Request, int]] = []
 
@@ -68,21 +77,40 @@ class WorkerBatch:
         )
         return step, self._fused_rows()
 
-    def expected(self) -> torch.Tensor:
-        """Causal attention of the last step's rows in float64."""
+    def expected(
+        self, layer: LayerGeometry | None = None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of the last step's rows in float64, as ``layer`` attends.
+
+        Heads beyond those of the first layer see the same queries again.
+        """
+        layer = layer or self._layer
+        copies = layer.num_query_heads // self._layer.num_query_heads
         outs = []
         for request, count in self._new:
-            group = self._layer.num_query_heads // self._layer.num_kv_heads
-            q = request.q[-count:].double()
-            k, v = (
-                x.double().repeat_interleave(group, 1) for x in (request.k, request.v)
-            )
-            scores = torch.einsum("qhd,khd->hqk", q, k) * self._layer.softmax_scale
-            first = request.q.shape[0] - count
-            seen = torch.ones_like(scores[0], dtype=torch.bool).tril(first)
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+            num_tokens = request.q.shape[0]
+            positions = torch.arange(num_tokens - count, num_tokens)
+            query = request.q[-count:].repeat(1, copies, 1)
+            out, lse = exact_attention(layer, query, request.k, request.v, positions)
+            if sinks is not None:
+                out = out * torch.sigmoid(lse - sinks.double())[..., None]
+            outs.append(out)
         return torch.cat(outs)
+
+    def release(self, window: int) -> list[int]:
+        """Give up the blocks that no later row sees, as vLLM does between steps.
+
+        Returns:
+            Their ids; tables name the null block, 0, instead.
+        """
+        released = []
+        for request in self._requests:
+            unseen = max(0, request.q.shape[0] - window + 1) // self._block_size
+            for index, block in enumerate(request.blocks[:unseen]):
+                if block:
+                    released.append(block)
+                    request.blocks[index] = 0
+        return released
 
     def _add(self, request: _Request, count: int) -> list[int]:
         parts = zip((request.q, request.k, request.v), self._tokens(count), strict=True)
