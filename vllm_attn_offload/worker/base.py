@@ -146,7 +146,7 @@ class AttentionOffloadWorker(_WorkerBase):
         ):
             raise RuntimeError(
                 "Attention offloading does not support zeroing or copying KV blocks on "
-                "the compute node. Allowed: models with full attention only. Run this "
+                "the compute node. Allowed: models whose layers all attend. Run this "
                 "model without --attention-offload."
             )
         return self._with_loss(super().execute_model(scheduler_output))
