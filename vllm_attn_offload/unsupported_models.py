@@ -34,8 +34,10 @@ def _own_attention(config: VllmConfig) -> str:
     name = config.model_config.architecture
     model = ModelRegistry.models.get(name)
     # Of classes that are not imported yet, and of others.
-    module = getattr(model, "module_name", None)
-    module = module or getattr(getattr(model, "model_cls", None), "__module__", "")
+    module = str(
+        getattr(model, "module_name", None)
+        or getattr(getattr(model, "model_cls", None), "__module__", "")
+    )
     # DeepSeek's indexer, with which vLLM attends sparsely wherever it runs.
     is_sparse = getattr(config.model_config.hf_text_config, "index_topk", None)
     is_own = module.startswith(_OWN_ATTENTION) or is_sparse

@@ -155,7 +155,7 @@ def write_step(step: StepMetadata, buffer: memoryview) -> int:
     views.query_positions[:] = step.query_positions
     views.first_block[:] = step.first_block
     views.block_table[:] = step.block_table
-    if views.block_indices is not None:
+    if views.block_indices is not None and indices is not None:
         views.block_indices[:] = indices
     views.slot_mapping[:] = step.slot_mapping
     return step.num_bytes

@@ -208,10 +208,13 @@ def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
     context = forward_context._forward_context
     if context is None or not isinstance(context.attn_metadata, dict):
         return None
-    groups = list({id(each): each for each in context.attn_metadata.values()}.values())
+    distinct = {id(each): each for each in context.attn_metadata.values()}
+    groups = [
+        each for each in distinct.values() if isinstance(each, AttentionOffloadMetadata)
+    ]
     if (
         not groups
-        or any(not isinstance(each, AttentionOffloadMetadata) for each in groups)
+        or len(groups) < len(distinct)
         or len({each.num_tokens for each in groups}) > 1
         or context.cudagraph_runtime_mode == CUDAGraphMode.FULL
         or context.dp_metadata is not None
