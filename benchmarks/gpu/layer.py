@@ -62,7 +62,7 @@ class OneLayer:
         num_blocks = self.batch * -(-self.context // BLOCK_SIZE)
         shared_device = device if shares else None
         self.session = Session(address, shape, num_blocks, shared_device, is_dry=is_dry)
-        self._exchange = _open_exchange(self.session, device, size)
+        self._exchange = _open_exchange(self.session, device)
         dtype = torch.float32 if is_dry else torch.bfloat16
         width = (heads + 2 * kv_heads) * size
         self.rows = torch.randn(self.batch, width, device=device).to(dtype)
@@ -196,13 +196,9 @@ class _NoPrefill:
         raise NotImplementedError
 
 
-def _open_exchange(
-    session: Session, device: torch.device, head_size: int
-) -> CudaExchange:
+def _open_exchange(session: Session, device: torch.device) -> CudaExchange:
     if device.type == "cuda":
-        return CudaExchange(
-            session.nodes, lambda: CudaStreams(device), FlashPrefill(head_size)
-        )
+        return CudaExchange(session.nodes, lambda: CudaStreams(device), FlashPrefill())
     return CudaExchange(session.nodes, HostStreams, _NoPrefill())
 
 

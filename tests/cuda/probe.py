@@ -58,7 +58,7 @@ def imports() -> dict[str, Any]:
 
     return {
         "platform": type(current_platform).__name__,
-        "flash_attention": FlashPrefill(128)._version,
+        "flash_attention": FlashPrefill().version(128, LayerAttention(1.0)),
     }
 
 
@@ -139,7 +139,7 @@ def kernels() -> dict[str, str]:
     key = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
     starts = torch.tensor([0, 1, 3], dtype=torch.int32)
     step = CudaStep(starts, 2, starts.numpy(), 1, starts, None)
-    prefill = FlashPrefill(64)
+    prefill = FlashPrefill()
     rows = torch.tensor([0, 2])
     remote = RemotePart(query[:2], torch.zeros(8, 2), rows, rows)
     output, lse = torch.zeros_like(query), torch.zeros(8, 3)

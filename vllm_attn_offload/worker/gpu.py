@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_attn_offload.attention.cuda.exchange import CudaExchange
 from vllm_attn_offload.attention.cuda.prefill import FlashPrefill
 from vllm_attn_offload.attention.cuda.streams import CudaStreams
+from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.layers import attention_layers
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
@@ -53,9 +54,11 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
 
     def _make_exchange(self, nodes: RemoteAttention) -> CudaExchange:
         device = self.device
-        layers = attention_layers(self.vllm_config).values()
         assert device is not None
-        prefill = FlashPrefill(next(iter(layers)).head_size)
+        prefill = FlashPrefill()
+        for layer in attention_layers(self.vllm_config).values():
+            impl = cast(AttentionOffloadImpl, layer.impl)
+            prefill.version(impl.head_size, impl.attention)
         return CudaExchange(nodes, lambda: CudaStreams(device), prefill)
 
     def _register_backend(self) -> None:

@@ -65,16 +65,9 @@ class LocalAttention(Protocol):
 
 
 class FlashPrefill:
-    """``LocalAttention`` by FlashAttention and vLLM's merge kernel.
+    """``LocalAttention`` by FlashAttention and vLLM's merge kernel."""
 
-    Args:
-        head_size: Of q, k and v.
-
-    Raises:
-        ValueError: This build or GPU has no FlashAttention for that size.
-    """
-
-    def __init__(self, head_size: int) -> None:
+    def __init__(self) -> None:
         # Late: vLLM's other builds do not have them, but merge, too.
         from vllm.v1.attention.backends.fa_utils import (
             flash_attn_varlen_func,
@@ -82,14 +75,35 @@ class FlashPrefill:
         )
 
         self._attend = flash_attn_varlen_func
-        version = get_flash_attn_version(head_size=head_size)
-        if version is None:
-            raise ValueError(
-                f"Attention offloading attends prefills of head size {head_size} with "
-                "FlashAttention, which vLLM does not have for this GPU. Allowed: "
-                "compute capability 8.0 or newer. Run without --attention-offload."
+        self._choose_version = get_flash_attn_version
+        # By head size, and whether there are slopes and a soft cap.
+        self._versions: dict[tuple[int, bool, bool], int] = {}
+
+    def version(self, head_size: int, attention: LayerAttention) -> int:
+        """FlashAttention's version for a layer, chosen as vLLM chooses it.
+
+        Args:
+            head_size: Of q, k and v.
+            attention: Attributes of the layer.
+
+        Raises:
+            ValueError: This build or GPU has none for it.
+        """
+        has_slopes = attention.alibi_slopes is not None
+        kind = (head_size, has_slopes, attention.soft_cap > 0)
+        if kind not in self._versions:
+            version = self._choose_version(
+                requires_alibi=kind[1], head_size=head_size, requires_softcap=kind[2]
             )
-        self._version: int = version
+            if version is None:
+                raise ValueError(
+                    f"Attention offloading attends prefills of head size {head_size} "
+                    "with FlashAttention, which vLLM does not have for this GPU. "
+                    "Allowed: compute capability 8.0 or newer. Run without "
+                    "--attention-offload."
+                )
+            self._versions[kind] = version
+        return self._versions[kind]
 
     def attend(
         self,
@@ -103,6 +117,7 @@ class FlashPrefill:
         Requests with one row come along: leaving them out costs more than they do.
         """
         query, key, value = qkv
+        window = attention.sliding_window
         _, lse = self._attend(
             q=query,
             k=key,
@@ -114,8 +129,12 @@ class FlashPrefill:
             max_seqlen_k=step.max_query_len,
             softmax_scale=attention.softmax_scale,
             causal=True,
+            # The row's own token does not count.
+            window_size=[window - 1, 0] if window else None,
+            softcap=attention.soft_cap,
+            alibi_slopes=attention.alibi_slopes,
             return_softmax_lse=True,
-            fa_version=self._version,
+            fa_version=self.version(query.shape[2], attention),
         )
         return lse
 
