@@ -97,6 +97,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_attn_offload.engine.args import (
             apply_to_engine_args,
             choose_scheduler,
+            forget_with,
         )
         from vllm_attn_offload.engine.cpu_shares import check_cpus
         from vllm_attn_offload.engine.node_metrics import export_node_metrics
@@ -108,6 +109,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
         if is_first:
+            forget_with(vllm_config)
             check_local_memory(config, vllm_config)
         if config.on_node_loss == "recover":
             choose_scheduler(vllm_config, config.recovery_timeout_s)

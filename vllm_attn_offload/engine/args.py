@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,18 @@ def environment_of_one_engine() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def forget_with(vllm_config: VllmConfig) -> None:
+    """Take an engine's variables out of the environment once its frontend is gone.
+
+    Stock vLLM's classes do not say when they have started an engine, but all of them
+    keep its configuration. An engine made since has variables of its own. An executor
+    in the same process is kept by vLLM itself, and so are the variables.
+    """
+    ours = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    ours.pop(RESERVED_CPUS_VARIABLE, None)  # the user's: ours is set by the executor
+    weakref.finalize(vllm_config, _forget, ours).atexit = False
+
+
 def choose_scheduler(vllm_config: VllmConfig, recovery_timeout_s: float) -> None:
     """Set the scheduler that takes part in recovery, on a finished configuration.
 
@@ -141,6 +154,12 @@ def data_parallel_size(vllm_config: VllmConfig) -> int:
     if inherited:
         return int(inherited)
     return vllm_config.parallel_config.data_parallel_size
+
+
+def _forget(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
 
 
 def _check_deadline(recovery_timeout_s: float) -> None:
