@@ -215,7 +215,6 @@ def decode_launch_arguments(
         "DOT_DTYPE": dot_dtype,
         "FP8_BITS": is_fp8 and not plan.tile.native_fp8,
         "VALUE_IN_KEY": is_view and block_v == block_d and tail_v == 0,
-        "IS_CAUSAL": plan.causal,
         "HAS_POSITIONS": block_positions is not None,
         "HAS_BLOCK_LENS": block_lens is not None,
         "HAS_SCALES": k_scale is not None,

@@ -70,7 +70,6 @@ def paged_decode_attention_kernel(
     DOT_DTYPE: tl.constexpr,
     FP8_BITS: tl.constexpr,
     VALUE_IN_KEY: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_BLOCK_LENS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -85,7 +84,7 @@ def paged_decode_attention_kernel(
     if item >= tl.load(counts_ptr):
         return
     work_ptr += item
-    q_start, q_len, seq_len, seq, first_row, partial, first = read_item(
+    q_start, q_len, seen_end, seq, first_row, partial, first, q_position = read_item(
         work_ptr, stride_work
     )
     first_column = tl.load(work_ptr + 5 * stride_work)
@@ -95,7 +94,7 @@ def paged_decode_attention_kernel(
     token = rows // GROUP_SIZE
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     row_is_real = token < q_len
-    query_position = seq_len - q_len + token if IS_CAUSAL else seq_len + 0 * token
+    query_position = q_position + token
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     query_row = query_ptr + (q_start + token) * stride_query_token
@@ -135,7 +134,7 @@ def paged_decode_attention_kernel(
     end_slot = end_column * BLOCK_SIZE
     for start in tl.range(first_column * BLOCK_SIZE, end_slot, BLOCK_N):
         block, offset, position, live = find_keys(
-            *(start, end_slot, end_column, seq_len, q_len, sliding_window),
+            *(start, end_slot, end_column, seen_end, q_position, sliding_window),
             *(block_table_ptr, block_positions_ptr, block_lens_ptr),
             *(BLOCK_SIZE, BLOCK_N, HAS_POSITIONS, HAS_BLOCK_LENS, HAS_WINDOW),
         )

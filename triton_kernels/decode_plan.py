@@ -13,7 +13,8 @@ import torch
 from .tiles import DecodeTile, architecture_of, choose_decode_tile, split_head_size
 
 # Rows of the work list: what one CTA per KV head does.
-WORK_FIELDS = 9  # q_start, q_len, seq_len, seq, row, column, column end, partial, first
+# q_start, q_len, seen end, seq, row, column, column end, partial, first, position
+WORK_FIELDS = 10
 MERGE_FIELDS = 5  # q_start, q_len, row, first partial, number of partials
 COUNT_FIELDS = 2  # work items, split tiles
 MAX_TOKENS = 1 << 30  # of a request: the kernel counts slots in 32 bits
@@ -41,8 +42,6 @@ class DecodeAttentionPlan:
         kv_cache_dtype: ``query_dtype`` or ``torch.float8_e4m3fn``.
         device: where the kernels run.
         sliding_window: keys that a row sees, itself included; None means all.
-        causal: rows of a request are its newest tokens, and each sees up to itself;
-            False: every row sees the whole request.
         tile: launch shape; None takes the one of ``tiles.py``.
         num_slots: CTAs that run at once; None means SMs x CTAs per SM.
         fixed_grid: launch for the largest possible plan, as CUDA graphs need.
@@ -65,7 +64,6 @@ class DecodeAttentionPlan:
         max_query_len: int = 1,
         v_head_size: int | None = None,
         sliding_window: int | None = None,
-        causal: bool = True,
         tile: DecodeTile | None = None,
         num_slots: int | None = None,
         fixed_grid: bool = False,
@@ -79,11 +77,6 @@ class DecodeAttentionPlan:
             raise ValueError(
                 f"kv_cache_dtype={kv_cache_dtype} with query_dtype={query_dtype}. "
                 "Use a cache of the query's dtype or of torch.float8_e4m3fn."
-            )
-        if sliding_window is not None and not causal:
-            raise ValueError(
-                f"sliding_window={sliding_window} with causal=False. A window counts "
-                "back from a row's own position: pass causal=True, or no window."
             )
         for size in {head_size, v_head_size or head_size}:
             split_head_size(size)
@@ -99,7 +92,6 @@ class DecodeAttentionPlan:
         self.kv_cache_dtype = kv_cache_dtype
         self.device = device
         self.sliding_window = sliding_window
-        self.causal = causal
         self.fixed_grid = fixed_grid
         self.tile = tile or choose_decode_tile(
             architecture_of(device),
@@ -167,15 +159,25 @@ def plan_decode_attention(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     num_blocks: torch.Tensor | None = None,
+    *,
+    query_positions: torch.Tensor | None = None,
+    first_block: torch.Tensor | None = None,
+    first_column: torch.Tensor | None = None,
 ) -> DecodeAttentionPlan:
     """Fill ``plan`` for one step; every layer of the step then uses it.
 
     Args:
         plan: preallocated buffers; overwritten.
         query_start_loc: ``[num_seqs + 1]`` int32 on the CPU, prefix sum of query rows.
-        seq_lens: ``[num_seqs]`` int32 on the CPU, tokens including the query rows.
+        seq_lens: ``[num_seqs]`` int32 on the CPU, tokens that may be read.
         num_blocks: ``[num_seqs]`` int32 on the CPU, blocks of each request that this
             device holds; needed with ``block_positions``. None: all of them.
+        query_positions: ``[num_seqs]`` int32 on the CPU, position of each request's
+            first row. None: its rows are the last of its tokens.
+        first_block: ``[num_seqs]`` int32 on the CPU, index in the request of the block
+            in column 0, where ``num_blocks`` is None. None: 0.
+        first_column: ``[num_seqs]`` int32 on the CPU, with ``num_blocks``: columns
+            before it hold nothing that a row sees. None: 0.
 
     Returns:
         ``plan``.
@@ -186,21 +188,32 @@ def plan_decode_attention(
     starts, lens = query_start_loc.long(), seq_lens.long()
     query_lens = starts.diff()
     _check_step(plan, query_lens, lens)
-    _check_lengths(lens)
-    if num_blocks is not None:
-        _check_lengths((num_blocks.long() - 1) * plan.block_size)
-    first_column = torch.zeros_like(lens)
+    positions = lens - query_lens
+    if query_positions is not None:
+        positions = query_positions.long()
+    _check_lengths(torch.cat([lens, positions + query_lens]))
+    if first_block is not None:
+        # The kernel counts from the table's first column.
+        skipped = first_block.long() * plan.block_size
+        lens, positions = lens - skipped, positions - skipped
+    # Keys behind the last row are seen by none.
+    seen_end = torch.minimum(lens, positions + query_lens).clamp(min=0)
     if num_blocks is not None:
         end_column = num_blocks.long()
+        _check_lengths((end_column - 1) * plan.block_size)
+        begin_column = torch.zeros_like(lens)
+        if first_column is not None:
+            begin_column = torch.minimum(first_column.long(), end_column)
     else:
-        end_column = _ceil_div(lens, plan.block_size)
+        end_column = _ceil_div(seen_end, plan.block_size)
+        begin_column = torch.zeros_like(lens)
         if plan.sliding_window is not None:
-            oldest = (lens - query_lens - plan.sliding_window + 1).clamp(min=0)
-            first_column = torch.minimum(oldest // plan.block_size, end_column)
+            oldest = (positions - plan.sliding_window + 1).clamp(min=0)
+            begin_column = torch.minimum(oldest // plan.block_size, end_column)
     tiles_per_seq = _ceil_div(query_lens * plan.group_size, plan.tile.block_m)
     seq = torch.repeat_interleave(tiles_per_seq)
     row = plan.tile.block_m * _position_in_run(tiles_per_seq)
-    columns = (end_column - first_column)[seq]
+    columns = (end_column - begin_column)[seq]
     splits, step = _split_evenly(columns, _choose_columns_per_item(columns, plan))
 
     tile = torch.repeat_interleave(splits)
@@ -208,12 +221,12 @@ def plan_decode_attention(
     is_split = splits > 1
     partial = torch.where(is_split[tile], is_split[tile].cumsum(0) - 1, -1)
     owner = seq[tile]
-    begin = first_column[owner] + part * step[tile]
+    begin = begin_column[owner] + part * step[tile]
     end = torch.minimum(begin + step[tile], end_column[owner])
     work = torch.stack(
         [
-            *(starts[owner], query_lens[owner], lens[owner], owner, row[tile]),
-            *(begin, end, partial, part == 0),
+            *(starts[owner], query_lens[owner], seen_end[owner], owner, row[tile]),
+            *(begin, end, partial, part == 0, positions[owner]),
         ]
     )
     # Longest first: the hardware starts CTAs in order, and short ones fill the tail.

@@ -35,7 +35,8 @@ def store_rows(row_ptr, offs_d, row_is_real, rows):
 
 @triton.jit
 def read_item(work_ptr, stride_work):
-    """Query start, query and sequence length, request, first row, partial, is first."""
+    """Query start and length, end of the keys, request, first row, partial, is first,
+    position of the request's first row."""
     return (
         tl.load(work_ptr).to(tl.int64),
         tl.load(work_ptr + stride_work),
@@ -44,6 +45,7 @@ def read_item(work_ptr, stride_work):
         tl.load(work_ptr + 4 * stride_work),
         tl.load(work_ptr + 7 * stride_work).to(tl.int64),
         tl.load(work_ptr + 8 * stride_work),
+        tl.load(work_ptr + 9 * stride_work),
     )
 
 
@@ -52,8 +54,8 @@ def find_keys(
     start,
     end_slot,
     end_column,
-    seq_len,
-    q_len,
+    seen_end,
+    q_position,
     sliding_window,
     block_table_ptr,
     block_positions_ptr,
@@ -65,6 +67,8 @@ def find_keys(
     HAS_WINDOW: tl.constexpr,
 ):
     """Block, slot within it, logical position and liveness of BLOCK_N keys.
+
+    Without positions of blocks they count from column 0, as do the item's.
 
     32 bits are enough: the plan bounds lengths and columns to 2^30 tokens.
     """
@@ -81,12 +85,12 @@ def find_keys(
     position = slot
     if HAS_POSITIONS:
         position = tl.load(block_positions_ptr + column) + offset
-    live &= position < seq_len
+    live &= position < seen_end
     if HAS_BLOCK_LENS:
         live &= offset < tl.load(block_lens_ptr + column)
     if HAS_WINDOW:
         # Blocks behind the window may already belong to somebody else.
-        live &= position > seq_len - q_len - sliding_window
+        live &= position > q_position - sliding_window
     return block, offset, position, live
 
 

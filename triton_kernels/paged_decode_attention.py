@@ -34,10 +34,9 @@ def paged_decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the planned query rows over the KV blocks that this device holds.
 
-    A row sees the keys at logical positions up to its own (and inside the plan's
-    window), or all where the plan is not causal. A row that sees none gets out = 0 and
-    lse = -inf, ready to be merged. Shards of heads need no copy: pass views, every
-    tensor is addressed by strides.
+    A row sees the keys at logical positions up to its own, and inside the plan's
+    window. A row that sees none gets out = 0 and lse = -inf, ready to be merged. Shards
+    of heads need no copy: pass views, every tensor is addressed by strides.
 
     Args:
         query: ``[num_tokens, num_query_heads, head_size]``, rows of a request adjacent.
@@ -49,7 +48,7 @@ def paged_decode_attention(
             what follows the planned ones is not read.
         softmax_scale: factor of ``q k^T``.
         block_positions: ``[num_seqs, max_blocks]`` int32, logical position of each
-            block's first token; None: column x block_size.
+            block's first token; None: (``first_block`` + column) x block_size.
         block_lens: ``[num_seqs, max_blocks]`` int32, valid tokens of each block;
             None: up to the request's length.
         soft_cap: ``cap * tanh(score / cap)``, before ALiBi.

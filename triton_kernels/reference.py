@@ -20,6 +20,8 @@ def naive_paged_decode_attention(
     num_blocks: torch.Tensor | None = None,
     block_positions: torch.Tensor | None = None,
     block_lens: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    first_block: torch.Tensor | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -52,12 +54,13 @@ def naive_paged_decode_attention(
     for seq in range(seq_lens.shape[0]):
         start, end = int(query_start_loc[seq]), int(query_start_loc[seq + 1])
         seq_len = int(seq_lens[seq])
-        columns = -(-seq_len // block_size)
+        skipped = 0 if first_block is None else int(first_block[seq])
+        columns = max(0, -(-seq_len // block_size) - skipped)
         if num_blocks is not None:
             columns = int(num_blocks[seq])
         keys, values, positions = [], [], []
         for column in range(columns):
-            first = column * block_size
+            first = (skipped + column) * block_size
             if block_positions is not None:
                 first = int(block_positions[seq, column])
             length = min(max(seq_len - first, 0), block_size)
@@ -69,12 +72,15 @@ def naive_paged_decode_attention(
             positions.append(torch.arange(first, first + length, device=query.device))
         if end == start:
             continue
+        position = seq_len - (end - start)
+        if query_positions is not None:
+            position = int(query_positions[seq])
         out[start:end], lse[start:end] = _attend(
             query[start:end],
             _dequantise(keys, key_cache, k_scale, compute_dtype),
             _dequantise(values, value_cache, v_scale, compute_dtype),
             torch.cat([torch.arange(0, device=query.device), *positions]),
-            seq_len,
+            position,
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
@@ -104,7 +110,7 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    seq_len: int,
+    query_position: int,
     *,
     softmax_scale: float,
     sliding_window: int | None,
@@ -120,7 +126,7 @@ def _attend(
     scores = query.to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * softmax_scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    rows = seq_len - num_rows + torch.arange(num_rows, device=query.device)
+    rows = query_position + torch.arange(num_rows, device=query.device)
     distance = positions[None, :] - rows[:, None]
     if alibi_slopes is not None:
         scores = scores + alibi_slopes.to(dtype)[:, None, None] * distance

@@ -13,11 +13,17 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One problem; ``scales`` is ``""``, ``"tensor"`` or ``"head"``."""
+    """One problem; ``scales`` is ``""``, ``"tensor"`` or ``"head"``.
+
+    ``positions`` are those of first rows; none: the rows are the last tokens. Blocks
+    before the ``first_blocks``-th are not in the table.
+    """
 
     name: str
     seq_lens: tuple[int, ...] = (1, 15, 16, 17, 0, 64, 33)
     query_lens: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    first_blocks: tuple[int, ...] = ()
     heads: tuple[int, int] = (8, 2)
     head_size: int = 64
     v_head_size: int | None = None
@@ -39,6 +45,7 @@ _EVERY_FLAG = DecodeCase(
     "flags-all",
     seq_lens=(3, 70, 129),
     query_lens=(3, 1, 2),
+    positions=(3, 69, 100),
     window=40,
     soft_cap=5.0,
     has_sinks=True,
@@ -90,6 +97,11 @@ CASES = [
     DecodeCase("fp8-by-bits", kv_dtype=FP8, scales="head", native_fp8=False),
     DecodeCase("split", (640, 5, 130), num_slots=20),
     DecodeCase("split-bf16-size80", (300,), head_size=80, dtype=BF16, num_slots=8),
+    DecodeCase("positions", (40, 64, 5, 0), (4, 2, 1, 1), (40, 7, 90, 3)),
+    DecodeCase("positions-alibi", (40, 64), (4, 2), (60, 64), has_alibi=True),
+    DecodeCase("positions-window", (40, 64, 33), (4, 2, 3), (45, 30, 99), window=20),
+    DecodeCase("first-block", (40, 200, 33), first_blocks=(1, 9, 0), window=30),
+    DecodeCase("subset-positions", (64, 90), (4, 2), (64, 40), is_subset=True),
     DecodeCase("subset", (17, 64, 100, 0), is_subset=True),
     DecodeCase("subset-query4", (40, 64, 5), (4, 4, 4), is_subset=True, num_slots=8),
     _EVERY_FLAG,

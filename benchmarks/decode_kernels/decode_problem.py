@@ -39,6 +39,9 @@ class DecodeProblem:
     num_blocks: torch.Tensor | None
     block_table: torch.Tensor
     options: dict[str, Any]
+    # Of the plan.
+    query_positions: torch.Tensor | None = None
+    first_block: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the kernel into NaN-filled buffers."""
@@ -67,6 +70,8 @@ class DecodeProblem:
             self.seq_lens,
             self.block_table,
             num_blocks=self.num_blocks,
+            query_positions=self.query_positions,
+            first_block=self.first_block,
             sliding_window=self.plan.sliding_window,
             compute_dtype=dtype,
             **self.options,
@@ -82,6 +87,8 @@ def build_problem(case: DecodeCase, device: torch.device) -> DecodeProblem:
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     lens = torch.tensor(case.seq_lens, dtype=torch.int32)
     table, positions, num_blocks = _draw_table(case, generator)
+    query_positions = torch.tensor(case.positions).int() if case.positions else None
+    first_block = torch.tensor(case.first_blocks).int() if case.first_blocks else None
     shape = (int(table.max()) + 2, kv_heads, case.block_size)
 
     def draw(*size: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -97,7 +104,14 @@ def build_problem(case: DecodeCase, device: torch.device) -> DecodeProblem:
     scale_heads = {"": 0, "tensor": 1, "head": kv_heads}[case.scales]
     scales = 0.5 + torch.rand(2, max(1, scale_heads), generator=generator).to(device)
     return DecodeProblem(
-        plan=_make_plan(case, query_lens, starts, lens, num_blocks, device),
+        plan=plan_decode_attention(
+            _make_plan(case, query_lens, device),
+            starts,
+            lens,
+            num_blocks if case.is_subset else None,
+            query_positions=query_positions,
+            first_block=first_block,
+        ),
         query=draw(sum(query_lens), query_heads, case.head_size, dtype=case.dtype),
         key_cache=bad_keys,
         value_cache=bad_values,
@@ -108,6 +122,8 @@ def build_problem(case: DecodeCase, device: torch.device) -> DecodeProblem:
         num_blocks=num_blocks if case.is_subset else None,
         block_table=table.to(device),
         options=_options(case, positions.to(device), scales, draw),
+        query_positions=query_positions,
+        first_block=first_block,
     )
 
 
@@ -137,9 +153,6 @@ def _hide(cache: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 def _make_plan(
     case: DecodeCase,
     query_lens: tuple[int, ...],
-    starts: torch.Tensor,
-    lens: torch.Tensor,
-    num_blocks: torch.Tensor,
     device: torch.device,
 ) -> DecodeAttentionPlan:
     query_heads, kv_heads = case.heads
@@ -150,7 +163,7 @@ def _make_plan(
         max(query_lens) * (query_heads // kv_heads),
         kv_dtype.itemsize,
     )
-    plan = DecodeAttentionPlan(
+    return DecodeAttentionPlan(
         max_num_seqs=len(case.seq_lens),
         max_query_len=max(query_lens),
         num_query_heads=query_heads,
@@ -165,16 +178,17 @@ def _make_plan(
         tile=replace(tile, native_fp8=tile.native_fp8 and case.native_fp8),
         num_slots=case.num_slots,
     )
-    return plan_decode_attention(
-        plan, starts, lens, num_blocks if case.is_subset else None
-    )
 
 
 def _draw_table(
     case: DecodeCase, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shuffled blocks; a subset keeps every second block of a request, out of order."""
-    held = [list(range(-(-n // case.block_size))) for n in case.seq_lens]
+    firsts = case.first_blocks or (0,) * len(case.seq_lens)
+    held = [
+        list(range(first, -(-n // case.block_size)))
+        for first, n in zip(firsts, case.seq_lens, strict=True)
+    ]
     if case.is_subset:
         held = [columns[::2][::-1] for columns in held]
     num_blocks = torch.tensor([len(columns) for columns in held], dtype=torch.int32)
@@ -203,12 +217,13 @@ def _seen_slots(
     seen = torch.zeros(total_blocks, case.block_size, dtype=torch.bool)
     offsets = torch.arange(case.block_size)
     for seq, seq_len in enumerate(case.seq_lens):
-        oldest = 0
+        first = case.positions[seq] if case.positions else seq_len - query_lens[seq]
+        oldest, newest = 0, min(seq_len, first + query_lens[seq])
         if case.window is not None:
-            oldest = seq_len - query_lens[seq] - case.window + 1
+            oldest = first - case.window + 1
         for index in range(int(num_blocks[seq])):
             position = int(positions[seq, index]) + offsets
-            seen[table[seq, index]] = (position >= oldest) & (position < seq_len)
+            seen[table[seq, index]] = (position >= oldest) & (position < newest)
     return seen
 
 

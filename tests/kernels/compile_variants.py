@@ -79,6 +79,12 @@ VARIANTS = [
         "gqa4-128-bf16-every-flag",
         flags=("positions", "lens", "window", "soft_cap", "sinks", "alibi"),
     ),
+    Variant(
+        "gqa2-256-bf16-window-cap",
+        heads=(32, 16),
+        head_size=256,
+        flags=("window", "soft_cap"),
+    ),
     Variant("parts-gqa4-128", kernel="parts"),
     Variant("store-gqa4-128-bf16", kernel="store"),
     Variant("store-gqa4-128-fp8", kernel="store", kv_dtype=FP8, flags=("scales",)),

@@ -21,7 +21,7 @@ ROUNDS = 3
 PER_ROUND = 16
 
 
-@pytest.fixture(scope="module", params=["cpp", "torch"])
+@pytest.fixture(scope="module", params=["cpp", "torch", "triton"])
 def attention(request: pytest.FixtureRequest) -> DecodeAttention[Any, Any]:
     if request.param == "cpp" and load_cpu_library() is None:
         pytest.skip("the CPU kernel library is not built: no C++ compiler at install")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.step import StepMetadata
+from vllm_attn_offload.protocol.step import Int32Array, StepMetadata
 from vllm_attn_offload.triton_kernels import DecodeAttentionPlan, plan_decode_attention
 
 TORCH_DTYPES = {
@@ -27,21 +28,23 @@ MAX_SCORES = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """Shape of a layer's heads; layers of a group with the same one share a plan."""
+    """A layer's heads and window; layers of a group with the same ones share a plan."""
 
     num_query_heads: int
     num_kv_heads: int
     head_size: int
     v_head_size: int
+    sliding_window: int
 
     @classmethod
     def of(cls, layer: LayerGeometry) -> HeadShape:
-        """Shape of a layer's heads."""
+        """Heads and window of a layer."""
         return cls(
             layer.num_query_heads,
             layer.num_kv_heads,
             layer.head_size,
             layer.v_head_size,
+            layer.sliding_window,
         )
 
 
@@ -64,6 +67,7 @@ class KernelPlan:
         num_done: Those of an unfinished layer that were made.
         slot_mapping: ``[num_tokens]`` int64 on the device.
         block_table: ``[pieces, width]`` int32 on the device, of one part.
+        block_positions: Alike: of each block's first token; None where they follow.
         by_shape: Filled plans of the kernels, for one part.
     """
 
@@ -83,24 +87,26 @@ class KernelPlan:
         }
         self._slots = _StepTable(torch.int64, device)
         self._table = _StepTable(torch.int32, device)
+        self._positions = _StepTable(torch.int32, device)
+        self.block_positions: torch.Tensor | None = None
         # Every length of queries is a variant of the kernels, with a tile of its own.
         self._kept: dict[tuple[HeadShape, int], DecodeAttentionPlan] = {}
         self.by_shape: dict[HeadShape, DecodeAttentionPlan] = {}
 
     def fill(self, step: StepMetadata) -> None:
         """Plan a step, whose arrays may change afterwards."""
-        owner, starts, seq_lens = cut_queries(step)
+        owner, starts, positions = cut_queries(step)
         self.num_tokens = step.num_tokens
         self.num_query_rows = step.num_query_rows
         self.slot_mapping = self._slots.write(step.slot_mapping)
         num_heads = max(shape.num_query_heads for shape in self._shapes)
-        bounds = _cut_pieces(np.diff(starts) * num_heads, seq_lens, self._max_scores)
+        num_held = step.tokens_held(self._block_size)[owner]
+        bounds = _cut_pieces(np.diff(starts) * num_heads, num_held, self._max_scores)
         self.num_parts, self.num_done = len(bounds) - 1, 0
-        self._starts, self._seq_lens, self._bounds = starts, seq_lens, bounds
+        self._starts, self._query_positions, self._bounds = starts, positions, bounds
         self._owner = owner
         # A step of one part is planned now, and not for each of its layers.
-        is_long = self.num_parts > 1
-        self._step_table = step.block_table.copy() if is_long else step.block_table
+        self._step = copy.deepcopy(step) if self.num_parts > 1 else step
         self.fill_part()
 
     def fill_part(self) -> slice:
@@ -109,14 +115,48 @@ class KernelPlan:
         begin, end = int(self._starts[first]), int(self._starts[last])
         starts = self._starts[first : last + 1] - begin
         longest = round_up(int(np.diff(starts).max(initial=1)))
-        self.block_table = self._table.write(self._step_table[self._owner[first:last]])
+        step, owner = self._step, self._owner[first:last]
+        positions = self._query_positions[first:last]
+        self.block_table = self._table.write(step.block_table[owner])
+        self.block_positions, indices = None, None
+        if step.block_indices is not None:
+            indices = step.block_indices[owner]
+            self.block_positions = self._positions.write(indices * self._block_size)
         for shape in self._shapes:
             self.by_shape[shape] = plan_decode_attention(
                 self._plan_of(shape, longest, last - first),
                 torch.from_numpy(starts),
-                torch.from_numpy(self._seq_lens[first:last]),
+                torch.from_numpy(step.seq_lens[owner]),
+                query_positions=torch.from_numpy(positions),
+                **self._columns(shape, step.first_block[owner], indices, positions),
             )
         return slice(begin, end)
+
+    def _columns(
+        self,
+        shape: HeadShape,
+        first_block: Int32Array,
+        indices: Int32Array | None,
+        positions: Int32Array,
+    ) -> dict[str, torch.Tensor]:
+        """Columns of the table that pieces attend to, as the kernels' plan takes them.
+
+        Args:
+            shape: Kind of layers.
+            first_block: ``[pieces]``.
+            indices: ``[pieces, width]``; None: blocks follow the first one.
+            positions: ``[pieces]``, of first rows.
+        """
+        if indices is None:
+            return {"first_block": torch.from_numpy(first_block)}
+        oldest = np.zeros_like(positions)
+        if shape.sliding_window:
+            oldest = np.maximum(positions - shape.sliding_window + 1, 0)
+        is_hidden = (indices >= 0) & (indices < oldest[:, None] // self._block_size)
+        return {
+            "num_blocks": torch.from_numpy((indices >= 0).sum(1, dtype=np.int32)),
+            "first_column": torch.from_numpy(is_hidden.sum(1, dtype=np.int32)),
+        }
 
     def _plan_of(
         self, shape: HeadShape, longest: int, num_pieces: int
@@ -126,13 +166,13 @@ class KernelPlan:
         if plan is None or plan.max_num_seqs < num_pieces:
             plan = self._kept[shape, longest] = DecodeAttentionPlan(
                 max_num_seqs=round_up(num_pieces),
-                causal=False,
                 max_query_len=longest,
                 num_query_heads=shape.num_query_heads,
                 num_kv_heads=shape.num_kv_heads,
                 head_size=shape.head_size,
                 v_head_size=shape.v_head_size,
                 block_size=self._block_size,
+                sliding_window=shape.sliding_window or None,
                 query_dtype=self._dtype,
                 kv_cache_dtype=self._dtype,
                 device=self._device,
@@ -187,32 +227,32 @@ def cut_queries(
     """Cut requests into pieces of at most ``MAX_QUERY_LEN`` rows.
 
     Returns:
-        For each piece its request, int64; ``[pieces + 1]`` int32 first rows; and int32
-        tokens that it sees.
+        For each piece its request, int64; ``[pieces + 1]`` int32 first rows; and the
+        int32 position of its first one.
     """
     pieces = [
-        (index, min(begin + MAX_QUERY_LEN, end))
+        (index, begin, begin_of, min(begin + MAX_QUERY_LEN, end))
         for index, (begin_of, end) in enumerate(_bounds(step))
         for begin in range(begin_of, end, MAX_QUERY_LEN)
     ]
-    owner = np.array([index for index, _ in pieces], np.int64)
-    ends = np.array([piece_end for _, piece_end in pieces], np.int32)
-    starts = np.concatenate((np.zeros(1, np.int32), ends))
-    return owner, starts, step.seq_lens[owner]
+    owner, begins, of_request, ends = np.array(pieces, np.int64).reshape(-1, 4).T
+    starts = np.concatenate((np.zeros(1, np.int32), ends.astype(np.int32)))
+    positions = step.query_positions[owner] + (begins - of_request)
+    return owner, starts, positions.astype(np.int32)
 
 
-def _cut_pieces(rows: np.ndarray, seq_lens: np.ndarray, max_scores: int) -> list[int]:
+def _cut_pieces(rows: np.ndarray, num_held: np.ndarray, max_scores: int) -> list[int]:
     """Cut pieces into parts of about so many scores, and of one piece at least.
 
     Args:
         rows: int32 ``[pieces]``: query rows times heads.
-        seq_lens: int32 ``[pieces]``.
+        num_held: int64 ``[pieces]``: tokens in the blocks of each.
         max_scores: Of a part.
 
     Returns:
         First piece of every part, and the number of pieces.
     """
-    scores = rows.astype(np.int64) * seq_lens
+    scores = rows.astype(np.int64) * num_held
     part_of = (scores.cumsum() - scores) // max_scores
     cuts = np.flatnonzero(np.diff(part_of)) + 1
     return [0, *cuts.tolist(), len(rows)]

@@ -35,13 +35,14 @@ class Pool:
     """Blocks of one layer.
 
     ``key`` is ``[num_blocks, num_kv_heads, block_size, head_size]``, ``value`` likewise
-    with ``v_head_size``.
+    with ``v_head_size``. ``slopes`` are fp32 ``[num_query_heads]``, if there are any.
     """
 
     layer: LayerGeometry
     shape: HeadShape
     key: torch.Tensor
     value: torch.Tensor
+    slopes: torch.Tensor | None
 
 
 class TritonKernels(DecodeAttention[Pool, PlanT]):
@@ -84,7 +85,10 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
             )
             offset += math.prod(shape) * size
         key, value = parts
-        return Pool(layer=layer, shape=HeadShape.of(layer), key=key, value=value)
+        slopes = None
+        if layer.alibi_slopes:
+            slopes = torch.tensor(layer.alibi_slopes, device=self.device)
+        return Pool(layer, HeadShape.of(layer), key, value, slopes)
 
     def view(self, region: Any, dtype: str) -> torch.Tensor:
         """A region's elements, flat."""
@@ -173,7 +177,10 @@ def attend_rows(
         pool.value,
         plan.by_shape[pool.shape],
         block_table=plan.block_table,
+        block_positions=plan.block_positions,
         softmax_scale=pool.layer.softmax_scale,
+        soft_cap=pool.layer.soft_cap or None,
+        alibi_slopes=pool.slopes,
         out=out,
         lse=lse,
     )
