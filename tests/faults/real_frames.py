@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import numpy as np
 import torch
 from paged_batch import PagedBatch
@@ -18,6 +21,14 @@ from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 8
 GEOMETRY = make_geometry(num_query_heads=4, num_kv_heads=2, head_size=16, block_size=16)
+# The second layer has all that a layer can have; what it answers does not count here.
+GEOMETRY.layers[1] = msgspec.structs.replace(
+    GEOMETRY.layers[1],
+    sliding_window=7,
+    soft_cap=2.0,
+    alibi_slopes=(0.5, 0.25, 0.125, 0.0625),
+)
+LONGEST = 1 << 30
 
 
 def frame(header: FrameHeader, payload: memoryview) -> bytes:
@@ -76,7 +87,27 @@ def edge_frames() -> list[bytes]:
         header = FrameHeader(FrameKind.STEP, step=20 + number, micro_batch=micro_batch)
         frames.append(frame(header, encode_step(step)))
         frames += layers(20 + number, torch.zeros(num_reqs, 8 * 16), FrameFlag.FUSED)
+    for micro_batch, step in enumerate(late_steps()):
+        header = FrameHeader(FrameKind.STEP, step=30, micro_batch=micro_batch)
+        frames.append(frame(header, encode_step(step)))
+        frames += layers(30, torch.zeros(1, 8 * 16), FrameFlag.FUSED)
     return frames
+
+
+def late_steps() -> tuple[StepMetadata, StepMetadata]:
+    """The last row of the longest request: its table begins late, or has indices."""
+    one = np.ones(1, np.int32)
+    last_block = LONGEST // 16 - 1
+    late = StepMetadata(
+        query_start_loc=np.array([0, 1], np.int32),
+        seq_lens=LONGEST * one,
+        slot_mapping=np.full(1, -1, np.int64),
+        block_table=np.full((1, 2), NUM_BLOCKS - 1, np.int32),
+        query_positions=(LONGEST - 1) * one,
+        first_block=(last_block - 1) * one,
+    )
+    indices = np.array([[0, last_block]], np.int32)
+    return late, replace(late, first_block=0 * one, block_indices=indices)
 
 
 FRAMES = real_frames()

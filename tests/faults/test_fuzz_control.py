@@ -13,7 +13,12 @@ from fuzzing import ROUND, broken_bytes, broken_value, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from node_process import NodeProcess
-from raw_session import attach_request, make_geometry, reservation, session_of
+from raw_session import (
+    attach_request,
+    make_hybrid_geometry,
+    reservation,
+    session_of,
+)
 
 from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
@@ -33,7 +38,7 @@ from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import message_decoder, receive_message
 
 TIMEOUT_S = 20.0
-GEOMETRY = make_geometry(block_size=4)
+GEOMETRY = make_hybrid_geometry()
 decoder = message_decoder(Reply)
 
 
