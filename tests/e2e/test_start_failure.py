@@ -24,8 +24,8 @@ class OddLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.odd = Attention(
-            2, 32, 1.0, num_kv_heads=1, cache_config=vllm_config.cache_config,
-            prefix="odd.attn",
+            4, 32, 1.0, num_kv_heads=2, head_size_v=16,
+            cache_config=vllm_config.cache_config, prefix="odd.attn",
         )
 
 
@@ -39,9 +39,9 @@ def register():
 ENTRY_POINTS = "[vllm.general_plugins]\nodd_llama = odd_llama:register\n"
 METADATA = "Metadata-Version: 2.1\nName: odd-llama\nVersion: 1\n"
 REFUSAL = (
-    "Attention offloading does not support 1 layer(s) of this model: odd.attn (2 query "
-    "heads, 1 KV heads; the first layer has 4 and 2). Allowed: causal decoder "
-    "attention over the full context. Run this model without --attention-offload."
+    "Attention offloading does not support 1 layer(s) of this model: odd.attn (values "
+    "of size 16, keys of 32). Allowed: causal decoder attention by vLLM's own layer, "
+    "with values as long as keys. Run this model without --attention-offload."
 )
 
 
