@@ -7,7 +7,7 @@ Prefill is compute-bound and stays: only rows whose keys lie on the nodes are se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,9 @@ def partition_step(
     """
     starts = batch.query_start_loc.astype(np.int64)
     query_lens = np.diff(starts)
+    if (query_lens == 1).all():
+        whole = _decode_step(batch, block_size, window)
+        return _between_nodes(batch, whole, None, (), partition, block_size)
     visible = np.where(query_lens == 1, batch.seq_lens, batch.query_positions)
     remote_lens = _remote_lens(query_lens, visible, window)
     is_remote = remote_lens > 0
@@ -93,6 +96,18 @@ def partition_step(
     if not (remote_lens == query_lens).all():
         rows = _rows_of(starts[:-1][is_remote], lens)
     whole = _remote_step(batch, is_remote, lens, visible[is_remote], block_size, window)
+    return _between_nodes(batch, whole, rows, prefills, partition, block_size)
+
+
+def _between_nodes(
+    batch: StepMetadata,
+    whole: StepMetadata,
+    rows: Int64Array | None,
+    prefills: tuple[Prefill, ...],
+    partition: Partition,
+    block_size: int,
+) -> StepPartition:
+    """Give every node its share of the step of all nodes together."""
     if partition.kind == "heads" or partition.num_nodes == 1:
         shares = (NodeShare(whole, None, rows, None),) * partition.num_nodes
     else:
@@ -112,6 +127,18 @@ def _remote_lens(
         # A chunk's row i sees cached tokens only while i < window - 1.
         lens = np.where(query_lens > 1, np.minimum(lens, window - 1), lens)
     return lens
+
+
+def _decode_step(batch: StepMetadata, block_size: int, window: int) -> StepMetadata:
+    """The step of all nodes where every request has one row."""
+    if window:
+        is_remote = np.ones(batch.num_reqs, np.bool_)
+        lens = is_remote.astype(np.int64)
+        return _remote_step(batch, is_remote, lens, batch.seq_lens, block_size, window)
+    width = max(1, -(-int(batch.seq_lens.max(initial=1)) // block_size))
+    if width == batch.block_table.shape[1]:
+        return batch
+    return replace(batch, block_table=batch.block_table[:, :width])
 
 
 def _remote_step(

@@ -131,7 +131,8 @@ class StepMetadata:
         """Columns of each request's row of the table that hold blocks."""
         if self.block_indices is not None:
             return (self.block_indices >= 0).sum(1)
-        return -(-self.tokens_held(block_size) // block_size)
+        num_blocks = (self.seq_lens.astype(np.int64) + (block_size - 1)) // block_size
+        return np.maximum(num_blocks - self.first_block, 0)
 
 
 def step_num_bytes(
@@ -234,17 +235,11 @@ def _check_queries(step: StepMetadata, num_query_rows: int) -> None:
 
 
 def _check_positions(step: StepMetadata, limits: StepLimits) -> None:
-    query_lens = np.diff(step.query_start_loc)
-    last = step.query_positions.astype(np.int64) + query_lens
     max_blocks = -(-_MAX_SEQ_LEN // limits.block_size)
-    for what, values, low, high in (
-        ("tokens in a request", step.seq_lens, 0, _MAX_SEQ_LEN),
-        ("as the position of a query row", step.query_positions, 0, _MAX_SEQ_LEN),
-        ("as the position after a request's rows", last, 0, _MAX_SEQ_LEN),
-        ("as the index of a first block", step.first_block, 0, max_blocks),
-    ):
-        _check_range(what, int(values.min()), low, high)
-        _check_range(what, int(values.max()), low, high)
+    numbers = np.concatenate((step.seq_lens, step.query_positions, step.first_block))
+    # Nearly every step is far from all bounds: they are not looked at one by one.
+    if numbers.min() < 0 or int(numbers.max()) + step.num_query_rows > max_blocks:
+        _check_each_position(step, max_blocks)
     indices = step.block_indices
     if indices is None or not indices.size:
         return
@@ -255,15 +250,29 @@ def _check_positions(step: StepMetadata, limits: StepLimits) -> None:
         raise ProtocolError("block_indices must rise, with -1 behind the last one")
 
 
+def _check_each_position(step: StepMetadata, max_blocks: int) -> None:
+    query_lens = np.diff(step.query_start_loc)
+    last = step.query_positions.astype(np.int64) + query_lens
+    for what, values, high in (
+        ("tokens in a request", step.seq_lens, _MAX_SEQ_LEN),
+        ("as the position of a query row", step.query_positions, _MAX_SEQ_LEN),
+        ("as the position after a request's rows", last, _MAX_SEQ_LEN),
+        ("as the index of a first block", step.first_block, max_blocks),
+    ):
+        _check_range(what, int(values.min()), 0, high)
+        _check_range(what, int(values.max()), 0, high)
+
+
 def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
     width = step.block_table.shape[1]
     columns = step.num_columns(limits.block_size)
+    most = int(columns.max())
     # A table may name a block many times, but reads no more than a pool at once.
-    _check_range("blocks of a request", int(columns.max()), 0, limits.num_blocks)
-    if columns.max() > width:
+    _check_range("blocks of a request", most, 0, limits.num_blocks)
+    if most > width:
         raise ProtocolError(
-            f"a request of {int(step.seq_lens.max()):,} tokens needs "
-            f"{int(columns.max()):,} blocks; the step lists {width:,}"
+            f"a request of {int(step.seq_lens.max()):,} tokens needs {most:,} blocks; "
+            f"the step lists {width:,}"
         )
     used = np.arange(width) < columns[:, None]
     ids = step.block_table[used]
