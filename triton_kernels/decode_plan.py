@@ -6,10 +6,14 @@ The items are rows of a device tensor, so a captured CUDA graph replays with new
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from .decode_split import (
+    MAX_WAVES,
+    ceil_div,
+    choose_columns_per_item,
+    split_evenly,
+)
 from .tiles import DecodeTile, architecture_of, choose_decode_tile, split_head_size
 
 # Rows of the work list: what one CTA per KV head does.
@@ -18,13 +22,6 @@ WORK_FIELDS = 10
 MERGE_FIELDS = 5  # q_start, q_len, row, first partial, number of partials
 COUNT_FIELDS = 2  # work items, split tiles
 MAX_TOKENS = 1 << 30  # of a request: the kernel counts slots in 32 bits
-
-_MAX_WAVES = 4
-# At 3.35 TB/s over 264 CTAs one CTA reads about 25 tokens of 512 bytes (K and V in
-# bf16 at head size 128) per microsecond; starting and ending a CTA is taken as 2 us,
-# the merge launch as 4 us. Estimates: no GPU has been timed yet.
-_ITEM_OVERHEAD_TOKENS = 48
-_MERGE_OVERHEAD_TOKENS = 96
 
 
 class DecodeAttentionPlan:
@@ -110,7 +107,7 @@ class DecodeAttentionPlan:
     def _allocate(self) -> None:
         tiles_per_seq = -(-self.max_query_len * self.group_size // self.tile.block_m)
         self.max_merges = self.max_num_seqs * tiles_per_seq
-        self.max_items = self.max_merges + _MAX_WAVES * self.items_at_once
+        self.max_items = self.max_merges + MAX_WAVES * self.items_at_once
         sizes = (
             COUNT_FIELDS,
             WORK_FIELDS * self.max_items,
@@ -205,16 +202,21 @@ def plan_decode_attention(
         if first_column is not None:
             begin_column = torch.minimum(first_column.long(), end_column)
     else:
-        end_column = _ceil_div(seen_end, plan.block_size)
+        end_column = ceil_div(seen_end, plan.block_size)
         begin_column = torch.zeros_like(lens)
         if plan.sliding_window is not None:
             oldest = (positions - plan.sliding_window + 1).clamp(min=0)
             begin_column = torch.minimum(oldest // plan.block_size, end_column)
-    tiles_per_seq = _ceil_div(query_lens * plan.group_size, plan.tile.block_m)
+    tiles_per_seq = ceil_div(query_lens * plan.group_size, plan.tile.block_m)
     seq = torch.repeat_interleave(tiles_per_seq)
     row = plan.tile.block_m * _position_in_run(tiles_per_seq)
     columns = (end_column - begin_column)[seq]
-    splits, step = _split_evenly(columns, _choose_columns_per_item(columns, plan))
+    splits, step = split_evenly(
+        columns,
+        choose_columns_per_item(
+            columns, plan.block_size, plan.tile.block_n, plan.items_at_once
+        ),
+    )
 
     tile = torch.repeat_interleave(splits)
     part = _position_in_run(splits)
@@ -270,44 +272,7 @@ def _check_lengths(tokens: torch.Tensor) -> None:
         )
 
 
-def _ceil_div(number: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
-    return -(-number // divisor)
-
-
 def _position_in_run(lengths: torch.Tensor) -> torch.Tensor:
     """``[2, 0, 3] -> [0, 1, 0, 1, 2]``."""
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     return torch.arange(starts.numel()) - starts
-
-
-def _split_evenly(
-    columns: torch.Tensor, longest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts per tile and columns per part: 65 in parts of 64 become 33 + 32."""
-    splits = _ceil_div(columns, longest).clamp(min=1)
-    step = _ceil_div(columns, splits).clamp(min=1)
-    return _ceil_div(columns, step).clamp(min=1), step
-
-
-def _choose_columns_per_item(columns: torch.Tensor, plan: DecodeAttentionPlan) -> int:
-    """Longest item, in table columns, of the split with the shortest estimated time.
-
-    CTAs of one wave take as long as the longest of them; with items sorted by length
-    that is every ``items_at_once``-th one. An upper bound: near the end fewer CTAs
-    share the bandwidth and each runs faster.
-    """
-    granule = max(1, plan.tile.block_n // plan.block_size)
-    total = int(columns.sum())
-    best_step, best_time = granule, math.inf
-    for waves in range(1, _MAX_WAVES + 1):
-        longest = -(-total // (plan.items_at_once * waves))
-        longest = max(granule, -(-longest // granule) * granule)
-        splits, step = _split_evenly(columns, longest)
-        lengths = step.repeat_interleave(splits).sort(descending=True).values
-        critical = lengths[:: plan.items_at_once]
-        time = int(critical.sum()) * plan.block_size
-        time += _ITEM_OVERHEAD_TOKENS * critical.numel()
-        time += _MERGE_OVERHEAD_TOKENS * (lengths.numel() > columns.numel())
-        if time < best_time:
-            best_step, best_time = longest, time
-    return best_step
