@@ -6,6 +6,7 @@ Blocks that fell out of a window, and the null block, hold NaN before the next s
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -137,9 +138,19 @@ class Worker:
         """Run a step on all layers; the largest error of the outputs."""
         steps = [batch.grow(num_new) for batch in self.groups]
         sent = [
-            AttentionOffloadMetadata(HostStep(step), group.block_size)
-            for (step, _), group in zip(steps, self._geometry.groups, strict=True)
+            AttentionOffloadMetadata(
+                HostStep(step),
+                group.block_size,
+                layer_name=next(
+                    each.name for each in self._geometry.layers if each.group == index
+                ),
+            )
+            for index, ((step, _), group) in enumerate(
+                zip(steps, self._geometry.groups, strict=True)
+            )
         ]
+        for step, later in itertools.pairwise(sent):
+            step.later = later
         errors = []
         for index, each in enumerate(self._geometry.layers):
             query, key, value = steps[each.group][1]

@@ -35,8 +35,11 @@ class CpuExchange(LayerExchange):
         attention: LayerAttention,
     ) -> None:
         nodes, sinks = self._nodes, attention.sinks
+        is_first = metadata.step is None
         step = metadata.step or metadata.ensure_sent(nodes, layer)
         nodes.post_layer(step, layer, *qkv, with_lse=sinks is not None)
+        if is_first:
+            metadata.send_later(nodes)
         prefills = step.partition.prefills
         if step.remote_rows is None and not prefills:
             if metadata.baton is not None:

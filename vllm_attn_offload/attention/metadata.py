@@ -30,7 +30,8 @@ class AttentionOffloadMetadata(AttentionMetadata):
     ``source`` counts real rows only, without those that pad the batch to a captured
     graph's size. ``block_size`` is in tokens. With a ``baton`` another micro-batch
     computes in turns with this one. ``kept`` are k and v, by their storage, of layers
-    whose KV others share: ``[num_tokens, num_kv_heads, size]`` each.
+    whose KV others share: ``[num_tokens, num_kv_heads, size]`` each. ``layer_name`` is
+    one of the group's layers, ``later`` the same step of the group that comes next.
     """
 
     source: StepSource
@@ -39,6 +40,8 @@ class AttentionOffloadMetadata(AttentionMetadata):
     step: SentStep | None = None
     baton: Baton | None = None
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    layer_name: str = ""
+    later: AttentionOffloadMetadata | None = None
 
     @property
     def batch(self) -> StepMetadata:
@@ -59,6 +62,15 @@ class AttentionOffloadMetadata(AttentionMetadata):
             group = nodes.geometry.layers[layer].group
             self.step = nodes.begin_step(self.batch, self.micro_batch, group)
         return self.step
+
+    def send_later(self, nodes: RemoteAttention) -> None:
+        """Send the next group's step while nodes attend the first layer of this one.
+
+        They plan it while the layer after that is computed.
+        """
+        if self.later is not None and self.later.step is None:
+            layer = nodes.layer_index[self.later.layer_name]
+            self.later.ensure_sent(nodes, layer)
 
     def let_others_compute(self) -> None:
         """Pass the baton on, where there is one; returns when it is back."""
@@ -89,6 +101,7 @@ class AttentionOffloadMetadataBuilder(
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layer_name = layer_names[0]
         self._block_size = kv_cache_spec.block_size
         self._readback = _readback(device, self._block_size)
 
@@ -108,12 +121,19 @@ class AttentionOffloadMetadataBuilder(
                 "Attention offloading does not support non-causal attention. Allowed: "
                 "causal attention. Run this model without --attention-offload."
             )
-        shared = AttentionOffloadMetadataBuilder
-        if shared._latest is None or shared._latest[0] is not common_attn_metadata:
-            source = self._readback.begin(common_attn_metadata)
-            metadata = AttentionOffloadMetadata(source, self._block_size)
-            shared._latest = (common_attn_metadata, metadata)
-        return shared._latest[1]
+        latest = AttentionOffloadMetadataBuilder._latest
+        if latest is not None and latest[0] is common_attn_metadata:
+            return latest[1]
+        source = self._readback.begin(common_attn_metadata)
+        metadata = AttentionOffloadMetadata(
+            source, self._block_size, layer_name=self._layer_name
+        )
+        # Groups of one step share all but their tables and slots.
+        starts = common_attn_metadata.query_start_loc_cpu
+        if latest is not None and latest[0].query_start_loc_cpu is starts:
+            latest[1].later = metadata
+        AttentionOffloadMetadataBuilder._latest = (common_attn_metadata, metadata)
+        return metadata
 
 
 def _readback(device: torch.device, block_size: int) -> Readback:

@@ -58,6 +58,9 @@ class RemoteAttention:
         self._clients = clients
         self._partition = partition
         self.geometry = geometry
+        self.layer_index = {
+            layer.name: index for index, layer in enumerate(geometry.layers)
+        }
         self._windows = [
             widest_window(geometry, group) for group in range(len(geometry.groups))
         ]

@@ -134,8 +134,9 @@ class MicroBatchRunner:
 
         baton = Baton(enter)
         for of_part in parts:
-            for part in of_part.values():
+            for group, part in zip(groups, of_part.values(), strict=True):
                 part.baton = baton
+                part.later = of_part.get(id(group.later))
         # Both compute on one stream: a thread starts with another one.
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         later = self._thread.submit(
@@ -229,7 +230,9 @@ def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
 
 def _cut(metadata: AttentionOffloadMetadata, cut: int) -> AttentionOffloadParts:
     first, second = (
-        AttentionOffloadMetadata(HostStep(part), metadata.block_size, index)
+        AttentionOffloadMetadata(
+            HostStep(part), metadata.block_size, index, layer_name=metadata.layer_name
+        )
         for index, part in enumerate(cut_batch(metadata.batch, cut))
     )
     return first, second
