@@ -45,6 +45,8 @@ _VARIABLES = (
     NOTE_VARIABLE,
     RESERVED_CPUS_VARIABLE,
 )
+#: What this process set for the engine that it configured last.
+_set_here: dict[str, str] = {}
 
 
 def apply_to_engine_args(engine_args: EngineArgs) -> bool:
@@ -100,17 +102,21 @@ def environment_of_one_engine() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        # Of an engine in its frontend's process nobody else inherits them.
+        _forget(_set_here)
 
 
 def forget_with(vllm_config: VllmConfig) -> None:
     """Take an engine's variables out of the environment once its frontend is gone.
 
     Stock vLLM's classes do not say when they have started an engine, but all of them
-    keep its configuration. An engine made since has variables of its own. An executor
-    in the same process is kept by vLLM itself, and so are the variables.
+    keep its configuration. An engine made since has variables of its own. One in the
+    same process forgets them earlier (`environment_of_one_engine`).
     """
     ours = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     ours.pop(RESERVED_CPUS_VARIABLE, None)  # the user's: ours is set by the executor
+    _set_here.clear()
+    _set_here.update(ours)
     weakref.finalize(vllm_config, _forget, ours).atexit = False
 
 
