@@ -5,26 +5,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_attn_offload.unsupported import Given, Unsupported, is_set
+from vllm_attn_offload.unsupported import Unsupported, is_set
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_SINK_MODELS = ("gpt_oss",)
 #: Models here bring attention classes of their own, most of them for GPUs only.
 _OWN_ATTENTION = "vllm.models."
 #: Of the memory nodes' compiled kernels.
 _MAX_HEAD_SIZE = 576
-
-
-def _sinks(config: VllmConfig) -> str:
-    text = config.model_config.hf_text_config
-    is_asked = text.model_type in _SINK_MODELS or any(
-        value is True
-        for name, value in text.to_dict().items()
-        if "attention_sink" in name
-    )
-    return "attention sinks" if is_asked else ""
 
 
 def _own_attention(config: VllmConfig) -> str:
@@ -56,12 +45,6 @@ def _head_size(config: VllmConfig) -> str:
     return "" if is_held or config.model_config.use_mla else f"heads of size {size}"
 
 
-def _shared_kv(config: VllmConfig) -> str:
-    # Gemma-3n and Gemma-4 name it so; models without the field have none.
-    count = config.model_config.hf_text_config.to_dict().get("num_kv_shared_layers")
-    return f"num_kv_shared_layers={count}" if count else ""
-
-
 def _value_heads(config: VllmConfig) -> str:
     text, keys = config.model_config.hf_text_config, config.model_config.get_head_size()
     size = getattr(text, "v_head_dim", None) or keys
@@ -70,23 +53,7 @@ def _value_heads(config: VllmConfig) -> str:
     return f"values of size {size} with keys of size {keys}" if differs else ""
 
 
-def _on_gpu(given: Given) -> Given:
-    return lambda config: (
-        "" if config.device_config.device_type == "cpu" else given(config)
-    )
-
-
 UNSUPPORTED_MODELS = (
-    Unsupported(
-        "Attention sinks on GPU compute nodes",
-        _on_gpu(_sinks),
-        "attention without sinks, or a CPU compute node",
-    ),
-    Unsupported(
-        "KV sharing between layers on GPU compute nodes",
-        _on_gpu(_shared_kv),
-        "layers with a KV cache each, or a CPU compute node",
-    ),
     Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
     Unsupported(
         "Head sizes",

@@ -195,6 +195,9 @@ class _NoPrefill:
     def merge(self, *_: Any) -> None:
         raise NotImplementedError
 
+    def add_sinks(self, *_: Any) -> None:
+        raise NotImplementedError
+
 
 def _open_exchange(session: Session, device: torch.device) -> CudaExchange:
     if device.type == "cuda":

@@ -19,6 +19,7 @@ from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import RemotePart, merge_remote
 from vllm_attn_offload.attention.layer_attention import LayerAttention
+from vllm_attn_offload.client.partial_outputs import apply_sinks
 from vllm_attn_offload.client.step_partition import Prefill
 
 Order = Literal["fork", "join", "wait"]
@@ -176,6 +177,11 @@ class DeferredAttention:
         self, output: torch.Tensor, lse: torch.Tensor, remote: RemotePart
     ) -> None:
         self._device.launch(lambda: merge_remote(output, lse, remote))
+
+    def add_sinks(
+        self, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+    ) -> None:
+        self._device.launch(lambda: apply_sinks(output, lse.t(), sinks))
 
 
 def _nothing() -> None:

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_attn_offload.attention.layer_exchange import Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.protocol.geometry import SessionGeometry
+
+
+def _at_once(copy: Callable[[], object]) -> None:
+    copy()
 
 
 class KeptKV:
@@ -16,10 +22,16 @@ class KeptKV:
     Args:
         geometry: The worker's layers; those without ``stores`` name in ``storage``
             whose KV they share.
+        launch: Enqueues what copies tensors, on a GPU.
     """
 
-    def __init__(self, geometry: SessionGeometry) -> None:
+    def __init__(
+        self,
+        geometry: SessionGeometry,
+        launch: Callable[[Callable[[], object]], None] = _at_once,
+    ) -> None:
         self._layers = geometry.layers
+        self._launch = launch
         self._is_shared = {
             (layer.group, layer.storage)
             for layer in geometry.layers
@@ -49,5 +61,8 @@ class KeptKV:
             assert key is not None
             assert value is not None
             # Copies: what is compiled may use the memory again after this layer.
-            metadata.kept[place[1]] = (key.clone(), value.clone())
+            kept = torch.empty_like(key), torch.empty_like(value)
+            self._launch(lambda: kept[0].copy_(key))
+            self._launch(lambda: kept[1].copy_(value))
+            metadata.kept[place[1]] = kept
         return metadata.kept[place[1]]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from deferred_device import (
@@ -46,6 +47,7 @@ from vllm_attn_offload.client.partition import (
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS, NUM_LAYERS = 60, 3
@@ -94,12 +96,17 @@ class DeviceWorker:
         shared: HostDevice | None = None,
         *,
         tolerate_loss: bool = False,
+        geometry: SessionGeometry = GEOMETRY,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.device = device
-        self.requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, 3)
+        self._geometry, self._sinks = geometry, sinks
+        # Of layers that all have values of their own, and no sink, which has none.
+        self._spread = 1.0 if geometry is GEOMETRY and sinks is None else 0.0
+        self.requests = WorkerBatch(geometry, NUM_BLOCKS, 3)
         count = len(addresses)
         sizes = [NUM_BLOCKS] if count == 1 else [NUM_BLOCKS // 2] * count
-        sharded = shard_geometry(GEOMETRY, kind, 0, count)
+        sharded = shard_geometry(geometry, kind, 0, count)
         self.controls, clients = [], []
         for address, size in zip(addresses, sizes, strict=True):
             self.controls.append(ControlClient(address, 10))
@@ -112,7 +119,7 @@ class DeviceWorker:
         self.nodes = RemoteAttention(
             clients,
             Partition(kind, tuple(sizes)),
-            GEOMETRY,
+            geometry,
             tolerate_loss=tolerate_loss,
         )
         self.exchange = CudaExchange(
@@ -128,8 +135,11 @@ class DeviceWorker:
                 LAYER.head_size,
                 LAYER.softmax_scale,
                 LAYER.num_kv_heads,
+                sliding_window=layer.sliding_window or None,
+                kv_sharing_target_layer_name=None if layer.stores else "another",
+                sinks=sinks,
             )
-            for _ in range(NUM_LAYERS)
+            for layer in geometry.layers
         ]
         for index, impl in enumerate(self.impls):
             impl.connect(self.exchange, index)
@@ -142,15 +152,23 @@ class DeviceWorker:
             metadata = AttentionOffloadMetadata(
                 self.readback.begin(_common(batch)), BLOCK_SIZE
             )
-            results.append((self.forward(metadata, qkv), self.requests.expected()))
+            results.append((self.forward(metadata, qkv), self._expected()))
         self.exchange.close()
         self.device.finish()
         errors = [
-            (output.double() - expected - layer).abs().max()
-            for outputs, expected in results
-            for layer, output in enumerate(outputs)
+            (output.double() - expected - self._spread * layer).abs().max()
+            for outputs, expected_by_layer in results
+            for layer, (output, expected) in enumerate(
+                zip(outputs, expected_by_layer, strict=True)
+            )
         ]
         return torch.stack(errors).max().item()
+
+    def _expected(self) -> list[torch.Tensor]:
+        return [
+            self.requests.expected(layer, self._sinks)
+            for layer in self._geometry.layers
+        ]
 
     def forward(
         self, metadata: AttentionOffloadMetadata, qkv: tuple[torch.Tensor, ...]
@@ -165,7 +183,7 @@ class DeviceWorker:
         qkv: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         num_tokens = qkv[0].shape[0]
-        inputs = (qkv[0], qkv[1], qkv[2] + index)
+        inputs = (qkv[0], qkv[1], qkv[2] + self._spread * index)
         widths = [part[0].numel() for part in inputs]
         rows = torch.full((num_tokens + NUM_PADDING, sum(widths)), torch.nan)
         real = torch.cat([part.flatten(1) for part in inputs], dim=1)
@@ -220,6 +238,35 @@ def test_output_is_causal_attention(
 ) -> None:
     device = DeferredDevice(pace)
     worker = DeviceWorker(addresses[:num_nodes], device, kind)
+    assert worker.run(STEPS) < 1e-5
+    worker.close()
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize(
+    ("kind", "num_nodes"), [("heads", 1), ("blocks", 2)], ids=["one-node", "two-nodes"]
+)
+@pytest.mark.parametrize("name", ["sinks", "window", "shared"])
+def test_kinds_of_layers(
+    addresses: list[str], kind: PartitionKind, num_nodes: int, pace: Pace, name: str
+) -> None:
+    """Sinks take the log-sum-exp, windows hide rows, shared KV sends q only."""
+    changes = {
+        "sinks": [{}, {}, {}],
+        "window": [{"sliding_window": 20}, {"sliding_window": 7}, {}],
+        "shared": [{}, {}, {"storage": 0, "stores": False}],
+    }[name]
+    layers = [
+        msgspec.structs.replace(layer, **change)
+        for layer, change in zip(GEOMETRY.layers, changes, strict=True)
+    ]
+    worker = DeviceWorker(
+        addresses[:num_nodes],
+        DeferredDevice(pace),
+        kind,
+        geometry=msgspec.structs.replace(GEOMETRY, layers=layers),
+        sinks=torch.linspace(-1, 2, LAYER.num_query_heads) if name == "sinks" else None,
+    )
     assert worker.run(STEPS) < 1e-5
     worker.close()
 

@@ -105,7 +105,7 @@ class RemoteRows:
 
     def __init__(self, streams: DeviceStreams) -> None:
         self._streams = streams
-        self._step: SentStep | None = None
+        self._begun: tuple[SentStep, torch.Size, bool] | None = None
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._device_lse: torch.Tensor | None = None
 
@@ -114,15 +114,17 @@ class RemoteRows:
         host, _ = self._pair("out", tuple(like.shape), like.dtype)
         return host
 
-    def begin(self, step: SentStep, output: torch.Tensor) -> None:
-        """Make room for the rows of a layer, and say once per step which they are.
+    def begin(self, step: SentStep, output: torch.Tensor, *, with_lse: bool) -> None:
+        """Make room for the rows of a layer, and say which they are.
 
-        ``out`` ``[num_rows, num_heads, v_head_size]`` and, where the step needs a
-        merge, ``lse`` ``[num_rows, num_heads]`` are to be filled on the host.
+        Once for layers of a step that are alike. ``out`` ``[num_rows, num_heads,
+        v_head_size]`` and, where the step needs a merge or it is asked for, ``lse``
+        ``[num_rows, num_heads]`` are to be filled on the host.
         """
-        if self._step is step:
+        begun = (step, output.shape[1:], with_lse)
+        if self._begun is not None and self._begun[0] is step and self._begun == begun:
             return
-        self._step = step
+        self._begun = begun
         which = _which_rows(step.partition)
         num_rows = which.shape[1]
         host_which, device_which = self._pair("which", which.shape, torch.int64)
@@ -133,7 +135,7 @@ class RemoteRows:
             "out", (num_rows, *output.shape[1:]), output.dtype
         )
         self.lse = self._device_lse = transposed = None
-        if step.partition.needs_merge:
+        if with_lse or step.partition.needs_merge:
             self.lse, self._device_lse = self._pair(
                 "lse", (num_rows, num_heads), torch.float32
             )

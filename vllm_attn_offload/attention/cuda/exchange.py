@@ -18,6 +18,7 @@ from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import LocalAttention
 from vllm_attn_offload.attention.cuda.store import LayerStores
 from vllm_attn_offload.attention.cuda.streams import DeviceStreams
+from vllm_attn_offload.attention.kept_kv import KeptKV
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
@@ -25,6 +26,8 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.sent_step import SentStep
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: q, k and v.
+_NUM_PARTS = 3
 
 
 class _MicroBatchBuffers:
@@ -56,7 +59,9 @@ class CudaExchange(LayerExchange):
         self._make_streams = make_streams
         self._attention = attention
         self._buffers: list[_MicroBatchBuffers] = []
-        self._stores = LayerStores(nodes, make_streams())
+        streams = make_streams()
+        self._stores = LayerStores(nodes, streams)
+        self._kept = KeptKV(nodes.geometry, streams.launch)
 
     def attend(
         self,
@@ -85,22 +90,24 @@ class CudaExchange(LayerExchange):
             self._stores.finish()
         step = metadata.ensure_sent(self._nodes, layer)
         partition = step.partition
-        query, key, value = qkv
-        # Layers that share KV, or have sinks, are refused on GPUs (`compatibility`).
-        assert key is not None
-        assert value is not None
-        rows = (query, key, value)
-        if not partition.prefills:
-            self._attend_remotely(metadata, step, layer, rows, output)
+        parts = tuple(part for part in qkv if part is not None)
+        if not partition.prefills and attention.sinks is None:
+            self._attend_remotely(metadata, step, layer, parts, output)
+            return
+        local = None
+        if partition.prefills:
+            local = (qkv[0], *self._kept.local_kv(metadata, layer, qkv))
+        remote_rows = partition.remote_rows
+        if local is None or remote_rows is None or remote_rows.size:
+            self._attend_both(metadata, step, layer, parts, local, output, attention)
             return
         source = metadata.source
         assert isinstance(source, CudaStep)
-        remote_rows = partition.remote_rows
-        if remote_rows is not None and not remote_rows.size:
-            self._stores.post(step, layer, rows)
-            self._attention.attend(rows, output, source, attention)
-        else:
-            self._attend_both(metadata, step, layer, rows, output, attention)
+        if len(parts) == len(local):
+            self._stores.post(step, layer, local)
+        lse = self._attention.attend(local, output, source, attention)
+        if attention.sinks is not None:
+            self._attention.add_sinks(output, lse, attention.sinks)
 
     def close(self) -> None:
         """Wait until nothing is being sent; the nodes were closed before."""
@@ -111,17 +118,19 @@ class CudaExchange(LayerExchange):
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: Rows,
+        parts: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> None:
         buffers = self._of(metadata.micro_batch)
-        if buffers.shared.attend(metadata, step, layer, qkv, output):
+        if len(parts) == _NUM_PARTS and buffers.shared.attend(
+            metadata, step, layer, (parts[0], parts[1], parts[2]), output
+        ):
             return
-        rows, mark = buffers.rows.copy_out(qkv, may_read_in_place=True)
+        rows, mark = buffers.rows.copy_out(parts, may_read_in_place=True)
         # Its kernels are queued behind ours while ours run.
         metadata.let_others_compute()
         mark.wait()
-        self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
+        self._nodes.post_layer(step, layer, *_padded(rows))
         metadata.let_others_compute()
         reply = buffers.remote.host_out(output)
         self._nodes.collect(step, layer, reply)
@@ -133,25 +142,59 @@ class CudaExchange(LayerExchange):
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        qkv: Rows,
+        parts: tuple[torch.Tensor, ...],
+        local: Rows | None,
         output: torch.Tensor,
         attention: LayerAttention,
     ) -> None:
-        """Attend prefills here, other rows there, and merge what has both parts."""
-        buffers, source = self._of(metadata.micro_batch), metadata.source
-        assert isinstance(source, CudaStep)
-        rows, mark = buffers.rows.copy_out(qkv, may_read_in_place=True)
-        lse = self._attention.attend(qkv, output, source, attention)
+        """Attend prefills here, other rows there, and merge what has both parts.
+
+        Without a local part only to have the log-sum-exp that sinks need.
+        """
+        buffers, sinks = self._of(metadata.micro_batch), attention.sinks
+        rows, mark = buffers.rows.copy_out(parts, may_read_in_place=True)
+        lse = self._attend_here(metadata, local, output, attention)
+        metadata.let_others_compute()
         mark.wait()
-        self._nodes.post_layer(step, layer, rows[0], rows[1], rows[2])
+        with_lse = sinks is not None
+        self._nodes.post_layer(step, layer, *_padded(rows), with_lse=with_lse)
+        metadata.let_others_compute()
         remote = buffers.remote
-        remote.begin(step, output)
+        remote.begin(step, output, with_lse=with_lse)
         self._nodes.collect(step, layer, remote.out, remote.lse)
         remote.copy_in()
         buffers.streams.join()
         self._attention.merge(output, lse, remote.on_device)
+        if sinks is not None:
+            self._attention.add_sinks(output, lse, sinks)
+
+    def _attend_here(
+        self,
+        metadata: AttentionOffloadMetadata,
+        local: Rows | None,
+        output: torch.Tensor,
+        attention: LayerAttention,
+    ) -> torch.Tensor:
+        """Log-sum-exp ``[num_heads, num_tokens]`` of the local part, -inf: none."""
+        if local is None:
+            streams = self._of(metadata.micro_batch).streams
+            streams.launch(output.zero_)
+            shape = (output.shape[1], output.shape[0])
+            return torch.full(shape, -torch.inf, device=output.device)
+        source = metadata.source
+        assert isinstance(source, CudaStep)
+        return self._attention.attend(local, output, source, attention)
 
     def _of(self, micro_batch: int) -> _MicroBatchBuffers:
         while len(self._buffers) <= micro_batch:
             self._buffers.append(_MicroBatchBuffers(self._nodes, self._make_streams()))
         return self._buffers[micro_batch]
+
+
+def _padded(
+    rows: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """q, k and v; the last two are None where the layer shares those of another."""
+    if len(rows) < _NUM_PARTS:
+        return rows[0], None, None
+    return rows[0], rows[1], rows[2]

@@ -11,6 +11,7 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.layer_attention import LayerAttention
+from vllm_attn_offload.client.partial_outputs import apply_sinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,20 @@ class LocalAttention(Protocol):
 
         Args:
             output: ``[num_tokens, num_heads, v_head_size]``, as `attend` filled it.
-            lse: ``[num_heads, num_tokens]`` fp32, result of `attend`.
+            lse: ``[num_heads, num_tokens]`` fp32, result of `attend`; of both parts
+                afterwards, where ``remote`` has one.
             remote: The other part.
+        """
+
+    def add_sinks(
+        self, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+    ) -> None:
+        """Let sinks enter, after all parts are merged.
+
+        Args:
+            output: ``[num_tokens, num_heads, v_head_size]``, scaled in place.
+            lse: ``[num_heads, num_tokens]`` fp32, as `merge` left it.
+            sinks: ``[num_heads]``.
         """
 
 
@@ -144,25 +157,33 @@ class FlashPrefill:
         """Merge into ``output`` ``[num_tokens, num_heads, v_head_size]``."""
         merge_remote(output, lse, remote)
 
+    def add_sinks(
+        self, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+    ) -> None:
+        """Scale ``output`` ``[num_tokens, num_heads, v_head_size]`` in place."""
+        apply_sinks(output, lse.t(), sinks)
+
 
 def merge_remote(output: torch.Tensor, lse: torch.Tensor, remote: RemotePart) -> None:
     """Merge the nodes' part into local attention, on any device.
 
     Args:
         output: ``[num_tokens, num_heads, v_head_size]``, the local part.
-        lse: ``[num_heads, num_tokens]`` fp32, of the local part.
+        lse: ``[num_heads, num_tokens]`` fp32, of the local part; of both afterwards.
         remote: The other part; rows that it does not have stay as they are.
     """
     merged = remote.out
     if remote.lse is not None:
         local_lse = lse.index_select(1, remote.rows)
         local_lse.masked_fill_(remote.is_alone.bool(), -torch.inf)
-        merged = torch.empty_like(remote.out)
+        merged, merged_lse = torch.empty_like(remote.out), torch.empty_like(local_lse)
         merge_attn_states(
             merged,
             remote.out,
             remote.lse.contiguous(),
             output.index_select(0, remote.rows),
             local_lse,
+            merged_lse,
         )
+        lse.index_copy_(1, remote.rows, merged_lse)
     output.index_copy_(0, remote.rows, merged)
