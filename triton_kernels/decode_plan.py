@@ -88,7 +88,8 @@ class DecodeAttentionPlan:
         self.query_dtype = query_dtype
         self.kv_cache_dtype = kv_cache_dtype
         self.device = device
-        self.sliding_window = sliding_window
+        # No request is longer, and the kernel subtracts it in 32 bits.
+        self.sliding_window = sliding_window and min(sliding_window, MAX_TOKENS)
         self.fixed_grid = fixed_grid
         self.tile = tile or choose_decode_tile(
             architecture_of(device),

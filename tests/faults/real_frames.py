@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 from paged_batch import PagedBatch
-from raw_session import encode_step, make_geometry
+from raw_session import encode_step, make_geometry, make_hybrid_geometry
 
 from vllm_attn_offload.protocol.frames import (
     FRAME_HEADER_BYTES,
@@ -17,6 +17,7 @@ from vllm_attn_offload.protocol.frames import (
     FrameHeader,
     FrameKind,
 )
+from vllm_attn_offload.protocol.geometry import LayerGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
 NUM_BLOCKS = 8
@@ -29,6 +30,7 @@ GEOMETRY.layers[1] = msgspec.structs.replace(
     alibi_slopes=(0.5, 0.25, 0.125, 0.0625),
 )
 LONGEST = 1 << 30
+HYBRID = make_hybrid_geometry()
 
 
 def frame(header: FrameHeader, payload: memoryview) -> bytes:
@@ -110,5 +112,36 @@ def late_steps() -> tuple[StepMetadata, StepMetadata]:
     return late, replace(late, first_block=0 * one, block_indices=indices)
 
 
+def hybrid_frames() -> list[bytes]:
+    """Two steps of two KV groups, one of whose layers only reads."""
+    blocks = ([1, 3, 5, 7], [0, 2, 4, 6])
+    batches = [
+        PagedBatch(HYBRID, NUM_BLOCKS, 2, group=group, blocks=blocks[group])
+        for group in (0, 1)
+    ]
+    frames = []
+    for number, num_new in enumerate(([5, 3], [1, 1]), 1):
+        for group, batch in enumerate(batches):
+            step, qkv = batch.grow(num_new)
+            header = FrameHeader(FrameKind.STEP, step=number, group=group)
+            frames.append(frame(header, encode_step(step)))
+            for index, layer in enumerate(HYBRID.layers):
+                if layer.group == group:
+                    frames.append(_hybrid_layer(number, index, layer, qkv))
+    return frames
+
+
+def _hybrid_layer(
+    step: int, index: int, layer: LayerGeometry, qkv: torch.Tensor
+) -> bytes:
+    flags, rows = FrameFlag.FUSED | FrameFlag.WANT_LSE, qkv
+    if not layer.stores:
+        flags = FrameFlag.WANT_LSE
+        rows = qkv[:, : layer.num_query_heads * layer.head_size]
+    payload = rows.contiguous().view(torch.uint8).numpy().data.cast("B")
+    return frame(FrameHeader(FrameKind.LAYER, index, step, flags=flags), payload)
+
+
 FRAMES = real_frames()
 EDGE_FRAMES = edge_frames()
+HYBRID_FRAMES = hybrid_frames()
