@@ -357,12 +357,19 @@ def test_attributes_of_layers() -> None:
     assert plain.attention.sliding_window == plain.attention.soft_cap == 0
     assert plain.attention.alibi_slopes is plain.attention.sinks is None
     sinks = torch.nn.Parameter(torch.zeros(4))
-    layer = AttentionOffloadImpl(
-        *(4, 64, 0.125, 2, [0.5, 0.25, 0.125, 0.0625], 128, "auto", 50.0), sinks=sinks
-    )
+    torch.set_default_dtype(torch.bfloat16)  # as while vLLM makes a model's layers
+    try:
+        layer = AttentionOffloadImpl(
+            *(4, 64, 0.125, 2, [0.7, 0.25, 0.125, 0.0625], 128, "auto", 50.0),
+            sinks=sinks,
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert (layer.attention.sliding_window, layer.attention.soft_cap) == (128, 50.0)
     assert layer.attention.alibi_slopes is not None
-    assert layer.attention.alibi_slopes.tolist() == [0.5, 0.25, 0.125, 0.0625]
+    assert layer.attention.alibi_slopes.dtype == torch.float32
+    slopes = torch.tensor([0.7, 0.25, 0.125, 0.0625])
+    assert torch.equal(layer.attention.alibi_slopes, slopes)
     # Weights that are loaded again reach the layer.
     sinks.data.fill_(3.0)
     assert layer.attention.sinks is not None

@@ -47,7 +47,10 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
             self.scale,
             sliding_window or 0,
             logits_soft_cap or 0.0,
-            None if alibi_slopes is None else torch.tensor(alibi_slopes),
+            # Of their own dtype: vLLM makes layers with that of the model.
+            None
+            if alibi_slopes is None
+            else torch.tensor(alibi_slopes, dtype=torch.float32),
             # The parameter itself, which is filled, and filled again, later.
             sinks,
         )

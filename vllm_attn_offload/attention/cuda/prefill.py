@@ -13,6 +13,10 @@ from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.client.partial_outputs import apply_sinks
 
+#: Largest heads of FlashAttention 2 and 3.
+_FA_HEAD_SIZE = 256
+_FA4 = 4
+
 
 @dataclass(frozen=True, slots=True)
 class RemotePart:
@@ -108,11 +112,12 @@ class FlashPrefill:
             version = self._choose_version(
                 requires_alibi=kind[1], head_size=head_size, requires_softcap=kind[2]
             )
-            if version is None:
+            if version is None or (head_size > _FA_HEAD_SIZE and version < _FA4):
                 raise ValueError(
                     f"Attention offloading attends prefills of head size {head_size} "
                     "with FlashAttention, which vLLM does not have for this GPU. "
-                    "Allowed: compute capability 8.0 or newer. Run without "
+                    "Allowed: compute capability 8.0 or newer, and head sizes up to "
+                    f"{_FA_HEAD_SIZE} but where FlashAttention 4 runs. Run without "
                     "--attention-offload."
                 )
             self._versions[kind] = version
@@ -131,6 +136,10 @@ class FlashPrefill:
         """
         query, key, value = qkv
         window = attention.sliding_window
+        if attention.alibi_slopes is not None and not window:
+            # Hides nothing. FlashAttention 2 without a window biases by the key's
+            # place alone: the same output, but another log-sum-exp than the nodes'.
+            window = step.max_query_len
         _, lse = self._attend(
             q=query,
             k=key,
