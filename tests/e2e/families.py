@@ -44,11 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
         "engine": {"disable_hybrid_kv_cache_manager": True},
         "offload": {"partition": "heads"},
     },
-    "gemma2 in a small pool": {
-        "model": "gemma2",
+    "gemma2": {"model": "gemma2", "nodes": 1, "engine": {"max_num_batched_tokens": 16}},
+    "gemma3 in a small pool": {
+        "model": "gemma3",
         "nodes": 1,
-        "pool_blocks": 25,
-        "engine": {"max_num_batched_tokens": 16},
+        "pool_blocks": 32,
+        # All prompts at once, which grow beyond the blocks that there are.
+        "engine": {"max_num_seqs": 6},
     },
     "gemma3": {
         "model": "gemma3",
@@ -85,7 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
 def prompts() -> tuple[list[list[int]], list[list[int]]]:
     """Of one row to more than six windows; then two that begin like the longest."""
     draw = random.Random(0)
-    lengths = (1, 33, 70, 150, 260)
+    lengths = (1, 45, 85, 150, 260)
     first = [[draw.randrange(3, 500) for _ in range(length)] for length in lengths]
     return first, [[*first[3], 7, 8, 9], [*first[4][:200], 11]]
 

@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {"sliding_window": WINDOW, "layer_types": SLIDING}
         | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32}
+        | {"initializer_range": 0.1}
         | TIED,
     ),
     "gemma3": (
