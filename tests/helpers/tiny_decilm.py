@@ -17,9 +17,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 #: KV heads of every layer; None: it does not attend.
 KV_HEADS = (2, 4, 2, None, 1)
 _CONFIGURATION = """
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig
+
+
+@dataclass
+class Attention:
+    no_op: bool
+    n_heads_in_group: int | None
+
+
+@dataclass
+class FeedForward:
+    no_op: bool = False
+    ffn_mult: float = 1.5
+    hidden_act: str = "silu"
+
+
+@dataclass
+class Block:
+    attention: Attention
+    ffn: FeedForward
 
 
 class DeciLMConfig(PretrainedConfig):
@@ -32,10 +51,7 @@ class DeciLMConfig(PretrainedConfig):
     @property
     def block_configs(self):
         return [
-            SimpleNamespace(
-                attention=SimpleNamespace(no_op=count is None, n_heads_in_group=count),
-                ffn=SimpleNamespace(no_op=False, ffn_mult=1.5, hidden_act="silu"),
-            )
+            Block(Attention(count is None, count), FeedForward())
             for count in self.heads_in_group
         ]
 """
