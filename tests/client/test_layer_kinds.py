@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from node_process import running_node
+from node_process import running_nodes
 from raw_session import attach_request, reservation, session_of
 from worker_batch import WorkerBatch
 
@@ -181,18 +180,14 @@ class Worker:
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Three nodes, whose unwritten blocks hold NaN."""
-    cpu = str(max(os.sched_getaffinity(0)))
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                running_node(
-                    tmp_path_factory.mktemp("node"),
-                    *("--kv-cache-gib", "0.25", "--cpus", cpu),
-                    ATTN_OFFLOAD_POISON_KV="1",
-                )
-            ).address
-            for _ in range(3)
-        ]
+    directories = [tmp_path_factory.mktemp("node") for _ in range(3)]
+    options = ("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0))))
+    with running_nodes(
+        directories,
+        *options,
+        ATTN_OFFLOAD_POISON_KV="1",
+    ) as running:
+        yield running
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,13 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from node_process import NodeProcess, running_node
+from node_process import NodeProcess, running_nodes
 from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
@@ -102,17 +101,13 @@ class Worker:
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Three nodes."""
-    cpu = str(max(os.sched_getaffinity(0)))
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                running_node(
-                    tmp_path_factory.mktemp("node"),
-                    *("--kv-cache-gib", "0.25", "--cpus", cpu),
-                )
-            ).address
-            for _ in range(3)
-        ]
+    directories = [tmp_path_factory.mktemp("node") for _ in range(3)]
+    options = ("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0))))
+    with running_nodes(
+        directories,
+        *options,
+    ) as running:
+        yield running
 
 
 #: Chunks with and without context, decodes, one new token; then decodes alone.

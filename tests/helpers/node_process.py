@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from harness.memory_node import COMMAND, NodeProcess
 
-__all__ = ["COMMAND", "NodeProcess", "eventually", "running_node"]
+__all__ = ["COMMAND", "NodeProcess", "eventually", "running_node", "running_nodes"]
 
 
 @contextmanager
@@ -25,6 +25,18 @@ def running_node(
         yield process
     finally:
         process.kill()
+
+
+@contextmanager
+def running_nodes(
+    directories: Sequence[Path], *options: str, **variables: str
+) -> Iterator[list[str]]:
+    """Addresses of a node in each directory."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(running_node(directory, *options, **variables)).address
+            for directory in directories
+        ]
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> bool:
