@@ -126,9 +126,14 @@ class DeviceWorker:
             self.nodes, lambda: DeferredStreams(device), DeferredAttention(device)
         )
         trusted = DeferredDevice("early")
-        self.readback = CudaReadback(
-            DeferredStreams(device if device.without is None else trusted), 16
-        )
+        # As builders have them: each reads one group's steps.
+        self._readbacks = [
+            CudaReadback(
+                DeferredStreams(device if device.without is None else trusted), 16
+            )
+            for _ in geometry.groups
+        ]
+        self.readback = self._readbacks[0]
         self.impls = [
             AttentionOffloadImpl(
                 LAYER.num_query_heads,
@@ -149,10 +154,11 @@ class DeviceWorker:
         results = []
         for num_new in steps:
             batch, qkv = self.requests.grow(list(num_new))
-            metadata = AttentionOffloadMetadata(
-                self.readback.begin(_common(batch)), BLOCK_SIZE
-            )
-            results.append((self.forward(metadata, qkv), self._expected()))
+            groups = [
+                AttentionOffloadMetadata(readback.begin(_common(batch)), BLOCK_SIZE)
+                for readback in self._readbacks
+            ]
+            results.append((self.forward(*groups, qkv=qkv), self._expected()))
         self.exchange.close()
         self.device.finish()
         errors = [
@@ -171,10 +177,13 @@ class DeviceWorker:
         ]
 
     def forward(
-        self, metadata: AttentionOffloadMetadata, qkv: tuple[torch.Tensor, ...]
+        self, *groups: AttentionOffloadMetadata, qkv: tuple[torch.Tensor, ...]
     ) -> list[torch.Tensor]:
         """Outputs of all layers, once the device is finished."""
-        return [self._layer(index, metadata, qkv) for index in range(NUM_LAYERS)]
+        return [
+            self._layer(index, groups[layer.group], qkv)
+            for index, layer in enumerate(self._geometry.layers)
+        ]
 
     def _layer(
         self,
@@ -246,7 +255,7 @@ def test_output_is_causal_attention(
 @pytest.mark.parametrize(
     ("kind", "num_nodes"), [("heads", 1), ("blocks", 2)], ids=["one-node", "two-nodes"]
 )
-@pytest.mark.parametrize("name", ["sinks", "window", "shared"])
+@pytest.mark.parametrize("name", ["sinks", "window", "shared", "groups"])
 def test_kinds_of_layers(
     addresses: list[str], kind: PartitionKind, num_nodes: int, pace: Pace, name: str
 ) -> None:
@@ -255,6 +264,8 @@ def test_kinds_of_layers(
         "sinks": [{}, {}, {}],
         "window": [{"sliding_window": 20}, {"sliding_window": 7}, {}],
         "shared": [{}, {}, {"storage": 0, "stores": False}],
+        # Of a chunk with context one group only stores what the other attends with.
+        "groups": [{"group": 1}, {"sliding_window": 1}, {"group": 1}],
     }[name]
     layers = [
         msgspec.structs.replace(layer, **change)
@@ -264,7 +275,11 @@ def test_kinds_of_layers(
         addresses[:num_nodes],
         DeferredDevice(pace),
         kind,
-        geometry=msgspec.structs.replace(GEOMETRY, layers=layers),
+        geometry=msgspec.structs.replace(
+            GEOMETRY,
+            layers=layers,
+            groups=GEOMETRY.groups * (2 if name == "groups" else 1),
+        ),
         sinks=torch.linspace(-1, 2, LAYER.num_query_heads) if name == "sinks" else None,
     )
     assert worker.run(STEPS) < 1e-5
@@ -295,7 +310,7 @@ def test_micro_batches_take_turns(
         batch, qkv = worker.requests.grow(num_new)
         if num_new[0] > 1:
             step = worker.readback.begin(_common(batch))
-            worker.forward(AttentionOffloadMetadata(step, BLOCK_SIZE), qkv)
+            worker.forward(AttentionOffloadMetadata(step, BLOCK_SIZE), qkv=qkv)
             continue
         expected.append(worker.requests.expected())
         parts = cut_batch(batch, 2)
@@ -358,7 +373,7 @@ def _run_part(
     metadata.baton = baton
     baton.take(index)
     try:
-        outputs += worker.forward(metadata, qkv)
+        outputs += worker.forward(metadata, qkv=qkv)
     finally:
         baton.finish(index)
 
@@ -395,7 +410,7 @@ def test_lost_store_is_reported(tmp_path_factory: pytest.TempPathFactory) -> Non
         worker.readback.begin(_common(batch)), BLOCK_SIZE
     )
     with pytest.raises(MemoryNodeError):
-        worker.forward(metadata, qkv)
+        worker.forward(metadata, qkv=qkv)
     worker.close()
 
 
@@ -416,9 +431,9 @@ def test_node_is_lost_with_rows_in_its_memory(
     attention.end_session = True
     if not tolerate_loss:
         with pytest.raises(MemoryNodeError):
-            worker.forward(metadata, qkv)
+            worker.forward(metadata, qkv=qkv)
     else:
-        outputs = worker.forward(metadata, qkv)
+        outputs = worker.forward(metadata, qkv=qkv)
         device.finish()
         assert not torch.stack(outputs[1:]).any()
         assert worker.nodes.loss is not None

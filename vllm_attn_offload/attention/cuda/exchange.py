@@ -92,6 +92,7 @@ class CudaExchange(LayerExchange):
         partition = step.partition
         parts = tuple(part for part in qkv if part is not None)
         if not partition.prefills and attention.sinks is None:
+            self._stores.finish()
             self._attend_remotely(metadata, step, layer, parts, output)
             return
         local = None
@@ -99,6 +100,8 @@ class CudaExchange(LayerExchange):
             local = (qkv[0], *self._kept.local_kv(metadata, layer, qkv))
         remote_rows = partition.remote_rows
         if local is None or remote_rows is None or remote_rows.size:
+            # Another group's layers may only have been stored in this step.
+            self._stores.finish()
             self._attend_both(metadata, step, layer, parts, local, output, attention)
             return
         source = metadata.source
