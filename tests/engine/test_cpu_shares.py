@@ -28,6 +28,12 @@ def divide(quota: float, **options: object) -> tuple[set[int], set[int]]:
     return {cpu for cpus in workers for cpu in cpus}, nodes
 
 
+@pytest.fixture(autouse=True)
+def _automatic_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's host; some workers of pytest-xdist are bound."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+
+
 @pytest.mark.parametrize(
     ("num_nodes", "given", "expected"),
     [
