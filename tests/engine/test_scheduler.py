@@ -29,8 +29,8 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import Attachment
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice

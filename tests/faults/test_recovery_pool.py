@@ -22,8 +22,9 @@ import pytest
 from node_process import NodeProcess, eventually
 from raw_session import make_geometry
 
+from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import Attachment, NodeClient, NodeFailure
+from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from vllm_attn_offload.client.node_client import Attachment, NodeClient
+from vllm_attn_offload.client.attachment import Attachment
+from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import (
     Partition,
     PartitionKind,

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 import torch
@@ -26,31 +24,13 @@ from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_cha
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 _MAX_ERROR_BYTES = 1 << 16
+#: Answers to one micro-batch, which may stand before an error, and their size.
+_MAX_UNREAD_REPLIES = 4
+_MAX_UNREAD_BYTES = 16 << 20
+_UNREAD_TIMEOUT_S = 0.5
 _ROWS_ON_DEVICE = FrameFlag.ON_DEVICE.value | FrameFlag.FUSED.value
 #: Keys and values that a node may be behind with before its answer is waited for.
 MAX_UNACKNOWLEDGED_BYTES = 64 << 20
-
-
-class NodeFailure(NamedTuple):
-    """A node that a worker cannot use, and why."""
-
-    node: str
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """Names a session and holds the token that opens its data channel once.
-
-    ``num_blocks`` is how many blocks the session holds. ``generation`` counts how often
-    the engine opened its sessions; channels of an older one are never used again.
-    """
-
-    address: str
-    session: str
-    attach_token: str
-    generation: int
-    num_blocks: int
 
 
 class NodeClient:
@@ -130,7 +110,7 @@ class NodeClient:
         try:
             return self._transport.payload_buffer(num_bytes)
         except (OSError, ValueError) as error:
-            raise self._lost(error) from error
+            raise self._not_sent(error) from error
 
     def post_layer(
         self,
@@ -212,7 +192,7 @@ class NodeClient:
                 transport.rows_buffer(num_bytes) if transport.fits(num_bytes) else None
             )
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._not_sent(error) from error
 
     def post_rows(
         self, step: int, micro_batch: int, layer: int, num_bytes: int
@@ -266,9 +246,7 @@ class NodeClient:
         header = self._reply_header
         self._transport.receive_header(header, self._timeout_s + allowance_s)
         if header.kind == FrameKind.ERROR:
-            is_failure = header.flags & FrameFlag.FAILED.value
-            kind = NodeFailedError if is_failure else NodeDefectError
-            raise kind(self.address, self._read_error(header))
+            raise self._refusal(header)
         if header.kind != FrameKind.OUT or header.layer != layer:
             raise ProtocolError(f"a frame of kind {header.kind} was not expected")
         if header.num_bytes != num_bytes:
@@ -280,7 +258,26 @@ class NodeClient:
         try:
             self._transport.send(self._header, *payload)
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._not_sent(error) from error
+
+    def _not_sent(self, error: Exception) -> MemoryNodeError:
+        """What the node said before it stopped taking frames, if it said anything."""
+        header, transport = self._reply_header, self._transport
+        try:
+            for _ in range(_MAX_UNREAD_REPLIES):
+                transport.receive_header(header, _UNREAD_TIMEOUT_S)
+                if header.kind == FrameKind.ERROR:
+                    return self._refusal(header)
+                if not header.flags & FrameFlag.ON_DEVICE.value:
+                    transport.receive_payload(min(header.num_bytes, _MAX_UNREAD_BYTES))
+        except (OSError, ProtocolError):
+            pass
+        return self._lost(error)
+
+    def _refusal(self, header: FrameHeader) -> MemoryNodeError:
+        is_failure = header.flags & FrameFlag.FAILED.value
+        kind = NodeFailedError if is_failure else NodeDefectError
+        return kind(self.address, self._read_error(header))
 
     def _read_error(self, header: FrameHeader) -> str:
         if header.num_bytes > _MAX_ERROR_BYTES:

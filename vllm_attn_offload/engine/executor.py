@@ -13,8 +13,8 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.compatibility import check_supported
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import (

@@ -8,8 +8,8 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 
+from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.client.node_client import Attachment
 from vllm_attn_offload.engine.rank_share import RankShare
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess

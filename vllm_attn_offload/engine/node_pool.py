@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from vllm_attn_offload.client.node_client import Attachment
+from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.partition import (
     PartitionKind,
     choose_partition,

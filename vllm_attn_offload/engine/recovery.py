@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_attn_offload.client.node_client import Attachment, NodeFailure
+from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
 from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError, NodeFailedError

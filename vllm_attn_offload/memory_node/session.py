@@ -276,5 +276,6 @@ def _send_error(
     )
     try:
         transport.send(header, payload)
+        transport.linger()
     except OSError as error:
         logger.debug("the refusal was not delivered: %s", error)

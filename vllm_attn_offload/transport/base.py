@@ -95,5 +95,13 @@ class Transport(ABC):
         """Return True if either side has closed the channel; reads nothing."""
 
     @abstractmethod
+    def linger(self) -> None:
+        """Let the peer read what was sent last, before `close`.
+
+        Nothing else is received: what the peer was sending is dropped, for some seconds
+        at most.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """End the channel; wakes threads that wait in it. Safe to call twice."""

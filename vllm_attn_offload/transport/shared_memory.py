@@ -161,6 +161,9 @@ class SharedMemoryTransport(Transport):
     def has_ended(self) -> bool:
         return has_hung_up(self._sock)
 
+    def linger(self) -> None:
+        """Nothing to do: the peer's memory holds what was sent, also when closed."""
+
     def close(self) -> None:
         self._is_closed = True
         with contextlib.suppress(OSError):

@@ -59,6 +59,9 @@ class SocketTransport(Transport):
     def has_ended(self) -> bool:
         return self._stream.has_ended()
 
+    def linger(self) -> None:
+        self._stream.linger()
+
     def close(self) -> None:
         self._stream.close()
 

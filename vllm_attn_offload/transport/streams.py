@@ -16,6 +16,8 @@ _TICK_S = 0.5
 _SOCKET_BUFFER_BYTES = 4 << 20
 # A peer that is slower than this on average is as good as silent; as in wait.cpp.
 _SLOWEST_BYTES_PER_S = 1e6
+_LONGEST_LINGER_S = 5.0
+_DROPPED_BYTES = 256 << 10
 
 #: A receive ended while bytes still came.
 PART_RECEIVED = "only a part was received in time: the peer sends too slowly"
@@ -67,6 +69,23 @@ class ByteStream(ABC):
     def has_ended(self) -> bool:
         """Return True if either side has closed the connection; reads nothing."""
         return has_hung_up(self._sock)
+
+    def linger(self) -> None:
+        """Drop what the peer still sends, until it closes or for some seconds.
+
+        A connection that is closed with bytes unread is reset, and the reset takes from
+        the peer what was sent to it before.
+        """
+        end = time.monotonic() + min(self._stall_timeout_s, _LONGEST_LINGER_S)
+        poller = select.poll()
+        # An SSLSocket's own methods look at what they drop.
+        plain = socket.socket
+        with contextlib.suppress(OSError, ValueError):
+            plain.shutdown(self._sock, socket.SHUT_WR)
+            poller.register(self._sock, select.POLLIN)
+            while (left_s := end - time.monotonic()) > 0 and poller.poll(left_s * 1e3):
+                if not plain.recv(self._sock, _DROPPED_BYTES):
+                    return
 
     def close(self) -> None:
         """End the connection; wakes threads that wait in it."""

@@ -17,8 +17,8 @@ from vllm_attn_offload.attention.micro_batch.runner import (
     MicroBatchRunner,
     wrap_model,
 )
+from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.connect import connect_nodes
-from vllm_attn_offload.client.node_client import Attachment, NodeFailure
 from vllm_attn_offload.client.partition import PartitionKind
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.compatibility import check_layers
