@@ -199,12 +199,10 @@ class Engine:
         }
 
     def _addresses(self) -> list[str]:
-        from vllm_attn_offload.engine.args import run_dir
-        from vllm_attn_offload.memory_node.launcher import local_address
+        from engines import mode as engine_mode
 
-        joined = self._offload_options.get("memory_nodes")
-        count = self._offload_options.get("num_local_nodes", 1)
-        return joined or [local_address(run_dir(0, node)) for node in range(count)]
+        (addresses,) = self._llm.collective_rpc(engine_mode.node_addresses)
+        return addresses
 
     def _counters(self, address: str) -> Any:
         from vllm_attn_offload.client.control_client import ControlClient

@@ -40,3 +40,8 @@ def choose(worker: Any, option: NumMicroBatches) -> None:
     runner = worker._micro_batches
     choices = runner.__dict__.setdefault("choices_by_option", {})
     runner._choice = choices.setdefault(option, MicroBatchChoice(option))
+
+
+def node_addresses(worker: Any) -> list[str]:
+    """Runs in the worker: where its memory nodes listen."""
+    return [client.address for client in worker._nodes._clients]
