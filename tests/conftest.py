@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
 def pytest_configure() -> None:
     """Give every worker of pytest-xdist CPUs that the others compute less on.
 
-    vLLM computes on the first CPUs that a process may use, and leaves the last ones to
-    memory nodes. On two CPUs every other worker turns that round.
+    On two CPUs engines compute on one and have their nodes on the other one; every
+    other worker turns that round.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -40,8 +40,7 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, cpus[worker * share : (worker + 1) * share])
     elif num_workers > 1:
         torch.set_num_threads(1)
-        if worker % 2:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cpus[-1])
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cpus[-(worker % 2)])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

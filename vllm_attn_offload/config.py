@@ -50,10 +50,13 @@ class AttentionOffloadConfig:
     """Number of memory nodes to start on this host when memory_nodes is empty."""
     local_node_cpus: Cpus = ""
     """CPUs of the local memory nodes, such as 8-15; several nodes divide them in order,
-    or share all where there are fewer CPUs than nodes. Unset: half of the host's cores,
-    or those that the workers are not bound to; each node may use all with
-    VLLM_CPU_OMP_THREADS_BIND=nobind. Under a CPU quota, such as a container's, nodes
-    and workers together get as many CPUs as it allows, and unbound nodes as many."""
+    or share all where there are fewer CPUs than nodes. Unset: all cores, which the
+    worker has as well, because one waits while the other works; half of the cores where
+    both work at the same time, which is with num_microbatches other than 1 and with
+    several ranks; those that the workers are not bound to, where
+    VLLM_CPU_OMP_THREADS_BIND binds them, and any with nobind. Under a CPU quota, such
+    as a container's, nodes and workers together get as many CPUs as it allows, and
+    unbound nodes as many."""
     partition: PartitionOption = "auto"
     """What is divided between several memory nodes. heads: each node holds some KV
     heads of every block; the number of KV heads must be a multiple of the number of

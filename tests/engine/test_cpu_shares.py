@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -66,16 +67,54 @@ def test_nodes_are_not_bound_where_workers_are_not(
     assert local_cpus(config, VllmConfig()) == ["0,1", "2,3"]
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2, "auto"])
 @pytest.mark.parametrize("num_nodes", [1, 2])
 @pytest.mark.parametrize("quota", [0.5, 1, 1.5, *range(2, len(USABLE) + 2)])
-def test_workers_and_nodes_keep_to_a_quota(quota: float, num_nodes: int) -> None:
+def test_workers_and_nodes_keep_to_a_quota(
+    quota: float, num_nodes: int, num_microbatches: object
+) -> None:
     """A container that may use fewer CPUs than it sees is throttled otherwise."""
-    workers, nodes = divide(quota, num_local_nodes=num_nodes)
+    workers, nodes = divide(
+        quota, num_local_nodes=num_nodes, num_microbatches=num_microbatches
+    )
     assert workers
     assert nodes
     assert len(workers | nodes) <= max(1, int(quota))
-    if quota >= 2:
+    if num_microbatches == 1:
+        assert workers <= nodes
+    elif quota >= 2:
         assert not workers & nodes
+
+
+def test_whole_steps_take_turns() -> None:
+    """The worker waits while it is attended: each has all cores meanwhile."""
+    with environment_of_one_engine():
+        (cpus,) = local_cpus(AttentionOffloadConfig(), VllmConfig(), math.inf)
+        (workers,) = OMPProcessManager(VllmConfig()).cpu_lists
+        nodes = parse_cpu_list(cpus)
+        # With more cores vLLM keeps one for its scheduler.
+        assert sorted(workers) == sorted(nodes) or len(nodes) > len(workers) >= 4
+        assert os.environ["GOMP_SPINCOUNT"].isdecimal()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_the_users(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "7")
+    with environment_of_one_engine():
+        local_cpus(AttentionOffloadConfig(), VllmConfig(), math.inf)
+        assert os.environ.get("GOMP_SPINCOUNT") in (None, "7")
+
+
+def test_engines_of_a_deployment_divide_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one waits for its node, another one computes."""
+    monkeypatch.setenv("ATTN_OFFLOAD_DATA_PARALLEL_SIZE", "2")
+    workers, nodes = divide(math.inf)
+    assert workers
+    assert len(USABLE) == 1 or not workers & nodes
 
 
 def test_given_cpus_count_under_a_quota() -> None:

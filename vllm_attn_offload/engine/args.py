@@ -36,14 +36,18 @@ ASYNC_SCHEDULER_CLS = (
 
 _RUN_DIR_VARIABLE = "ATTN_OFFLOAD_RUN_DIR"
 _DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"
-#: Read by vLLM when it binds workers; set where the user has not.
+#: Read by vLLM when it binds workers, and by their OpenMP runtime; set where the user
+#: has not.
+BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED_CPUS_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+_WORKER_VARIABLES = (BINDING_VARIABLE, RESERVED_CPUS_VARIABLE, SPIN_VARIABLE)
 _VARIABLES = (
     _RUN_DIR_VARIABLE,
     _DATA_PARALLEL_SIZE_VARIABLE,
     BOARD_VARIABLE,
     NOTE_VARIABLE,
-    RESERVED_CPUS_VARIABLE,
+    *_WORKER_VARIABLES,
 )
 #: What this process set for the engine that it configured last.
 _set_here: dict[str, str] = {}
@@ -114,7 +118,8 @@ def forget_with(vllm_config: VllmConfig) -> None:
     same process forgets them earlier (`environment_of_one_engine`).
     """
     ours = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    ours.pop(RESERVED_CPUS_VARIABLE, None)  # the user's: ours is set by the executor
+    for name in _WORKER_VARIABLES:  # the user's: ours are set by the executor
+        ours.pop(name, None)
     _set_here.clear()
     _set_here.update(ours)
     weakref.finalize(vllm_config, _forget, ours).atexit = False

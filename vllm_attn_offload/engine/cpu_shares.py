@@ -13,11 +13,26 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
-from vllm_attn_offload.engine.args import RESERVED_CPUS_VARIABLE, data_parallel_size
+from vllm_attn_offload.engine.args import (
+    BINDING_VARIABLE,
+    RESERVED_CPUS_VARIABLE,
+    SPIN_VARIABLE,
+    data_parallel_size,
+)
 from vllm_attn_offload.engine.cpu_quota import cpu_quota
+from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+#: libgomp's threads spin this often between parallel regions; its default lasts about a
+#: millisecond, which a node on the same core waits for. This lasts about as long as the
+#: gaps within a layer.
+_SPIN_COUNT = "10000"
+#: With more cores than this, vLLM's own reserve for the scheduler is kept.
+_FEW_CORES = 4
 
 
 def check_cpus(config: AttentionOffloadConfig) -> None:
@@ -49,7 +64,8 @@ def local_cpus(
     """Choose the CPUs of each local memory node, in the syntax of ``--cpus``.
 
     Nodes have CPUs of their own if there are enough and share all of them otherwise.
-    An empty string leaves the node's default.
+    Where whole steps run, the worker is one of those that share: while nodes attend it
+    waits. An empty string leaves the node's default.
 
     Args:
         config: The engine's options.
@@ -58,7 +74,9 @@ def local_cpus(
     """
     num_nodes = config.num_local_nodes
     budget = _budget(vllm_config, cpu_quota() if quota is None else quota)
-    if not config.local_node_cpus:
+    if not config.local_node_cpus and _take_turns(config, vllm_config):
+        cpus = _common_cpus(vllm_config, budget)
+    elif not config.local_node_cpus:
         cpus = share_cpus(vllm_config, budget)
     else:
         cpus = parse_cpu_list(config.local_node_cpus)
@@ -108,6 +126,44 @@ def share_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
         return reserved
     # Where the budget is used up, nodes share the workers' CPUs: they take turns.
     return reserved[: max(0, budget - len(workers))] or workers[:budget]
+
+
+def _take_turns(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> bool:
+    """Tell whether the worker and its nodes never work at the same time.
+
+    Ranks do, and micro-batches, and threads of Intel's OpenMP, to which vLLM gives a
+    spin of 5 ms.
+    """
+    parallel = vllm_config.parallel_config
+    return (
+        config.num_microbatches == 1
+        and parallel.local_world_size == data_parallel_size(vllm_config) == 1
+        and _workers_are_ours()
+        and not OMPProcessManager(vllm_config).use_iomp
+    )
+
+
+def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
+    """Bind the worker to all cores, and return them for the nodes.
+
+    Args:
+        vllm_config: The engine's configuration.
+        budget: CPUs for both, fewer than there are; 0: all.
+    """
+    workers, reserved = _auto_binding(vllm_config)
+    cpus = sorted(workers + reserved)[: budget or None]
+    if len(cpus) <= _FEW_CORES:
+        workers = cpus
+    workers = [cpu for cpu in workers if cpu in cpus]
+    os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_VARIABLE, _SPIN_COUNT)
+    logger.info(
+        "The worker and its memory nodes take turns on CPUs %s, because steps run "
+        "whole (num_microbatches=1).",
+        os.environ[BINDING_VARIABLE],
+    )
+    return cpus
 
 
 def _budget(vllm_config: VllmConfig, quota: float) -> int:
