@@ -60,6 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ablate:
         arguments.micro_batches = ["1", "2"]
+    if arguments.default:
+        arguments.compute_cpus = arguments.node_cpus = ""
+        arguments.micro_batches = ["1"]
     return arguments
 
 
@@ -72,6 +75,11 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         default=["auto"],
         choices=("1", "2", "auto"),
         help="measure the offloading engine with each; default: auto",
+    )
+    add(
+        "--default",
+        action="store_true",
+        help="the offloading engine as it is without options, on CPUs of its choice",
     )
     add(
         "--ablate",

@@ -77,11 +77,10 @@ def offload_engine(
         "local_node_cpus": arguments.node_cpus,
         **options,
     }
-    variables = {
-        "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
-        # For the timeline, whose functions run in the worker.
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
+    # For functions of these benchmarks that run in the worker.
+    variables = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    if arguments.compute_cpus:
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = arguments.compute_cpus
     return EngineProcess(
         f"offload {name}",
         {
