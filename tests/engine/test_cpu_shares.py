@@ -109,9 +109,18 @@ def test_how_threads_wait_is_the_users(
         assert os.environ.get("GOMP_SPINCOUNT") in (None, "7")
 
 
-def test_engines_of_a_deployment_divide_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one waits for its node, another one computes."""
-    monkeypatch.setenv("ATTN_OFFLOAD_DATA_PARALLEL_SIZE", "2")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ATTN_OFFLOAD_DATA_PARALLEL_SIZE", "2"),
+        ("LD_PRELOAD", "/opt/intel/lib/libiomp5.so"),
+    ],
+)
+def test_who_works_at_the_same_time_divides_cores(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of a deployment, and threads that spin for long."""
+    monkeypatch.setenv(name, value)
     workers, nodes = divide(math.inf)
     assert workers
     assert len(USABLE) == 1 or not workers & nodes

@@ -131,15 +131,16 @@ def share_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
 def _take_turns(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> bool:
     """Tell whether the worker and its nodes never work at the same time.
 
-    Ranks do, and micro-batches, and threads of Intel's OpenMP, to which vLLM gives a
-    spin of 5 ms.
+    Ranks do, and micro-batches, and threads of LLVM's or Intel's OpenMP, to which vLLM
+    gives a spin of 5 ms.
     """
     parallel = vllm_config.parallel_config
+    preloaded = os.environ.get("LD_PRELOAD", "")
     return (
         config.num_microbatches == 1
         and parallel.local_world_size == data_parallel_size(vllm_config) == 1
         and _workers_are_ours()
-        and not OMPProcessManager(vllm_config).use_iomp
+        and not any(name in preloaded for name in ("libiomp", "libomp"))
     )
 
 
