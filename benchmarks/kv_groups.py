@@ -240,6 +240,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     options = ("--kv-cache-gib", "2", "--cpus", args.cpus)
+    environment = describe()
     compute = min(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as directory:
         node = NodeProcess(f"unix:{directory}/node.sock", None, *options)
@@ -250,7 +251,7 @@ def main() -> None:
             node.stop()
     if args.output:
         report = {
-            "environment": describe(),
+            "environment": environment,
             "arguments": vars(args),
             "attention_us_per_step": medians,
         }
