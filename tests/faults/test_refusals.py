@@ -16,6 +16,7 @@ from raw_session import attach_request, make_geometry, reservation, session_of
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.errors import NodeDefectError
+from vllm_attn_offload.transport.streams import LONGEST_LINGER_S
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 StartNode = Callable[..., NodeProcess]
@@ -64,6 +65,6 @@ def test_refused_while_sending(client: NodeClient) -> None:
 def test_refused_before_sending(client: NodeClient) -> None:
     """The node has said so, and does not listen any more."""
     client.post_layer(1, 0, 0, 0, memoryview(b""), has_queries=True)
-    time.sleep(6)
+    time.sleep(LONGEST_LINGER_S + 1)
     with pytest.raises(NodeDefectError, match=REFUSAL):
         send_layers(client)

@@ -268,8 +268,10 @@ class NodeClient:
                 transport.receive_header(header, _UNREAD_TIMEOUT_S)
                 if header.kind == FrameKind.ERROR:
                     return self._refusal(header)
+                if header.num_bytes > _MAX_UNREAD_BYTES:
+                    break
                 if not header.flags & FrameFlag.ON_DEVICE.value:
-                    transport.receive_payload(min(header.num_bytes, _MAX_UNREAD_BYTES))
+                    transport.receive_payload(header.num_bytes)
         except (OSError, ProtocolError):
             pass
         return self._lost(error)

@@ -74,16 +74,16 @@ def local_cpus(
     """
     num_nodes = config.num_local_nodes
     budget = _budget(vllm_config, cpu_quota() if quota is None else quota)
-    if not config.local_node_cpus and _take_turns(config, vllm_config):
-        cpus = _common_cpus(vllm_config, budget)
-    elif not config.local_node_cpus:
-        cpus = share_cpus(vllm_config, budget)
-    else:
+    if config.local_node_cpus:
         cpus = parse_cpu_list(config.local_node_cpus)
         if budget and _workers_are_ours():
             _reserve_cpus(vllm_config, budget, len(cpus))
         if num_nodes == 1:
             return [config.local_node_cpus]
+    elif _take_turns(config, vllm_config):
+        cpus = _common_cpus(vllm_config, budget)
+    else:
+        cpus = _divided_cpus(vllm_config, budget)
     if len(cpus) < num_nodes:
         return [",".join(map(str, cpus))] * num_nodes
     bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
@@ -92,7 +92,7 @@ def local_cpus(
     ]
 
 
-def share_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
+def _divided_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
     """Split the host's CPUs between the workers and the local memory nodes.
 
     vLLM's automatic binding gives the workers all cores but one. Attention is the
@@ -156,13 +156,13 @@ def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
     if len(cpus) <= _FEW_CORES:
         workers = cpus
     workers = [cpu for cpu in workers if cpu in cpus]
-    os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
+    binding = os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, _SPIN_COUNT)
     logger.info(
         "The worker and its memory nodes take turns on CPUs %s, because steps run "
         "whole (num_microbatches=1).",
-        os.environ[BINDING_VARIABLE],
+        binding,
     )
     return cpus
 

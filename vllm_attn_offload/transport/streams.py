@@ -16,9 +16,10 @@ _TICK_S = 0.5
 _SOCKET_BUFFER_BYTES = 4 << 20
 # A peer that is slower than this on average is as good as silent; as in wait.cpp.
 _SLOWEST_BYTES_PER_S = 1e6
-_LONGEST_LINGER_S = 5.0
 _DROPPED_BYTES = 256 << 10
 
+#: Longest time for the peer to read what was sent before a connection is closed.
+LONGEST_LINGER_S = 5.0
 #: A receive ended while bytes still came.
 PART_RECEIVED = "only a part was received in time: the peer sends too slowly"
 SENT_TOO_SLOWLY = "the peer takes no data, or too slowly"
@@ -76,7 +77,7 @@ class ByteStream(ABC):
         A connection that is closed with bytes unread is reset, and the reset takes from
         the peer what was sent to it before.
         """
-        end = time.monotonic() + min(self._stall_timeout_s, _LONGEST_LINGER_S)
+        end = time.monotonic() + min(self._stall_timeout_s, LONGEST_LINGER_S)
         poller = select.poll()
         # An SSLSocket's own methods look at what they drop.
         plain = socket.socket

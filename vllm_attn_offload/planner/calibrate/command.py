@@ -138,9 +138,10 @@ def _text(cpus: frozenset[int]) -> str:
 
 
 def _share_cpus(args: argparse.Namespace) -> tuple[frozenset[int], frozenset[int]]:
-    """CPUs of the compute side and of a node here: halves, as an engine's default.
+    """CPUs of the compute side and of a node here: halves, as where both work at once.
 
-    Empty: all that are allowed.
+    An engine's default, whole steps on all cores in turns, is measured with ``--cpus``
+    and ``--node-cpus`` that name all of them. Empty: all that are allowed.
     """
     none: frozenset[int] = frozenset()
     allowed = sorted(os.sched_getaffinity(0))
