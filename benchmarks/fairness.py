@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness.environment import describe
-from harness.memory_node import NodeProcess
+from harness.memory_node import running_node
 from rich.console import Console
 from rich.table import Table
 
@@ -287,12 +287,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     options = ("--kv-cache-gib", str(args.kv_cache_gib), "--cpus", args.cpus)
-    with tempfile.TemporaryDirectory() as directory:
-        node = NodeProcess(f"unix:{directory}/node.sock", None, *options)
-        try:
-            results = measure(node.address, args)
-        finally:
-            node.stop()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_node(Path(directory), *options) as node,
+    ):
+        results = measure(node.address, args)
     show(results)
     if args.output:
         report = {

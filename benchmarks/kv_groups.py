@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from harness.environment import describe
-from harness.memory_node import NodeProcess
+from harness.memory_node import running_node
 from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -65,7 +65,7 @@ class Engine:
     def __init__(
         self, address: str, num_groups: int, args: argparse.Namespace, *, is_early: bool
     ) -> None:
-        self.num_groups, self._is_early = num_groups, is_early
+        self._is_early = is_early
         self._requests = args.requests
         self._width = -(-(args.context + NUM_STEPS) // BLOCK_SIZE)
         num_blocks = num_groups * args.requests * self._width
@@ -125,7 +125,7 @@ class Engine:
                 zip(self._readbacks, commons, strict=True)
             )
         ]
-        if self._is_early and self.num_groups > 1:
+        if self._is_early:
             sent[0].later = sent[1]
         seconds = time.perf_counter() - started
         for index, each in enumerate(self._geometry.layers):
@@ -242,13 +242,12 @@ def main() -> None:
     options = ("--kv-cache-gib", "2", "--cpus", args.cpus)
     environment = describe()
     compute = min(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as directory:
-        node = NodeProcess(f"unix:{directory}/node.sock", None, *options)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_node(Path(directory), *options) as node,
+    ):
         os.sched_setaffinity(0, {compute})
-        try:
-            medians = show(measure(node.address, args))
-        finally:
-            node.stop()
+        medians = show(measure(node.address, args))
     if args.output:
         report = {
             "environment": environment,

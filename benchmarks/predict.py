@@ -151,11 +151,7 @@ def compare(
     ]
     measured: dict[Point, list[float]] = {point: [] for point in points}
     options = engine_options(model, addresses, arguments)
-    variables = {
-        "VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus,
-        # Modes are functions that run in the worker.
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": arguments.compute_cpus}
     engine = EngineProcess("offload", options, variables, folder / "engine.log")
     try:
         engine.wait_until_ready()

@@ -37,12 +37,17 @@ class EngineProcess(ManagedProcess):
     def __init__(
         self, name: str, options: dict[str, Any], variables: dict[str, str], log: Path
     ) -> None:
-        offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        always = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            # Functions of these benchmarks run in the worker.
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
         super().__init__(
             name,
             [sys.executable, ENGINE_SCRIPT, READY_FD, json.dumps(options)],
             log,
-            variables=offline | variables,
+            variables=always | variables,
         )
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -77,10 +82,8 @@ def offload_engine(
         "local_node_cpus": arguments.node_cpus,
         **options,
     }
-    # For functions of these benchmarks that run in the worker.
-    variables = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    if arguments.compute_cpus:
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = arguments.compute_cpus
+    cpus = arguments.compute_cpus
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": cpus} if cpus else {}
     return EngineProcess(
         f"offload {name}",
         {

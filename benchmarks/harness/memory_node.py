@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from harness.processes import READY_FD, ManagedProcess
 
@@ -60,3 +62,23 @@ class NodeProcess(ManagedProcess):
         """The output of the node so far."""
         assert self._log_path is not None
         return self._log_path.read_text()
+
+
+@contextmanager
+def running_node(
+    directory: Path, *options: str, **keywords: Any
+) -> Iterator[NodeProcess]:
+    """A node on a Unix socket in a directory, with its log, ended with the context.
+
+    Args:
+        directory: An existing one.
+        *options: Of the command.
+        **keywords: As of `NodeProcess`.
+    """
+    process = NodeProcess(
+        f"unix:{directory / 'node.sock'}", directory / "node.log", *options, **keywords
+    )
+    try:
+        yield process
+    finally:
+        process.kill()

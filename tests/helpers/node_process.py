@@ -8,23 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from harness.memory_node import COMMAND, NodeProcess
+from harness.memory_node import COMMAND, NodeProcess, running_node
 
 __all__ = ["COMMAND", "NodeProcess", "eventually", "running_node", "running_nodes"]
-
-
-@contextmanager
-def running_node(
-    directory: Path, *options: str, **variables: str
-) -> Iterator[NodeProcess]:
-    """A node on a Unix socket in a directory, ended with the context."""
-    process = NodeProcess(
-        f"unix:{directory / 'node.sock'}", directory / "node.log", *options, **variables
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
 
 
 @contextmanager
