@@ -6,6 +6,7 @@ The items are rows of a device tensor, so a captured CUDA graph replays with new
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .decode_split import (
@@ -115,6 +116,8 @@ class DecodeAttentionPlan:
             MERGE_FIELDS * self.max_merges,
         )
         flat = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+        # "cuda" becomes "cuda:0", as tensors there say.
+        self.device = flat.device
         self._flat = flat
         self.counts, work, merges = flat.split(sizes)
         self.work = work.view(WORK_FIELDS, self.max_items)
@@ -123,23 +126,35 @@ class DecodeAttentionPlan:
         # Filled by the host while the copy of the step before may still be running:
         # pinned, and guarded by an event.
         self._staging = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        ends = np.cumsum(sizes)[:-1]
+        staged_counts, staged_work, staged_merges = np.split(
+            self._staging.numpy(), ends
+        )
+        self._staged = (
+            staged_counts,
+            staged_work.reshape(self.work.shape),
+            staged_merges.reshape(self.merges.shape),
+        )
         self._copied = torch.cuda.Event() if on_gpu else None
         self.part_rows = min(self.tile.block_m, self.max_query_len * self.group_size)
         rows = (self.max_items, self.num_kv_heads, self.part_rows)
         self.partial_out = torch.empty((*rows, self.v_head_size), device=self.device)
         self.partial_lse = torch.empty(rows, device=self.device)
 
-    def write(self, work: torch.Tensor, merges: torch.Tensor) -> None:
-        """Copy the lists of one step to the device, on the current stream."""
+    def write(self, work: np.ndarray, merges: np.ndarray) -> None:
+        """Copy the lists of one step to the device, on the current stream.
+
+        Args:
+            work: integers ``[WORK_FIELDS, num_items]``.
+            merges: integers ``[MERGE_FIELDS, num_merges]``.
+        """
         if self._copied is not None:
             self._copied.synchronize()
-        counts, work_rows, merge_rows = self._staging.split(
-            (COUNT_FIELDS, self.work.numel(), self.merges.numel())
-        )
         self.num_items, self.num_merges = work.shape[1], merges.shape[1]
-        counts[0], counts[1] = self.num_items, self.num_merges
-        work_rows.view(self.work.shape)[:, : self.num_items] = work
-        merge_rows.view(self.merges.shape)[:, : self.num_merges] = merges
+        counts, work_rows, merge_rows = self._staged
+        counts[:] = self.num_items, self.num_merges
+        work_rows[:, : self.num_items] = work
+        merge_rows[:, : self.num_merges] = merges
         self._flat.copy_(self._staging, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -183,33 +198,34 @@ def plan_decode_attention(
     Raises:
         ValueError: the step does not fit the plan's buffers or `MAX_TOKENS`.
     """
-    starts, lens = query_start_loc.long(), seq_lens.long()
-    query_lens = starts.diff()
+    # NumPy, because torch takes three times as long for arrays as small as these.
+    starts, lens = _int64(query_start_loc), _int64(seq_lens)
+    query_lens = np.diff(starts)
     _check_step(plan, query_lens, lens)
     positions = lens - query_lens
     if query_positions is not None:
-        positions = query_positions.long()
-    _check_lengths(torch.cat([lens, positions + query_lens]))
+        positions = _int64(query_positions)
+    _check_lengths(np.concatenate([lens, positions + query_lens]))
     if first_block is not None:
         # The kernel counts from the table's first column.
-        skipped = first_block.long() * plan.block_size
+        skipped = _int64(first_block) * plan.block_size
         lens, positions = lens - skipped, positions - skipped
     # Keys behind the last row are seen by none.
-    seen_end = torch.minimum(lens, positions + query_lens).clamp(min=0)
+    seen_end = np.maximum(np.minimum(lens, positions + query_lens), 0)
     if num_blocks is not None:
-        end_column = num_blocks.long()
+        end_column = _int64(num_blocks)
         _check_lengths((end_column - 1) * plan.block_size)
-        begin_column = torch.zeros_like(lens)
+        begin_column = np.zeros_like(lens)
         if first_column is not None:
-            begin_column = torch.minimum(first_column.long(), end_column)
+            begin_column = np.minimum(_int64(first_column), end_column)
     else:
         end_column = ceil_div(seen_end, plan.block_size)
-        begin_column = torch.zeros_like(lens)
+        begin_column = np.zeros_like(lens)
         if plan.sliding_window is not None:
-            oldest = (positions - plan.sliding_window + 1).clamp(min=0)
-            begin_column = torch.minimum(oldest // plan.block_size, end_column)
+            oldest = np.maximum(positions - plan.sliding_window + 1, 0)
+            begin_column = np.minimum(oldest // plan.block_size, end_column)
     tiles_per_seq = ceil_div(query_lens * plan.group_size, plan.tile.block_m)
-    seq = torch.repeat_interleave(tiles_per_seq)
+    seq = np.arange(lens.size).repeat(tiles_per_seq)
     row = plan.tile.block_m * _position_in_run(tiles_per_seq)
     columns = (end_column - begin_column)[seq]
     splits, step = split_evenly(
@@ -219,44 +235,44 @@ def plan_decode_attention(
         ),
     )
 
-    tile = torch.repeat_interleave(splits)
+    tile = np.arange(splits.size).repeat(splits)
     part = _position_in_run(splits)
     is_split = splits > 1
-    partial = torch.where(is_split[tile], is_split[tile].cumsum(0) - 1, -1)
+    partial = np.where(is_split[tile], is_split[tile].cumsum() - 1, -1)
     owner = seq[tile]
     begin = begin_column[owner] + part * step[tile]
-    end = torch.minimum(begin + step[tile], end_column[owner])
-    work = torch.stack(
+    end = np.minimum(begin + step[tile], end_column[owner])
+    work = np.stack(
         [
             *(starts[owner], query_lens[owner], seen_end[owner], owner, row[tile]),
             *(begin, end, partial, part == 0, positions[owner]),
         ]
     )
     # Longest first: the hardware starts CTAs in order, and short ones fill the tail.
-    work = work[:, torch.argsort(begin - end, stable=True)]
-    first_partial = (splits * is_split).cumsum(0) - splits
-    merges = torch.stack([starts[seq], query_lens[seq], row, first_partial, splits])
-    plan.num_seqs, plan.num_tokens = lens.numel(), int(starts[-1])
-    plan.num_columns = int(end_column.max()) if lens.numel() else 0
+    work = work[:, np.argsort(begin - end, kind="stable")]
+    first_partial = (splits * is_split).cumsum() - splits
+    merges = np.stack([starts[seq], query_lens[seq], row, first_partial, splits])
+    plan.num_seqs, plan.num_tokens = lens.size, int(starts[-1])
+    plan.num_columns = int(end_column.max(initial=0))
     plan.is_subset = num_blocks is not None
     plan.write(work, merges[:, is_split])
     return plan
 
 
 def _check_step(
-    plan: DecodeAttentionPlan, query_lens: torch.Tensor, seq_lens: torch.Tensor
+    plan: DecodeAttentionPlan, query_lens: np.ndarray, seq_lens: np.ndarray
 ) -> None:
-    if seq_lens.numel() > plan.max_num_seqs:
+    if seq_lens.size > plan.max_num_seqs:
         raise ValueError(
-            f"{seq_lens.numel()} requests; the plan holds {plan.max_num_seqs}. "
+            f"{seq_lens.size} requests; the plan holds {plan.max_num_seqs}. "
             "Create it with a larger max_num_seqs."
         )
-    if query_lens.numel() != seq_lens.numel() or bool((query_lens < 0).any()):
+    if query_lens.size != seq_lens.size or (query_lens < 0).any():
         raise ValueError(
-            f"query_start_loc describes {query_lens.numel()} requests, seq_lens "
-            f"{seq_lens.numel()}. Pass one more start than requests, in rising order."
+            f"query_start_loc describes {query_lens.size} requests, seq_lens "
+            f"{seq_lens.size}. Pass one more start than requests, in rising order."
         )
-    longest = int(query_lens.max()) if query_lens.numel() else 0
+    longest = query_lens.max(initial=0)
     if longest > plan.max_query_len:
         raise ValueError(
             f"{longest} query rows in one request; the plan holds "
@@ -264,8 +280,8 @@ def _check_step(
         )
 
 
-def _check_lengths(tokens: torch.Tensor) -> None:
-    longest = int(tokens.max()) if tokens.numel() else 0
+def _check_lengths(tokens: np.ndarray) -> None:
+    longest = tokens.max(initial=0)
     if longest > MAX_TOKENS:
         raise ValueError(
             f"{longest} tokens in one request; the kernels take {MAX_TOKENS}. "
@@ -273,7 +289,11 @@ def _check_lengths(tokens: torch.Tensor) -> None:
         )
 
 
-def _position_in_run(lengths: torch.Tensor) -> torch.Tensor:
+def _position_in_run(lengths: np.ndarray) -> np.ndarray:
     """``[2, 0, 3] -> [0, 1, 0, 1, 2]``."""
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return torch.arange(starts.numel()) - starts
+    starts = (lengths.cumsum() - lengths).repeat(lengths)
+    return np.arange(starts.size) - starts
+
+
+def _int64(values: torch.Tensor) -> np.ndarray:
+    return values.numpy().astype(np.int64)

@@ -5,38 +5,36 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 #: A step is cut for so many rounds of CTAs at most.
 MAX_WAVES = 4
 # At 3.35 TB/s over 264 CTAs one CTA reads about 25 tokens of 512 bytes (K and V in
 # bf16 at head size 128) per microsecond; starting and ending a CTA is taken as 2 us,
-# the merge launch as 4 us. Estimates: no GPU has been timed yet.
+# the merge launch as 4 us. Estimates, not fitted to the times in README.md.
 _ITEM_OVERHEAD_TOKENS = 48
 _MERGE_OVERHEAD_TOKENS = 96
 
 
-def ceil_div(number: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
+def ceil_div(number: np.ndarray, divisor: np.ndarray | int) -> np.ndarray:
     """Quotient of integers, rounded up."""
     return -(-number // divisor)
 
 
-def split_evenly(
-    columns: torch.Tensor, longest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_evenly(columns: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Parts per tile and columns per part: 65 in parts of 64 become 33 + 32.
 
     Args:
         columns: ``[num_tiles]`` int64, of a block table.
         longest: Columns of a part at most.
     """
-    splits = ceil_div(columns, longest).clamp(min=1)
-    step = ceil_div(columns, splits).clamp(min=1)
-    return ceil_div(columns, step).clamp(min=1), step
+    splits = np.maximum(ceil_div(columns, longest), 1)
+    step = np.maximum(ceil_div(columns, splits), 1)
+    return np.maximum(ceil_div(columns, step), 1), step
 
 
 def choose_columns_per_item(
-    columns: torch.Tensor, block_size: int, block_n: int, items_at_once: int
+    columns: np.ndarray, block_size: int, block_n: int, items_at_once: int
 ) -> int:
     """Longest item, in table columns, of the split with the shortest estimated time.
 
@@ -57,11 +55,11 @@ def choose_columns_per_item(
         longest = -(-total // (items_at_once * waves))
         longest = max(granule, -(-longest // granule) * granule)
         splits, step = split_evenly(columns, longest)
-        lengths = step.repeat_interleave(splits).sort(descending=True).values
+        lengths = np.sort(step.repeat(splits))[::-1]
         critical = lengths[::items_at_once]
         time = int(critical.sum()) * block_size
-        time += _ITEM_OVERHEAD_TOKENS * critical.numel()
-        time += _MERGE_OVERHEAD_TOKENS * (lengths.numel() > columns.numel())
+        time += _ITEM_OVERHEAD_TOKENS * critical.size
+        time += _MERGE_OVERHEAD_TOKENS * (lengths.size > columns.size)
         if time < best_time:
             best_step, best_time = longest, time
     return best_step

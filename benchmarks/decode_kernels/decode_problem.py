@@ -231,7 +231,8 @@ def find_errors(problem: DecodeProblem) -> list[str]:
     """Run a problem; describe every way in which the answer is not good enough.
 
     The output may err at most twice as much as the reference does when it rounds to
-    the kernel's dtype after every operation.
+    the kernel's dtype after every operation; in fp32 on a GPU four times, because its
+    exponential function is good to two units of the last place.
     """
     out, lse = problem.run()
     exact, exact_lse = problem.reference(torch.float64)
@@ -243,7 +244,8 @@ def find_errors(problem: DecodeProblem) -> list[str]:
         errors.append("lse is -inf for other rows than in the reference")
     own_error = (rounded - exact).abs().max().item()
     floor = torch.finfo(problem.query.dtype).eps * exact.abs().max().item()
-    limit = 2 * max(own_error, floor)
+    is_coarse = out.is_cuda and problem.query.dtype == torch.float32
+    limit = (4 if is_coarse else 2) * max(own_error, floor)
     error = (out - exact).abs().max().item()
     if not error <= limit:
         errors.append(f"out errs by {error:.2e}, limit {limit:.2e}")
