@@ -121,7 +121,7 @@ def _merge_parts_kernel(
 def merge_parts_arguments(
     plan: DecodeAttentionPlan, out: torch.Tensor, lse: torch.Tensor
 ) -> dict[str, Any]:
-    """Every argument of the kernel by name; tensors as `launch_merge_parts`."""
+    """Every argument of the kernel by name; tensors as `merge_parts_launch`."""
     return {
         "out_ptr": out,
         "lse_ptr": lse,
@@ -142,16 +142,20 @@ def merge_parts_arguments(
     }
 
 
-def launch_merge_parts(
+def merge_parts_launch(
     plan: DecodeAttentionPlan, out: torch.Tensor, lse: torch.Tensor
-) -> None:
-    """Merge the parts of every split tile of ``plan``.
+) -> tuple[Any, tuple[int, ...], dict[str, Any]] | None:
+    """Kernel, grid and arguments that merge the parts of ``plan``'s split tiles.
 
     Args:
         out: ``[num_tokens, num_query_heads, v_head_size]``, written.
         lse: ``[num_tokens, num_query_heads]`` float32, written.
+
+    Returns:
+        None where no tile is split.
     """
     num_merges = plan.max_merges if plan.fixed_grid else plan.num_merges
-    if num_merges:
-        grid = (num_merges, plan.part_rows, plan.num_kv_heads)
-        _merge_parts_kernel[grid](**merge_parts_arguments(plan, out, lse))
+    if not num_merges:
+        return None
+    grid = (num_merges, plan.part_rows, plan.num_kv_heads)
+    return _merge_parts_kernel, grid, merge_parts_arguments(plan, out, lse)

@@ -6,12 +6,19 @@ out = softmax(scale * q k^T) v per query head, lse = log sum exp(scores).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .decode_arguments import check_options, check_tensors, decode_launch_arguments
 from .decode_kernel import paged_decode_attention_kernel
 from .decode_plan import DecodeAttentionPlan
-from .merge_attn_states import launch_merge_parts
+from .merge_attn_states import merge_parts_launch
+from .prepared_launch import PreparedLaunch
+
+#: Tensors that differ between layers of one kind.
+_VARYING = ("query_ptr", "key_cache_ptr", "value_cache_ptr", "out_ptr", "lse_ptr")
+Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 
 
 def paged_decode_attention(
@@ -70,27 +77,88 @@ def paged_decode_attention(
         out = query.new_empty((*query.shape[:2], plan.v_head_size))
     if lse is None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    options = {
+        "block_table": block_table,
+        "softmax_scale": softmax_scale,
+        "block_positions": block_positions,
+        "block_lens": block_lens,
+        "soft_cap": soft_cap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    launches = _launches(query, key_cache, value_cache, plan, out, lse, options)
+    for kernel, grid, arguments in launches:
+        kernel[grid](**arguments)
+    return out, lse
+
+
+def prepare_decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    plan: DecodeAttentionPlan,
+    *,
+    block_table: torch.Tensor,
+    softmax_scale: float,
+    block_positions: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> list[PreparedLaunch]:
+    """Attend as `paged_decode_attention`, and keep the launches.
+
+    Args:
+        query: As there, and so are the others.
+
+    Returns:
+        Launches that attend once more, in order, with another ``query_ptr``,
+        ``key_cache_ptr``, ``value_cache_ptr``, ``out_ptr`` and ``lse_ptr`` of the same
+        shapes and strides, until the plan is filled again.
+
+    Raises:
+        ValueError: a tensor does not match the plan.
+    """
+    options = {
+        "block_table": block_table,
+        "softmax_scale": softmax_scale,
+        "block_positions": block_positions,
+        "soft_cap": soft_cap,
+    }
+    options |= dict.fromkeys(
+        ("block_lens", "sinks", "alibi_slopes", "k_scale", "v_scale")
+    )
+    launches = _launches(query, key_cache, value_cache, plan, out, lse, options)
+    return [PreparedLaunch(*launch, _VARYING) for launch in launches]
+
+
+def _launches(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    plan: DecodeAttentionPlan,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: dict[str, Any],
+) -> list[Launch]:
+    """Kernels, their grids and their arguments."""
     check_tensors(query, key_cache, value_cache, plan, out, lse)
-    check_options(plan, block_table, block_positions, block_lens, k_scale, v_scale)
+    check_options(
+        plan,
+        options["block_table"],
+        options["block_positions"],
+        options["block_lens"],
+        options["k_scale"],
+        options["v_scale"],
+    )
+    launches: list[Launch] = []
     num_items = plan.max_items if plan.fixed_grid else plan.num_items
     if num_items:
         arguments = decode_launch_arguments(
-            query,
-            key_cache,
-            value_cache,
-            plan,
-            block_table=block_table,
-            softmax_scale=softmax_scale,
-            block_positions=block_positions,
-            block_lens=block_lens,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            out=out,
-            lse=lse,
+            query, key_cache, value_cache, plan, out=out, lse=lse, **options
         )
-        paged_decode_attention_kernel[(num_items * plan.num_kv_heads,)](**arguments)
-    launch_merge_parts(plan, out, lse)
-    return out, lse
+        grid = (num_items * plan.num_kv_heads,)
+        launches.append((paged_decode_attention_kernel, grid, arguments))
+    merge = merge_parts_launch(plan, out, lse)
+    return launches if merge is None else [*launches, merge]

@@ -14,6 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .prepared_launch import PreparedLaunch
+
+#: Tensors that differ between layers of one kind.
+_VARYING = ("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr")
+
 
 @triton.jit
 def _encode_e4m3(x):
@@ -191,6 +196,33 @@ def store_kv(
         )
         arguments["HAS_VALUE"] = value is not None
         _store_kv_kernel[(key.shape[0],)](**arguments)
+
+
+def prepare_store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> PreparedLaunch:
+    """Store as `store_kv`, for at least one token, and keep the launch.
+
+    Args:
+        key: As there, and so are the others.
+
+    Returns:
+        A launch that stores once more, with another ``key_ptr``, ``value_ptr``,
+        ``key_cache_ptr`` and ``value_cache_ptr`` of the same shapes and strides.
+
+    Raises:
+        ValueError: a tensor does not match the others.
+    """
+    _check_pair("key", key, key_cache, slot_mapping)
+    _check_pair("value", value, value_cache, slot_mapping)
+    arguments = store_kv_arguments(
+        key, value, key_cache, value_cache, slot_mapping, None, None
+    )
+    return PreparedLaunch(_store_kv_kernel, (key.shape[0],), arguments, _VARYING)
 
 
 def store_kv_arguments(

@@ -14,6 +14,7 @@ from vllm_attn_offload.triton_kernels import (
     DecodeAttentionPlan,
     paged_decode_attention,
     plan_decode_attention,
+    prepare_decode_attention,
 )
 from vllm_attn_offload.triton_kernels.reference import (
     naive_merge_attn_states,
@@ -45,6 +46,36 @@ def test_paged_decode_attention_replays_in_a_cuda_graph() -> None:
         graph.replay()
         exact, _ = problem.reference(torch.float64)
         assert (out - exact).abs().max().item() < 0.02
+
+
+def test_prepared_launches_attend_other_tensors(device: torch.device) -> None:
+    """Only compiled kernels are launched again, and only for pointers aligned alike."""
+    case = DecodeCase("prepared", (300, 17, 64), dtype=torch.bfloat16, num_slots=64)
+    problem = build_problem(case, device)
+    options = {"block_table": problem.block_table}
+    options["softmax_scale"] = problem.options["softmax_scale"]
+    caches = (problem.key_cache, problem.value_cache)
+    out, lse = problem.run()
+    expected, other = (out.clone(), lse.clone()), torch.empty_like(out)
+    launches = prepare_decode_attention(
+        problem.query, *caches, problem.plan, out=other, lse=lse, **options
+    )
+    assert torch.equal(other, expected[0])
+    names = ("query_ptr", "key_cache_ptr", "value_cache_ptr", "out_ptr", "lse_ptr")
+    tensors = (problem.query.clone(), *(cache.clone() for cache in caches), out, lse)
+    pointers = dict(zip(names, (x.data_ptr() for x in tensors), strict=True))
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream().cuda_stream
+    out.fill_(torch.nan)
+    lse.fill_(torch.nan)
+    is_compiled = device.type == "cuda"
+    assert len(launches) == 2
+    assert all(x.again(pointers, stream) == is_compiled for x in launches)
+    if is_compiled:
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+    assert not launches[0].again(pointers | {"query_ptr": 2}, stream)
 
 
 def test_paged_decode_attention_reuses_a_plan_for_shorter_steps(
