@@ -176,6 +176,9 @@ class HostStreams:
     def wait(self) -> None:
         pass
 
+    def computed(self) -> HostStreams:
+        return self
+
     def join(self) -> None:
         pass
 

@@ -111,6 +111,10 @@ class DeferredStreams:
     def mark(self) -> DeferredMark:
         return DeferredMark(self._device, self._copies, len(self._copies.work))
 
+    def computed(self) -> DeferredMark:
+        compute = self._device.compute
+        return DeferredMark(self._device, compute, len(compute.work))
+
     def join(self) -> None:
         copies = self._copies
         if self._device.without != "join":
@@ -132,7 +136,7 @@ class DeferredStreams:
 
 
 class DeferredMark:
-    """A place in a copy stream."""
+    """A place in a stream."""
 
     def __init__(self, device: DeferredDevice, queue: _Queue, position: int) -> None:
         self._device, self._queue, self._position = device, queue, position

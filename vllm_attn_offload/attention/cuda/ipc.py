@@ -56,7 +56,7 @@ class SharedRows:
         def use(reply: torch.Tensor) -> Callable[[], None]:
             source = reply.view(output.dtype).view(output.shape)
             self._streams.launch(lambda: output.copy_(source))
-            return self._reached()
+            return self._streams.computed().wait
 
         num_bytes = output.numel() * output.element_size()
         if not self._nodes.collect_rows(step, layer, num_bytes, use):
@@ -78,11 +78,6 @@ class SharedRows:
         flat = [part.flatten(1) for part in qkv]
         self._streams.launch(lambda: torch.cat(flat, dim=1, out=rows))
         # Micro-batches share the next slot: nobody else may send until this is.
-        self._reached()()
+        self._streams.computed().wait()
         self._nodes.post_rows(step, layer, num_bytes)
         return True
-
-    def _reached(self) -> Callable[[], None]:
-        """Waits for what the compute stream holds now."""
-        self._streams.fork()
-        return self._streams.mark().wait

@@ -10,10 +10,10 @@ import torch
 
 
 class Mark(Protocol):
-    """A point on the copy stream."""
+    """A point on a stream."""
 
     def wait(self) -> None:
-        """Let the host wait until the copy stream is there."""
+        """Let the host wait until the stream is there."""
 
 
 class DeviceStreams(Protocol):
@@ -36,6 +36,9 @@ class DeviceStreams(Protocol):
 
     def mark(self) -> Mark:
         """The end of what the copy stream holds now."""
+
+    def computed(self) -> Mark:
+        """The end of what the compute stream holds now."""
 
     def join(self) -> None:
         """Let later kernels wait for what the copy stream holds now."""
@@ -81,6 +84,12 @@ class CudaStreams:
         """An event at the end of the copy stream."""
         event = torch.cuda.Event()
         event.record(self._copies)
+        return CudaMark(event)
+
+    def computed(self) -> CudaMark:
+        """An event at the end of the compute stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
         return CudaMark(event)
 
     def join(self) -> None:
