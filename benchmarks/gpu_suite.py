@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from decode_kernels.decode_providers import PROVIDERS, Inputs, Workload, draw_inputs
-from gpu.engines import compare_tokens, measure_decode
+from gpu.decode import measure_decode
+from gpu.equality import compare_tokens
 from gpu.exchange import measure_exchange
 from gpu.system import measure_transports
 from harness.environment import describe
@@ -54,8 +55,8 @@ DRY_WORKLOADS = [
 class Bench:
     """Device of the steps, and what a later step needs of an earlier one."""
 
-    def __init__(self, is_dry: bool) -> None:
-        self.is_dry = is_dry
+    def __init__(self, is_dry: bool, logs: Path | None) -> None:
+        self.is_dry, self.logs = is_dry, logs
         self.device = torch.device("cpu" if is_dry else "cuda")
         self.copy_gb_per_s: float | None = None
 
@@ -214,12 +215,12 @@ def step_exchange(bench: Bench) -> dict[str, Any]:
 
 def step_equality(bench: Bench) -> dict[str, Any]:
     """Tokens of both model runners, eager and in graphs, with both kinds of node."""
-    return compare_tokens(bench.device, is_dry=bench.is_dry)
+    return compare_tokens(bench.device, is_dry=bench.is_dry, logs=bench.logs)
 
 
 def step_decode(bench: Bench) -> dict[str, Any]:
     """Tokens per second beside stock, also of long contexts; what pools hold."""
-    return measure_decode(bench.device, is_dry=bench.is_dry)
+    return measure_decode(bench.device, is_dry=bench.is_dry, logs=bench.logs)
 
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -240,6 +241,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny, without a GPU")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--output", type=Path, help="JSON file; default: none written")
+    parser.add_argument("--logs", type=Path, help="folder that keeps engines' logs")
     arguments = parser.parse_args()
     if arguments.dry_run:
         # Before any kernel is imported: the decorator reads it.
@@ -248,8 +250,13 @@ def main() -> int:
         parser.error("no CUDA GPU on this host. Use --dry-run to walk the steps.")
     import_kernels()
     torch.manual_seed(0)
-    bench = Bench(arguments.dry_run)
+    if arguments.logs is not None:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
+        arguments.logs = arguments.logs.absolute()
+    bench = Bench(arguments.dry_run, arguments.logs)
+    workloads = DRY_WORKLOADS if arguments.dry_run else WORKLOADS
     report: dict[str, Any] = {"dry_run": arguments.dry_run, "steps": {}}
+    report["workload_list"] = [asdict(workload) for workload in workloads]
     for name in arguments.steps:
         start = time.perf_counter()
         print(f"== {name}", flush=True)
@@ -260,13 +267,15 @@ def main() -> int:
             print(result["error"])
         result["seconds"] = round(time.perf_counter() - start, 1)
         report["steps"][name] = result
-    report["workload_list"] = [asdict(workload) for workload in DRY_WORKLOADS]
-    if not arguments.dry_run:
-        report["workload_list"] = [asdict(workload) for workload in WORKLOADS]
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        _write(report, arguments.output)
     return 0 if all(step["ok"] for step in report["steps"].values()) else 1
+
+
+def _write(report: dict[str, Any], output: Path | None) -> None:
+    """After each step: a lent machine may be taken away before the last one."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = range(1000, 40000)
-WARM_UP_STEPS = 3
+WARM_UP_STEPS, MAX_QUEUED = 3, 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Engine:
         self._is_offload = bool(options.get("attention_offload"))
         self._offload_options = options.get("attention_offload_config", {})
         self._num_requests = 0
+        self._step_s = 0.0
 
     def check(self, num_prompts: int, num_tokens: int) -> list[list[int]]:
         """Greedy tokens of fixed prompts, to compare both engines before timing."""
@@ -75,13 +76,14 @@ class Engine:
         """
         names = self._prefill(point)
         before = self._breakdown()
+        self._read_queued()
         intervals = self._decode(point.steps)
         after = self._breakdown()
         self._abort(names)
         spent = {part: after[part] - before[part] for part in after}
         return {
             "step_s": statistics.median(intervals),
-            "layer_us": _per_layer_us(spent, point.steps),
+            "layer_us": _per_layer_us(spent),
             "sums": _per_step(spent, intervals, point.batch),
         }
 
@@ -134,8 +136,14 @@ class Engine:
         started: set[str] = set()
         while len(started) < point.batch:
             started.update(output.request_id for output in self._llm.llm_engine.step())
-        self._decode(WARM_UP_STEPS)
+        self._step_s = statistics.median(self._decode(WARM_UP_STEPS))
         return names
+
+    def _read_queued(self) -> None:
+        """Read what the engine generated while counters were read: it comes at once."""
+        for _ in range(MAX_QUEUED):
+            if self._decode(1)[0] > self._step_s / 2:
+                return
 
     def _decode(self, num_steps: int) -> list[float]:
         intervals = []
@@ -211,8 +219,10 @@ class Engine:
         token_file = self._offload_options.get("auth_token_file", "")
         credentials = Credentials(token_file)
         node = ControlClient(address, timeout_s=10, credentials=credentials)
-        (session,) = node.stats().sessions
+        name = f"{self._llm.llm_engine.vllm_config.instance_id}-"
+        sessions = [s for s in node.stats().sessions if s.engine.startswith(name)]
         node.close()
+        (session,) = sessions
         return session.counters
 
 
@@ -224,13 +234,12 @@ def _prompts(point: Point) -> list[list[int]]:
     ]
 
 
-def _per_layer_us(spent: dict[str, float], num_steps: int) -> dict[str, float]:
+def _per_layer_us(spent: dict[str, float]) -> dict[str, float]:
     """Time of a layer by part, both micro-batches together."""
     if not spent:
         return {}
-    num_layers = spent["layer calls"] / spent["steps"]
     parts = ("pack", "send", "wait", *(p for p in spent if p.startswith("node ")))
-    return {part: 1e6 * spent[part] / (num_steps * num_layers) for part in parts}
+    return {part: 1e6 * spent[part] / spent["layer calls"] for part in parts}
 
 
 def _per_step(
@@ -239,8 +248,9 @@ def _per_step(
     """Milliseconds of an average step: who was busy, who was idle."""
     if not spent:
         return {}
-    num_steps = len(intervals)
-    step = 1e3 * sum(intervals) / num_steps
+    # Those that counters are of: the engine may be ahead of who reads its tokens.
+    num_steps = spent["steps"]
+    step = 1e3 * sum(intervals) / len(intervals)
     ms = {part: 1e3 * value / num_steps for part, value in spent.items()}
     node = ms["node receive"] + ms["node store"] + ms["node attend"] + ms["node send"]
     num_layers = spent["layer calls"] / spent["steps"]

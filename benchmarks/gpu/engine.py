@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine of ``gpu_suite.py``, in a process of its own.
 
-``engine.py MODEL CONFIG OUTPUT``: CONFIG is a JSON file, OUTPUT becomes one.
+``engine.py MODEL CONFIG OUTPUT FD``: CONFIG is a JSON file, OUTPUT becomes one. A line
+on FD says that tokens are generated; after one on stdin it takes times.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 def main() -> None:
     """Generate tokens, then time what the configuration asks for."""
-    model, config_path, output = sys.argv[1:]
+    model, config_path, output, ready_fd = sys.argv[1:]
     config: dict[str, Any] = json.loads(Path(config_path).read_text("utf-8"))
     # Before vLLM is imported. Only the node interprets kernels.
     os.environ.pop("TRITON_INTERPRET", None)
+    # Functions of these benchmarks run in the worker.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ.update(config["environment"])
     sys.path[0] = str(Path(__file__).parents[1])
     from engines.engine_main import Engine, Point
@@ -31,6 +34,9 @@ def main() -> None:
         "capacity_tokens": engine.capacity(),
         "tokens": _greedy(engine._llm, config["prompts"], config["num_tokens"]),
     }
+    with os.fdopen(int(ready_fd), "w") as ready:
+        print("generated", file=ready)
+    sys.stdin.readline()
     for point in config["points"]:
         measured = engine.measure(Point(**point))
         measured["tokens_per_s"] = point["batch"] / measured["step_s"]

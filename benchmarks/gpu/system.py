@@ -144,13 +144,18 @@ def _print_transports(rows: list[dict[str, Any]], reason: str) -> None:
 
 @contextmanager
 def memory_node(
-    work: str, device: torch.device, *, kv_cache_gib: float, name: str
+    work: str,
+    device: torch.device,
+    *,
+    kv_cache_gib: float,
+    name: str,
+    logs: Path | None = None,
 ) -> Iterator[str]:
-    """A node on ``device``; yields its address."""
+    """A node on ``device``; yields its address. Logs go to ``work`` by default."""
     where = f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
     node = NodeProcess(
         f"unix:{work}/{name}.sock",
-        Path(work, f"{name}.log"),
+        (logs or Path(work)) / f"{name}.log",
         *("--kv-cache-gib", str(kv_cache_gib), "--device", where),
     )
     try:
