@@ -4,7 +4,7 @@
 A mapping keeps the memory alive: unlike with ``cudaIpcOpenMemHandle``, a peer that is
 killed takes nothing away from kernels that still run. The layouts are those of
 ``cuda.h``. Imports torch where a GPU is used and not before: nodes without one start
-faster. Has not run on a GPU yet.
+faster.
 """
 
 from __future__ import annotations
