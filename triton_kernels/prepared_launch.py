@@ -22,7 +22,7 @@ class PreparedLaunch:
     Args:
         kernel: A ``triton.jit`` function.
         grid: Of one, two or three dimensions.
-        arguments: Every argument and option by name. Their tensors are kept.
+        arguments: Every argument and option by name. Tensors that do not vary are kept.
         varying: Names of the tensors that later launches replace.
     """
 
@@ -38,7 +38,8 @@ class PreparedLaunch:
         if compiled is None:  # the interpreter compiles nothing
             return
         names = list(kernel.arg_names)
-        self._kept = dict(arguments)
+        # Not those that vary: a cache must be free once its owner drops it.
+        self._kept = [arguments[name] for name in names if name not in varying]
         self._values = [_plain(arguments[name]) for name in names]
         self._varying = [
             (name, names.index(name), self._values[names.index(name)] % _ALIGNMENT)

@@ -91,7 +91,7 @@ class _CudaKernelPlan(KernelPlan):
         self.received = torch.cuda.Event()
         self.consumed = torch.cuda.Event()
         self.returned = torch.cuda.Event()
-        self.launches = LayerLaunches(self)
+        self.launches = LayerLaunches()
 
     def rows_of(self, call: LayerCall) -> torch.Tensor:
         """A layer's payload on the device, uint8 ``[num_bytes]``."""
@@ -167,7 +167,7 @@ class CudaDecodeAttention(
         self._compute.wait_event(plan.received)
         rows, stream = plan.rows_of(call), self._compute.cuda_stream
         if last - first == call.layout.num_tokens:
-            plan.launches.store(pool, rows, call.layout, stream)
+            plan.launches.store(pool, plan, rows, call.layout, stream)
         else:
             elements = _elements(rows, pool)
             store_rows(pool, plan, elements, call.layout, slice(first, last))
@@ -183,7 +183,7 @@ class CudaDecodeAttention(
         self._compute.wait_event(plan.received)
         rows, stream = plan.rows_of(call), self._compute.cuda_stream
         out, lse = plan.out.device, plan.lse.device
-        plan.launches.attend(pool, rows, call.layout, out, lse, stream)
+        plan.launches.attend(pool, plan, rows, call.layout, out, lse, stream)
         plan.consumed.record(self._compute)
         if plan.num_done:
             return False
@@ -215,8 +215,8 @@ class CudaDecodeAttention(
         torch.cuda.set_stream(self._compute)
         stream = self._compute.cuda_stream
         if is_first:
-            plan.launches.store(pool, rows, layout, stream)
-        plan.launches.attend(pool, rows, layout, out, plan.lse.device, stream)
+            plan.launches.store(pool, plan, rows, layout, stream)
+        plan.launches.attend(pool, plan, rows, layout, out, plan.lse.device, stream)
         plan.consumed.record(self._compute)
         return plan.num_done == 0
 

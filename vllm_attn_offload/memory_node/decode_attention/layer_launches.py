@@ -24,29 +24,32 @@ from vllm_attn_offload.triton_kernels import (
 class LayerLaunches:
     """Kernels of the layers of one plan, enqueued on the current stream.
 
-    Layers of one shape differ in the addresses of their blocks and rows alone.
-
-    Args:
-        plan: Filled plan; `forget` once it is filled again.
+    Layers of one shape differ in the addresses of their blocks and rows alone. The plan
+    owns its launches, and not they it: its memory goes with its last user.
     """
 
-    def __init__(self, plan: KernelPlan) -> None:
-        self._plan = plan
+    def __init__(self) -> None:
         self._stores: dict[Any, PreparedLaunch] = {}
         self._attends: dict[Any, list[PreparedLaunch]] = {}
 
     def forget(self) -> None:
-        """Prepare anew: the plan has other tables and lengths."""
+        """Prepare anew: the plan was filled, and has other tables and lengths."""
         self._stores.clear()
         self._attends.clear()
 
     def store(
-        self, pool: Pool, rows: torch.Tensor, layout: PayloadLayout, stream: int
+        self,
+        pool: Pool,
+        plan: KernelPlan,
+        rows: torch.Tensor,
+        layout: PayloadLayout,
+        stream: int,
     ) -> None:
         """Write k and v of all rows into the pool.
 
         Args:
             pool: Blocks of the layer.
+            plan: Whose launches these are.
             rows: uint8 ``[num_bytes]`` on the device, payload of a LAYER.
             layout: Where q, k and v lie in it.
             stream: Handle of the current stream.
@@ -66,12 +69,13 @@ class LayerLaunches:
             elements = rows.view(pool.key.dtype)
             _, key, value = payload_views(elements, layout, pool.layer, elements.dtype)
             self._stores[kind] = prepare_store_kv(
-                key, value, pool.key, pool.value, self._plan.slot_mapping
+                key, value, pool.key, pool.value, plan.slot_mapping
             )
 
     def attend(
         self,
         pool: Pool,
+        plan: KernelPlan,
         rows: torch.Tensor,
         layout: PayloadLayout,
         out: torch.Tensor,
@@ -82,6 +86,7 @@ class LayerLaunches:
 
         Args:
             pool: Blocks of the layer.
+            plan: Whose launches these are.
             rows: uint8 ``[num_bytes]`` on the device, payload of a LAYER.
             layout: Where q, k and v lie in it.
             out: uint8 on the device, filled with ``[num_query_rows, num_query_heads,
@@ -89,7 +94,6 @@ class LayerLaunches:
             lse: uint8, alike, with ``[num_query_rows, num_query_heads]`` in fp32.
             stream: Handle of the current stream.
         """
-        plan = self._plan
         if plan.num_parts > 1 or pool.slopes is not None:
             results = _results(pool, plan, out, lse)
             attend_rows(pool, plan, rows.view(pool.key.dtype), layout, *results)
