@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 CONFIG_KEY = "attention_offload"
 
 
+#: Set for workers that have the CPUs of their local nodes.
+COMMON_CPUS_VARIABLE = "ATTN_OFFLOAD_COMMON_CPUS"
+
+
 @dataclass(
     frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
 )
@@ -52,8 +56,8 @@ class AttentionOffloadConfig:
     """CPUs of the local memory nodes, such as 8-15; several nodes divide them in order,
     or share all where there are fewer CPUs than nodes. Unset: all cores, which the
     worker has as well, because one waits while the other works; half of the cores where
-    both work at the same time, which is with num_microbatches other than 1 and with
-    several ranks; those that the workers are not bound to, where
+    both work at the same time, which is with num_microbatches 2 and with several ranks;
+    those that the workers are not bound to, where
     VLLM_CPU_OMP_THREADS_BIND binds them, and any with nobind. Under a CPU quota, such
     as a container's, nodes and workers together get as many CPUs as it allows, and
     unbound nodes as many."""
@@ -66,10 +70,10 @@ class AttentionOffloadConfig:
     """KV cache of this engine on each node, in GiB; each data-parallel rank is an
     engine. Unset: all free memory of the node, divided by the data-parallel size; local
     nodes together hold half of the memory that is available at start."""
-    num_microbatches: MicroBatches = 1
+    num_microbatches: MicroBatches = "auto"
     """Number of parts of a decode step; one computes while the other waits for its
     attention. auto: 2 where measured step times show that it is faster; 1 on GPUs and
-    with several tensor-parallel ranks."""
+    where the worker has the CPUs of its local memory nodes."""
     on_node_loss: NodeLoss = "recover"
     """What happens when a memory node is lost. recover: it is restarted, reconnected or
     replaced, and running requests are computed again. fail: the engine stops."""

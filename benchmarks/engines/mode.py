@@ -39,7 +39,9 @@ def choose(worker: Any, option: NumMicroBatches) -> None:
     """
     runner = worker._micro_batches
     choices = runner.__dict__.setdefault("choices_by_option", {})
-    runner._choice = choices.setdefault(option, MicroBatchChoice(option))
+    if option not in choices:
+        choices[option] = MicroBatchChoice(option, runner._choice._agree)
+    runner._choice = choices[option]
 
 
 def node_addresses(worker: Any) -> list[str]:

@@ -13,7 +13,10 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
-from vllm_attn_offload.engine.args import environment_of_one_engine
+from vllm_attn_offload.engine.args import (
+    COMMON_CPUS_VARIABLE,
+    environment_of_one_engine,
+)
 from vllm_attn_offload.engine.cpu_shares import check_cpus, local_cpus
 
 USABLE = sorted(os.sched_getaffinity(0))
@@ -80,7 +83,7 @@ def test_workers_and_nodes_keep_to_a_quota(
     assert workers
     assert nodes
     assert len(workers | nodes) <= max(1, int(quota))
-    if num_microbatches == 1:
+    if num_microbatches != 2:
         assert workers <= nodes
     elif quota >= 2:
         assert not workers & nodes
@@ -95,6 +98,8 @@ def test_whole_steps_take_turns() -> None:
         # With more cores vLLM keeps one for its scheduler.
         assert sorted(workers) == sorted(nodes) or len(nodes) > len(workers) >= 4
         assert os.environ["GOMP_SPINCOUNT"].isdecimal()
+        assert COMMON_CPUS_VARIABLE in os.environ
+    assert COMMON_CPUS_VARIABLE not in os.environ
     assert "GOMP_SPINCOUNT" not in os.environ
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_attn_offload.config import COMMON_CPUS_VARIABLE
 from vllm_attn_offload.engine.outage_board import BOARD_VARIABLE, OutageBoard
 from vllm_attn_offload.engine.start_failure import say_why_at_exit
 from vllm_attn_offload.worker.failure_note import NOTE_VARIABLE
@@ -41,7 +42,12 @@ _DATA_PARALLEL_SIZE_VARIABLE = "ATTN_OFFLOAD_DATA_PARALLEL_SIZE"
 BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED_CPUS_VARIABLE = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
-_WORKER_VARIABLES = (BINDING_VARIABLE, RESERVED_CPUS_VARIABLE, SPIN_VARIABLE)
+_WORKER_VARIABLES = (
+    BINDING_VARIABLE,
+    RESERVED_CPUS_VARIABLE,
+    SPIN_VARIABLE,
+    COMMON_CPUS_VARIABLE,
+)
 _VARIABLES = (
     _RUN_DIR_VARIABLE,
     _DATA_PARALLEL_SIZE_VARIABLE,

@@ -15,6 +15,7 @@ from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
 from vllm_attn_offload.engine.args import (
     BINDING_VARIABLE,
+    COMMON_CPUS_VARIABLE,
     RESERVED_CPUS_VARIABLE,
     SPIN_VARIABLE,
     data_parallel_size,
@@ -84,6 +85,12 @@ def local_cpus(
         cpus = _common_cpus(vllm_config, budget)
     else:
         cpus = _divided_cpus(vllm_config, budget)
+        if current_platform.is_cpu() and cpus:
+            logger.info(
+                "Memory nodes have CPUs %s, workers others where there are enough: %s.",
+                ",".join(map(str, cpus)),
+                _why_divided(config, vllm_config),
+            )
     if len(cpus) < num_nodes:
         return [",".join(map(str, cpus))] * num_nodes
     bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
@@ -137,11 +144,24 @@ def _take_turns(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> bool
     parallel = vllm_config.parallel_config
     preloaded = os.environ.get("LD_PRELOAD", "")
     return (
-        config.num_microbatches == 1
+        config.num_microbatches != 2
         and parallel.local_world_size == data_parallel_size(vllm_config) == 1
         and _workers_are_ours()
         and not any(name in preloaded for name in ("libiomp", "libomp"))
     )
+
+
+def _why_divided(config: AttentionOffloadConfig, vllm_config: VllmConfig) -> str:
+    """Why workers compute while they are attended, or could, in users' words."""
+    if not _workers_are_ours():
+        return f"{BINDING_VARIABLE} or {RESERVED_CPUS_VARIABLE} is set"
+    if config.num_microbatches == 2:
+        return "num_microbatches=2"
+    if vllm_config.parallel_config.local_world_size > 1:
+        return "there are several ranks"
+    if data_parallel_size(vllm_config) > 1:
+        return "there are several engines"
+    return "the preloaded OpenMP runtime spins"
 
 
 def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
@@ -159,9 +179,9 @@ def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
     binding = os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, _SPIN_COUNT)
+    os.environ[COMMON_CPUS_VARIABLE] = "1"
     logger.info(
-        "The worker and its memory nodes take turns on CPUs %s, because steps run "
-        "whole (num_microbatches=1).",
+        "The worker and its memory nodes take turns on CPUs %s: steps run whole.",
         binding,
     )
     return cpus

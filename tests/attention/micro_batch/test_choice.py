@@ -11,7 +11,8 @@ from vllm_attn_offload.attention.micro_batch.choice import (
     MicroBatchChoice,
 )
 
-TRIAL = 2 * NUM_SAMPLES
+#: Whole steps, then cut ones and whole ones in turns.
+TRIAL = 3 * NUM_SAMPLES - 1
 
 
 def run(
@@ -84,6 +85,35 @@ def test_auto_decides_by_size() -> None:
     assert not choice.wants_cut(*small)
     assert choice.wants_cut(*large)
     assert not choice.wants_cut(1, 65536)
+
+
+def test_ranks_do_what_the_first_one_measured() -> None:
+    """Also where their own times say the contrary: cuts are the same, row by row."""
+    told: list[list[float]] = []
+
+    def tell(values: list[float]) -> list[float]:
+        told.append(values)
+        return values
+
+    first = MicroBatchChoice("auto", agree=tell)
+    other = MicroBatchChoice("auto", agree=lambda values: told.pop())
+    cuts = []
+    for _ in range(2 * NUM_STEPS_DECIDED):
+        is_cut = first.wants_cut(16, 16384)
+        assert other.wants_cut(16, 16384) == is_cut
+        first.record(is_cut, 0.075 if is_cut else 0.130, 0.0 if is_cut else 0.080)
+        other.record(is_cut, 0.900 if is_cut else 0.130, 0.001)
+        assert not told
+        assert other.costs == first.costs
+        cuts.append(is_cut)
+    assert sum(cuts) > NUM_STEPS_DECIDED
+
+
+def test_one_slow_step_is_not_the_rule() -> None:
+    """A node that hung for a step makes no regime one that waits."""
+    choice = MicroBatchChoice("auto")
+    run(choice, 1, whole_s=30.0, cut_s=1.0, wait_s=29.9)
+    assert not any(run(choice, 50, whole_s=0.1, cut_s=0.01, wait_s=0.005))
 
 
 def test_options_decide_beforehand() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Literal
@@ -14,13 +15,15 @@ from vllm_attn_offload.logger import get_logger
 logger = get_logger(__name__)
 
 NumMicroBatches = Literal[1, 2, "auto"]
+#: Returns the numbers of the first rank, which all ranks ask for at the same step.
+Agree = Callable[[list[float]], list[float]]
 
 #: Steps that are timed each way before a decision.
-NUM_SAMPLES = 3
+NUM_SAMPLES = 5
 #: Steps after which a decision is tested again.
 NUM_STEPS_DECIDED = 512
 #: Share of a step that must be saved for a decision to change.
-MIN_GAIN = 0.03
+MIN_GAIN = 0.05
 #: Where less of a step waits for attention, nothing that hides it can gain enough:
 #: cutting costs more compute (smaller matrix products) and two hand-overs a layer.
 MIN_WAIT_SHARE = 0.08
@@ -43,30 +46,48 @@ class _DecodeTimes:
 
 @dataclass(slots=True)
 class _Regime:
-    """Steps of about one size: samples, then a decision that holds for a while."""
+    """Steps of about one size: samples, then a decision that holds for a while.
+
+    Attributes:
+        is_tried: Whether steps are worth cutting to see; None: not known yet.
+        whole_step_s: Median of the first rank's whole steps, at the decision.
+        cut_step_s: Of cut ones; 0: none was tried.
+        wait_share: Share of a whole step that was spent waiting.
+    """
 
     is_cut: bool
     is_decided: bool = False
+    is_tried: bool | None = None
     num_steps: int = 0
     whole_s: list[float] = field(default_factory=list)
     cut_s: list[float] = field(default_factory=list)
     wait_s: list[float] = field(default_factory=list)
-
-    @property
-    def wait_share(self) -> float:
-        """Share of a whole step that is spent waiting."""
-        return sum(self.wait_s) / sum(self.whole_s)
+    whole_step_s: float = 0.0
+    cut_step_s: float = 0.0
+    wait_share: float = 0.0
 
     def wants_cut(self) -> bool:
-        """True if the next step should be split."""
-        return self.is_cut if self.is_decided else len(self.whole_s) >= NUM_SAMPLES
+        """True if the next step should be split: every other one while that is tried.
 
-    def add(self, is_cut: bool, step_s: float, wait_s: float) -> bool:
-        """Take a sample; True when it led to a decision."""
+        In turns, because what else a host does changes from second to second.
+        """
+        if self.is_decided or not self.is_tried:
+            return self.is_decided and self.is_cut
+        return len(self.cut_s) <= len(self.whole_s) - NUM_SAMPLES
+
+    def add(self, is_cut: bool, step_s: float, wait_s: float, agree: Agree) -> bool:
+        """Take a sample; True when it led to a decision.
+
+        Args:
+            is_cut: How the step ran.
+            step_s: Its time.
+            wait_s: Of it, waiting for attention.
+            agree: Asked at the same steps on all ranks.
+        """
         if self.is_decided:
             self.num_steps += 1
             if self.num_steps >= NUM_STEPS_DECIDED:
-                self.is_decided, self.num_steps = False, 0
+                self.is_decided, self.is_tried, self.num_steps = False, None, 0
                 self.whole_s, self.cut_s, self.wait_s = [], [], []
             return False
         if is_cut:
@@ -74,17 +95,24 @@ class _Regime:
         else:
             self.whole_s.append(step_s)
             self.wait_s.append(wait_s)
-        return self._decide()
+        return self._decide(agree)
 
-    def _decide(self) -> bool:
+    def _decide(self, agree: Agree) -> bool:
         if len(self.whole_s) < NUM_SAMPLES:
             return False
-        if self.wait_share < MIN_WAIT_SHARE:
+        if self.is_tried is None:
+            samples = zip(self.wait_s, self.whole_s, strict=True)
+            share = median(wait / whole for wait, whole in samples)
+            self.whole_step_s, self.wait_share = agree([median(self.whole_s), share])
+            self.is_tried, self.cut_step_s = self.wait_share >= MIN_WAIT_SHARE, 0.0
+        if not self.is_tried:
             self.is_cut = False
         elif len(self.cut_s) < NUM_SAMPLES:
             return False
         else:
-            whole, cut = median(self.whole_s), median(self.cut_s)
+            latest = self.whole_s[-NUM_SAMPLES:]
+            whole, cut = agree([median(latest), median(self.cut_s)])
+            self.whole_step_s, self.cut_step_s = whole, cut
             # The present state stays unless the other is clearly better.
             self.is_cut = cut <= whole * (
                 1 / (1 - MIN_GAIN) if self.is_cut else 1 - MIN_GAIN
@@ -101,13 +129,14 @@ class MicroBatchChoice:
     few are timed cut, and the faster way is kept until it is tested again.
 
     Args:
-        option: 1 and 2 decide beforehand. auto measures; not for several ranks, which
-            must all do the same.
+        option: 1 and 2 decide beforehand. auto measures.
+        agree: Makes all ranks, which must do the same, decide by one rank's times.
     """
 
-    def __init__(self, option: NumMicroBatches) -> None:
+    def __init__(self, option: NumMicroBatches, agree: Agree = list) -> None:
         self.costs = StepCosts()
         self._option = option
+        self._agree = agree
         self._regimes: dict[tuple[int, int], _Regime] = {}
         self._size = (0, 0)
         self._regime = _Regime(False)
@@ -152,7 +181,7 @@ class MicroBatchChoice:
         if (
             self._option == "auto"
             and self._size[0] >= 2
-            and self._regime.add(is_cut, step_s, wait_s)
+            and self._regime.add(is_cut, step_s, wait_s, self._agree)
         ):
             self._adopt(self._regime)
 
@@ -162,8 +191,7 @@ class MicroBatchChoice:
 
     def _adopt(self, regime: _Regime) -> None:
         times, (num_rows, num_tokens) = self._times, self._size
-        times.whole_step_s = median(regime.whole_s)
-        times.cut_step_s = median(regime.cut_s) if regime.cut_s else 0.0
+        times.whole_step_s, times.cut_step_s = regime.whole_step_s, regime.cut_step_s
         times.wait_share = regime.wait_share
         wait_s = times.wait_share * times.whole_step_s
         self.costs = StepCosts(

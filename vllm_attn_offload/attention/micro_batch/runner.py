@@ -6,6 +6,7 @@ Lamina (arXiv 2405.01814) calls it staggered pipelining, section 4.3.
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from vllm import forward_context
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.forward_context import ForwardContext
 
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
@@ -23,6 +25,13 @@ from vllm_attn_offload.attention.micro_batch.choice import (
     NumMicroBatches,
 )
 from vllm_attn_offload.attention.micro_batch.lora import LoraRows
+from vllm_attn_offload.attention.micro_batch.model_inputs import (
+    Inputs,
+    can_be_cut,
+    joined,
+    num_rows_of,
+    rows_of,
+)
 from vllm_attn_offload.attention.micro_batch.split import (
     choose_cut,
     cut_batch,
@@ -30,17 +39,12 @@ from vllm_attn_offload.attention.micro_batch.split import (
 )
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
 from vllm_attn_offload.logger import get_logger
 
 logger = get_logger(__name__)
 
-Inputs = dict[str, Any]
 AttentionOffloadParts = tuple[AttentionOffloadMetadata, AttentionOffloadMetadata]
-
-#: Inputs of a model that have a row per token, in their last dimension or the first.
-_ROWS_LAST = frozenset({"positions"})
-_ROWS_FIRST = frozenset({"input_ids", "inputs_embeds"})
 
 
 class MicroBatchRunner:
@@ -103,9 +107,9 @@ class MicroBatchRunner:
             else self._run_cut(inputs, groups, cut)
         )
         step_s = time.perf_counter() - started
-        # A step that lost a node waited for nothing.
-        if nodes.loss is None:
-            self._choice.record(cut is not None, step_s, nodes.wait_s - waited)
+        # Also a step that lost a node, though it waited for nothing: another rank may
+        # have lost none, and all of them count alike.
+        self._choice.record(cut is not None, step_s, nodes.wait_s - waited)
         return output
 
     def _is_looked_at(self, groups: list[AttentionOffloadMetadata]) -> bool:
@@ -140,10 +144,10 @@ class MicroBatchRunner:
         # Both compute on one stream: a thread starts with another one.
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         later = self._thread.submit(
-            self._run_part, baton, 1, _rows_of(inputs, rows[1]), stream
+            self._run_part, baton, 1, rows_of(inputs, rows[1]), stream
         )
         try:
-            own = _rows_of(inputs, rows[0])
+            own = rows_of(inputs, rows[0])
             outputs = [self._run_part(baton, 0, own, stream)]
         finally:
             # Also where the first failed: the second must not outlive the step.
@@ -152,8 +156,8 @@ class MicroBatchRunner:
             self._lora.use(adapters)
         if error is not None:
             raise error
-        num_padding = _num_rows(inputs) - num_tokens
-        return _joined([*outputs, later.result()], num_padding)
+        num_padding = num_rows_of(inputs) - num_tokens
+        return joined([*outputs, later.result()], num_padding)
 
     def _run_part(
         self,
@@ -190,7 +194,7 @@ def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRun
     cudagraph_mode = vllm_config.compilation_config.cudagraph_mode
     if option == 2 and cudagraph_mode.has_piecewise_cudagraphs():
         logger.info("Decode steps in two micro-batches run without CUDA graphs.")
-    return MicroBatchRunner(model, MicroBatchChoice(option))
+    return MicroBatchRunner(model, MicroBatchChoice(option, _agree_with_first))
 
 
 def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
@@ -199,9 +203,21 @@ def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
         return "LoRA on a GPU assigns adapters to the rows of whole steps"
     if option == "auto" and not is_cpu:
         return "the host cannot time a GPU's steps"
-    if option == "auto" and vllm_config.parallel_config.tensor_parallel_size > 1:
-        return "ranks could measure different times, but must run alike"
+    # Not with half of the threads each: oneDNN's kernels, which vLLM keeps by the size
+    # of a batch, compute with as many threads as there were when they were made.
+    if option == "auto" and COMMON_CPUS_VARIABLE in os.environ:
+        return "the worker and its memory nodes take turns on the same CPUs"
     return None
+
+
+def _agree_with_first(values: list[float]) -> list[float]:
+    """The values of the first tensor-parallel rank."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.broadcast(tensor, group.first_rank, group=group.cpu_group)
+        values = tensor.tolist()
+    return values
 
 
 def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
@@ -219,10 +235,7 @@ def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
         or len({each.num_tokens for each in groups}) > 1
         or context.cudagraph_runtime_mode == CUDAGraphMode.FULL
         or context.dp_metadata is not None
-        or any(
-            value is not None and name not in _ROWS_LAST | _ROWS_FIRST
-            for name, value in inputs.items()
-        )
+        or not can_be_cut(inputs)
     ):
         return None
     return groups
@@ -236,15 +249,6 @@ def _cut(metadata: AttentionOffloadMetadata, cut: int) -> AttentionOffloadParts:
         for index, part in enumerate(cut_batch(metadata.batch, cut))
     )
     return first, second
-
-
-def _num_rows(inputs: Inputs) -> int:
-    """Rows of a batch that may be padded to a captured graph's size."""
-    return next(
-        value.shape[-1 if name in _ROWS_LAST else 0]
-        for name, value in inputs.items()
-        if value is not None
-    )
 
 
 def _context_of(
@@ -264,26 +268,4 @@ def _context_of(
         batch_descriptor=None,
         is_padding=None if whole.is_padding is None else whole.is_padding[rows],
         moe_layer_index=0,
-    )
-
-
-def _rows_of(inputs: Inputs, rows: slice) -> Inputs:
-    return {
-        name: None
-        if value is None
-        else value[..., rows]
-        if name in _ROWS_LAST
-        else value[rows]
-        for name, value in inputs.items()
-    }
-
-
-def _joined(outputs: list[Any], num_padding: int) -> Any:
-    """Rows of both micro-batches in the order of the batch, also of nested tensors."""
-    first = outputs[0]
-    if isinstance(first, torch.Tensor):
-        padding = first.new_zeros((num_padding, *first.shape[1:]))
-        return torch.cat([*outputs, padding] if num_padding else outputs)
-    return type(first)(
-        [_joined(list(parts), num_padding) for parts in zip(*outputs, strict=True)]
     )
