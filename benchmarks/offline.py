@@ -40,7 +40,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="default: SmolLM2-135M-Instruct")
-    add("--dtype", default="float32", choices=MIN_IDENTICAL)
+    add(
+        "--dtype",
+        default=environment.cpu_dtype(),
+        choices=MIN_IDENTICAL,
+        help="default: bfloat16 where the CPU has instructions for it, else float32",
+    )
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--context", type=int, nargs="+", default=[128, 1024])
     add("--runs", type=int, default=5, help="default: %(default)s")
@@ -55,14 +60,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--compute-cpus", default="0", metavar="LIST")
     add("--node-cpus", default="1", metavar="LIST")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--output", type=Path, help="write JSON here")
+    add(
+        "--output",
+        type=Path,
+        help="write JSON here; in a directory the file names cores and instructions",
+    )
     add_modes(parser)
     arguments = parser.parse_args()
     if arguments.ablate:
         arguments.micro_batches = ["1", "2"]
     if arguments.default:
         arguments.compute_cpus = arguments.node_cpus = ""
-        arguments.micro_batches = ["1"]
+        arguments.micro_batches = ["auto"]
     return arguments
 
 
@@ -130,7 +139,10 @@ def main() -> None:
         f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average']}"
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        name = "offline-default" if arguments.default else "offline"
+        output = environment.result_path(arguments.output, name)
+        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        console.print(f"wrote {output}")
 
 
 def compare(

@@ -18,6 +18,8 @@ from typing import Any
 
 VOCABULARY = range(1000, 40000)
 WARM_UP_STEPS, MAX_QUEUED = 3, 64
+#: Reading a step's tokens takes less where they are there already; no step does.
+QUEUED_S = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Engine:
             ``step_s``, the median time between tokens; where it went per layer, and
             sums of a step.
         """
+        from engines.breakdown import per_layer_us, per_step
+
         names = self._prefill(point)
         before = self._breakdown()
         self._read_queued()
@@ -83,8 +87,8 @@ class Engine:
         spent = {part: after[part] - before[part] for part in after}
         return {
             "step_s": statistics.median(intervals),
-            "layer_us": _per_layer_us(spent),
-            "sums": _per_step(spent, intervals, point.batch),
+            "layer_us": per_layer_us(spent),
+            "sums": per_step(spent, intervals, point.batch),
         }
 
     def first_token(
@@ -142,7 +146,7 @@ class Engine:
     def _read_queued(self) -> None:
         """Read what the engine generated while counters were read: it comes at once."""
         for _ in range(MAX_QUEUED):
-            if self._decode(1)[0] > self._step_s / 2:
+            if self._decode(1)[0] > max(self._step_s / 2, QUEUED_S):
                 return
 
     def _decode(self, num_steps: int) -> list[float]:
@@ -232,42 +236,6 @@ def _prompts(point: Point) -> list[list[int]]:
         random.Random(f"request-{index}").choices(VOCABULARY, k=point.context)
         for index in range(point.batch)
     ]
-
-
-def _per_layer_us(spent: dict[str, float]) -> dict[str, float]:
-    """Time of a layer by part, both micro-batches together."""
-    if not spent:
-        return {}
-    parts = ("pack", "send", "wait", *(p for p in spent if p.startswith("node ")))
-    return {part: 1e6 * spent[part] / spent["layer calls"] for part in parts}
-
-
-def _per_step(
-    spent: dict[str, float], intervals: list[float], batch: int
-) -> dict[str, float]:
-    """Milliseconds of an average step: who was busy, who was idle."""
-    if not spent:
-        return {}
-    # Those that counters are of: the engine may be ahead of who reads its tokens.
-    num_steps = spent["steps"]
-    step = 1e3 * sum(intervals) / len(intervals)
-    ms = {part: 1e3 * value / num_steps for part, value in spent.items()}
-    node = ms["node receive"] + ms["node store"] + ms["node attend"] + ms["node send"]
-    num_layers = spent["layer calls"] / spent["steps"]
-    attended = [value for part, value in spent.items() if part.startswith("attended")]
-    return {
-        "step": step,
-        "compute busy": step - ms["wait"],
-        "of it forward": ms["forward"] - ms["wait"],
-        "compute idle": ms["wait"],
-        "node busy": node,
-        "node idle": step - node,
-        "wire": ms["send"] + ms["node receive"] + ms["node send"],
-        "cut share": spent["cut steps"] / num_steps,
-        "layers": num_layers,
-        "bytes per row and layer": spent["bytes"] / (num_steps * batch * num_layers),
-        "busiest node": max(attended) / statistics.mean(attended),
-    }
 
 
 def main() -> None:

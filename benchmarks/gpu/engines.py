@@ -105,12 +105,18 @@ class Engines:
             As `run`.
         """
         processes = [self._start(variant) for variant in variants]
-        results = {}
-        with ThreadPoolExecutor(len(processes)) as threads:
-            started = list(threads.map(self._wait, processes))
-        for variant, process, error in zip(variants, processes, started, strict=True):
-            results[variant.name] = error or self._finish(variant, process)
-        return results
+        try:
+            with ThreadPoolExecutor(len(processes)) as threads:
+                started = list(threads.map(self._wait, processes))
+            return {
+                variant.name: error or self._finish(variant, process)
+                for variant, process, error in zip(
+                    variants, processes, started, strict=True
+                )
+            }
+        finally:
+            for process in processes:
+                process.kill()
 
     def _run(self, variant: Variant) -> dict[str, Any]:
         process = self._start(variant)
@@ -142,8 +148,8 @@ class Engines:
         try:
             process.tell("go on")
             process.finish(self._timeout_s)
-        except ProcessError as error:
-            return {"error": str(error)[-1500:]}
+        except (ProcessError, OSError) as error:
+            return {"error": str(error)[-1500:] + process.log_tail()[-1500:]}
         result: dict[str, Any] = json.loads(self._files(variant)[1].read_text("utf-8"))
         written = (self._logs / f"{variant.name}.log").read_text("utf-8")
         result["shares_gpu_memory"] = ROWS_ARE_SHARED in written

@@ -19,8 +19,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def describe() -> dict[str, object]:
     """Return what every result file records about its run."""
-    about = Path("/proc/cpuinfo").read_text()
-    flags = set(_field(about, "flags").split())
+    about, flags = _cpu(), _flags()
     return {
         "cpu": _field(about, "model name"),
         "cores": len(os.sched_getaffinity(0)),
@@ -34,6 +33,26 @@ def describe() -> dict[str, object]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
     }
+
+
+def cpu_dtype() -> str:
+    """The dtype that models are served in on this CPU: bf16 needs instructions."""
+    return "bfloat16" if "avx512_bf16" in _flags() else "float32"
+
+
+def result_path(output: Path, name: str) -> Path:
+    """A file for results: ``output``, or in a directory one that names the machine."""
+    about = describe()
+    machine = f"cpu-{about['cores']}core-{about['isa']}"
+    return output / f"{name}-{machine}.json" if output.is_dir() else output
+
+
+def _cpu() -> str:
+    return Path("/proc/cpuinfo").read_text()
+
+
+def _flags() -> set[str]:
+    return set(_field(_cpu(), "flags").split())
 
 
 def _field(about: str, name: str) -> str:
