@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = range(1000, 40000)
-WARM_UP_STEPS, MAX_QUEUED = 3, 64
+WARM_UP_STEPS, MAX_QUEUED = 3, 512
 #: Reading a step's tokens takes less where they are there already; no step does.
 QUEUED_S = 0.5e-3
 
