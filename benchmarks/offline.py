@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         arguments.micro_batches = ["1", "2"]
     if arguments.default:
         arguments.compute_cpus = arguments.node_cpus = ""
-        arguments.micro_batches = ["auto"]
+        arguments.micro_batches = []
     return arguments
 
 
@@ -157,7 +157,8 @@ def compare(
         offload_engine(arguments, model, log, "engine"),
     ]
     modes = [EngineMode(engines[-1], option) for option in arguments.micro_batches]
-    sides: list[Side] = [*engines[:-1], *modes]
+    # By default the engine itself decides, and knows whose CPUs its node has.
+    sides: list[Side] = [*engines] if arguments.default else [*engines[:-1], *modes]
     try:
         for engine in engines:
             engine.wait_until_ready()
