@@ -45,7 +45,6 @@ def measure_decode(
     planned = [variant.name for variant in variants]
     print("engines: " + ", ".join(planned))
     if is_dry:
-        # The engine runs ahead: the first interval is nothing, and of two steps half.
         point = {"batch": 2, "context": 16, "steps": 5}
         variants = [Variant("v1", "eager", "local", 1, (point,))]
     with Engines(device, is_dry=is_dry, logs=logs) as started:

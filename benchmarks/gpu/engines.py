@@ -148,8 +148,10 @@ class Engines:
         try:
             process.tell("go on")
             process.finish(self._timeout_s)
-        except (ProcessError, OSError) as error:
-            return {"error": str(error)[-1500:] + process.log_tail()[-1500:]}
+        except ProcessError as error:
+            return {"error": str(error)[-1500:]}
+        except OSError as error:  # it ended while it waited for its turn
+            return {"error": f"{error}: {process.log_tail()[-1500:]}"}
         result: dict[str, Any] = json.loads(self._files(variant)[1].read_text("utf-8"))
         written = (self._logs / f"{variant.name}.log").read_text("utf-8")
         result["shares_gpu_memory"] = ROWS_ARE_SHARED in written

@@ -11,12 +11,9 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
-from vllm_attn_offload.engine.args import (
-    COMMON_CPUS_VARIABLE,
-    environment_of_one_engine,
-)
+from vllm_attn_offload.engine.args import environment_of_one_engine
 from vllm_attn_offload.engine.cpu_shares import check_cpus, local_cpus
 
 USABLE = sorted(os.sched_getaffinity(0))

@@ -11,11 +11,10 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
 from vllm_attn_offload.engine.args import (
     BINDING_VARIABLE,
-    COMMON_CPUS_VARIABLE,
     RESERVED_CPUS_VARIABLE,
     SPIN_VARIABLE,
     data_parallel_size,
