@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -14,7 +15,9 @@ from node_process import NodeProcess
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.messages import Error, Hello, Pong
+from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import (
+    HANDSHAKE_TIMEOUT_S,
     message_decoder,
     receive_message,
     send_message,
@@ -61,6 +64,37 @@ def answer_pong(sock: socket.socket) -> None:
 def refuse(sock: socket.socket) -> None:
     receive_hello(sock)
     send_message(sock, Error("versions differ. Install the same."), 5)
+
+
+def serve_through(node: NodeProcess, delay_s: float) -> str:
+    """Address of a way to a node that keeps its first connection back."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    parsed = Address.parse(node.address)
+
+    def serve() -> None:
+        for wait_s in (delay_s, 0):
+            near, _ = listener.accept()
+            far = parsed.connect(5)
+            time.sleep(wait_s)
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(4096):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_late_handshake_is_tried_again(node: NodeProcess) -> None:
+    """A node gives up on a peer that a busy host keeps from talking to it."""
+    address = serve_through(node, HANDSHAKE_TIMEOUT_S + 0.5)
+    with contextlib.closing(ControlClient(address, 20)) as client:
+        client.ping(5)
 
 
 @pytest.mark.parametrize(

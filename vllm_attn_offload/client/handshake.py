@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from typing import TypeVar
 
 import msgspec
@@ -25,6 +26,7 @@ from vllm_attn_offload.protocol.messages import (
 )
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import (
+    HANDSHAKE_TIMEOUT_S,
     message_decoder,
     receive_message,
     send_message,
@@ -47,9 +49,12 @@ def connect(
 ) -> tuple[socket.socket, NodeInfo]:
     """Connect, compare protocol versions, and prove the token to each other.
 
+    On a host so busy that the node waited in vain for this side, it is tried again.
+
     Args:
         address: The node, as the user wrote it.
-        timeout_s: Deadline for the connection and for every answer, each.
+        timeout_s: Deadline for the connection and for every answer, each. Nothing is
+            tried again after it.
         credentials: What to show the node, and to ask of it; read now. On a Unix socket
             the node's user is compared instead, there is no TLS, and the token is used
             only where the node asks for it.
@@ -58,26 +63,16 @@ def connect(
         MemoryNodeError: Nobody answers, the versions differ, one side does not trust
             the other, or the credentials cannot be read.
     """
-    parsed = Address.parse(address)
-    try:
-        token = credentials.read_token()
-        tls = None if parsed.path else credentials.compute_context()
-        sock = parsed.connect(timeout_s)
-    except ValueError as error:
-        raise MemoryNodeError(address, f"here, {error}") from error
-    except OSError as error:
-        raise MemoryNodeError(
-            address,
-            f"cannot connect ({error}). Check that 'vllm-memory-node' is running "
-            f"there with vllm-attn-offload {__version__}.",
-        ) from error
-    try:
-        if tls is not None:
-            sock = _encrypted(sock, parsed.host, address, timeout_s, tls)
-        return sock, _greet(sock, address, timeout_s, token)
-    except MemoryNodeError:
-        sock.close()
-        raise
+    last_moment = time.monotonic() + timeout_s
+    while True:
+        started = time.monotonic()
+        try:
+            return _connect_once(address, timeout_s, credentials)
+        except MemoryNodeError as error:
+            now = time.monotonic()
+            was_late = now - started >= HANDSHAKE_TIMEOUT_S and _hung_up(error)
+            if not was_late or now >= last_moment:
+                raise
 
 
 def call(
@@ -116,6 +111,31 @@ def call(
             f"that vllm-attn-offload {__version__} runs there.",
         )
     return reply
+
+
+def _connect_once(
+    address: str, timeout_s: float, credentials: Credentials
+) -> tuple[socket.socket, NodeInfo]:
+    parsed = Address.parse(address)
+    try:
+        token = credentials.read_token()
+        tls = None if parsed.path else credentials.compute_context()
+        sock = parsed.connect(timeout_s)
+    except ValueError as error:
+        raise MemoryNodeError(address, f"here, {error}") from error
+    except OSError as error:
+        raise MemoryNodeError(
+            address,
+            f"cannot connect ({error}). Check that 'vllm-memory-node' is running "
+            f"there with vllm-attn-offload {__version__}.",
+        ) from error
+    try:
+        if tls is not None:
+            sock = _encrypted(sock, parsed.host, address, timeout_s, tls)
+        return sock, _greet(sock, address, timeout_s, token)
+    except MemoryNodeError:
+        sock.close()
+        raise
 
 
 def _greet(
@@ -179,6 +199,11 @@ def _encrypted(
     except OSError as error:
         sock.close()
         raise _tls_failed(address, error) from error
+
+
+def _hung_up(error: MemoryNodeError) -> bool:
+    """Whether the node closed the connection without a word."""
+    return isinstance(error.__cause__, (ConnectionError, ssl.SSLEOFError))
 
 
 def _tls_failed(address: str, error: OSError) -> MemoryNodeError:

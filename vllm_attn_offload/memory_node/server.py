@@ -21,6 +21,7 @@ from vllm_attn_offload.memory_node.connections import (
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
 from vllm_attn_offload.memory_node.node_channel import NUM_SLOTS, open_node_channel
+from vllm_attn_offload.memory_node.page_faults import PageFaults
 from vllm_attn_offload.memory_node.reservations import Reservations
 from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
@@ -46,6 +47,7 @@ from vllm_attn_offload.transport.address import (
     set_tcp_options,
 )
 from vllm_attn_offload.transport.control import (
+    HANDSHAKE_TIMEOUT_S,
     message_decoder,
     receive_message,
     send_message,
@@ -54,7 +56,6 @@ from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 logger = logging.getLogger(__name__)
 
-_HANDSHAKE_TIMEOUT_S = 5.0
 _MESSAGE_TIMEOUT_S = 10.0
 _STALL_TIMEOUT_S = 30.0
 
@@ -87,6 +88,7 @@ class MemoryNode:
         self._device = device
         self._credentials = credentials
         self._reservations = Reservations(attention, kv_bytes)
+        self._faults = PageFaults()
         self._listener = Listener(address, self._serve_connection)
         self.address = self._listener.address
 
@@ -97,6 +99,7 @@ class MemoryNode:
 
     def start(self) -> None:
         """Accept connections in the background."""
+        self._faults = PageFaults()
         self._listener.start()
 
     def stop(self) -> None:
@@ -116,13 +119,18 @@ class MemoryNode:
 
     def stats(self) -> Stats:
         """Counters of the node's sessions."""
-        return Stats(node=self.info(), sessions=self._reservations.stats())
+        return Stats(
+            node=self.info(),
+            sessions=self._reservations.stats(),
+            num_minor_faults=self._faults.minor,
+            num_major_faults=self._faults.major,
+        )
 
     def _serve_connection(self, connection: Connection) -> None:
         try:
             check_peer(connection.sock)
             set_tcp_options(connection.sock)
-            handshake = Handshake(self._credentials, _HANDSHAKE_TIMEOUT_S)
+            handshake = Handshake(self._credentials, HANDSHAKE_TIMEOUT_S)
             connection.sock = handshake.wrap(connection.sock)
             handshake.shake(connection.sock, self.info)
             connection.is_admitted = True

@@ -13,6 +13,9 @@ import msgspec
 
 from vllm_attn_offload.errors import ProtocolError
 
+#: A memory node closes a connection whose handshake takes longer, in seconds.
+HANDSHAKE_TIMEOUT_S = 5.0
+
 _LENGTH = struct.Struct("<I")
 # A peer that claims a long message gets memory for what it has sent, not for more.
 _CHUNK_BYTES = 1 << 16
