@@ -39,9 +39,9 @@ from vllm_attn_offload.protocol.messages import (
     AttachSession,
     OpenSession,
     ReserveCapacity,
-    SessionCounters,
     Shard,
 )
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.protocol.step import (
     StepMetadata,
     write_step,

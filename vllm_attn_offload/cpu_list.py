@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _PART = re.compile(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*")
 
@@ -25,3 +26,14 @@ def parse_cpu_list(text: str) -> list[int]:
             )
         cpus += numbers
     return cpus
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """Write CPUs in their order, with ranges for runs: ``0-3,8``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if runs and runs[-1][-1] == cpu - 1:
+            runs[-1][1:] = [cpu]
+        else:
+            runs.append([cpu])
+    return ",".join("-".join(map(str, run)) for run in runs)

@@ -15,6 +15,20 @@ from prometheus_client.registry import Collector
 from vllm_attn_offload.protocol.messages import Stats
 
 _SESSION_LABELS = ("node", "engine", "tp_rank")
+# Name, help, field of Stats.
+_NODE_COUNTERS = (
+    (
+        "attn_offload:memory_node_minor_page_faults",
+        "Memory that the node's process touched for the first time since it serves, in "
+        "pages.",
+        "num_minor_faults",
+    ),
+    (
+        "attn_offload:memory_node_major_page_faults",
+        "Pages that the node's process waited for a disk for since it serves.",
+        "num_major_faults",
+    ),
+)
 # Name, help, field of SessionStats. "attn_offload:" and not "vllm:", because vLLM
 # unregisters every collector with its own prefix.
 _GAUGES = (
@@ -110,6 +124,11 @@ class StatsCollector(Collector):
         for node, node_stats in stats.items():
             free.add_metric((node,), node_stats.node.kv_bytes_free)
         yield free
+        for name, text, field in _NODE_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=("node",))
+            for node, node_stats in stats.items():
+                counter.add_metric((node,), getattr(node_stats, field))
+            yield counter
         sessions = [
             ((node, session.engine, str(session.tp_rank)), session)
             for node, node_stats in stats.items()

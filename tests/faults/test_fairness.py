@@ -15,7 +15,7 @@ from paged_batch import PagedBatch
 from raw_session import RawSession, as_bytes, make_geometry
 
 from vllm_attn_offload.protocol.frames import FrameKind
-from vllm_attn_offload.protocol.messages import SessionCounters
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.protocol.step import StepMetadata
 
 BLOCK_SIZE, NUM_BLOCKS = 1024, 64

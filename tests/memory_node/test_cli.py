@@ -76,6 +76,9 @@ def test_sigint_on_tcp(start: Callable[..., NodeProcess]) -> None:
     metrics = urllib.request.urlopen(url, timeout=5).read().decode()
     free = f'attn_offload:memory_node_kv_bytes_free{{node="{node.address}"}}'
     assert free in metrics
+    for kind in ("minor", "major"):
+        counter = f"attn_offload:memory_node_{kind}_page_faults_total"
+        assert f'{counter}{{node="{node.address}"}}' in metrics
     assert node.stop(signal.SIGINT) == 0
     assert "Traceback" not in node.log()
 

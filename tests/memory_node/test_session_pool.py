@@ -27,7 +27,7 @@ from vllm_attn_offload.memory_node.decode_attention.triton_attention import (
 )
 from vllm_attn_offload.memory_node.session_pool import SessionPool
 from vllm_attn_offload.protocol.layer import PayloadLayout, TokenLayout
-from vllm_attn_offload.protocol.messages import SessionCounters
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 
 GEOMETRY = make_geometry(num_layers=1)
 NUM_BLOCKS = 260

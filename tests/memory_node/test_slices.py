@@ -16,7 +16,7 @@ from paged_batch import PagedBatch, max_error
 from raw_session import RawSession, as_bytes, make_geometry
 
 from vllm_attn_offload.memory_node.session_pool import SLICE_S
-from vllm_attn_offload.protocol.messages import SessionCounters
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.protocol.step import StepMetadata
 
 LONG = make_geometry(num_layers=1)

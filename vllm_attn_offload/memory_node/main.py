@@ -16,6 +16,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from vllm_attn_offload.cpu_list import format_cpu_list
 from vllm_attn_offload.memory_node.args import parse_options
 from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS, strangers
@@ -24,8 +25,10 @@ from vllm_attn_offload.memory_node.decode_attention import (
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.escape_filter import EscapeFilter
+from vllm_attn_offload.memory_node.huge_pages import log_huge_pages
 from vllm_attn_offload.memory_node.kv_arena import KVArena
 from vllm_attn_offload.memory_node.memory_claim import MemoryClaim, claim_memory
+from vllm_attn_offload.memory_node.numa_domains import log_numa_domains
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
 from vllm_attn_offload.metrics import StatsCollector
@@ -192,8 +195,11 @@ def _announce(
         byte_size(info.kv_bytes_total),
         claim.describe(),
         byte_size(node.max_frame_bytes),
-        ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        format_cpu_list(os.sched_getaffinity(0)),
     )
+    if options.device == "cpu":
+        log_huge_pages()
+        log_numa_domains(os.sched_getaffinity(0))
     if options.parent_fd is not None:
         # The parent kept what was said until now, and passes stdout for all else.
         os.dup2(_STDOUT, _STDERR)

@@ -24,9 +24,9 @@ from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import (
     OpenSession,
     ReserveCapacity,
-    SessionCounters,
     SessionStats,
 )
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.protocol.step import read_step
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.cuda_memory import DeviceRows

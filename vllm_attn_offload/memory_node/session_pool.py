@@ -16,7 +16,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
-from vllm_attn_offload.protocol.messages import SessionCounters
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 
 if TYPE_CHECKING:
     import torch

@@ -20,6 +20,7 @@ from vllm_attn_offload.protocol.frames import (
     FrameKind,
 )
 from vllm_attn_offload.protocol.geometry import Index, Name, SessionGeometry
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 
 #: One line per version: what changed on the wire.
 PROTOCOL_HISTORY = (
@@ -28,6 +29,7 @@ PROTOCOL_HISTORY = (
     (3, "Rows may lie in device memory that both sides map"),
     (4, "Counters of a session are a struct of their own"),
     (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
+    (6, "Page faults of a node"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
@@ -196,37 +198,6 @@ class GetStats(_Message, frozen=True, tag="get_stats"):
     """Ask for counters of all sessions on the node."""
 
 
-class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
-    """Counters of a session since it was opened; times in seconds."""
-
-    num_steps: int = 0
-    num_layer_calls: int = 0
-    num_attended_tokens: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    receive_s: float = 0.0
-    queue_s: float = 0.0
-    store_s: float = 0.0
-    attend_s: float = 0.0
-    send_s: float = 0.0
-
-    def add(
-        self,
-        num_attended_tokens: int,
-        bytes_received: int,
-        bytes_sent: int,
-        receive_s: float,
-        send_s: float,
-    ) -> None:
-        """Count a layer."""
-        self.num_layer_calls += 1
-        self.num_attended_tokens += num_attended_tokens
-        self.bytes_received += bytes_received
-        self.bytes_sent += bytes_sent
-        self.receive_s += receive_s
-        self.send_s += send_s
-
-
 class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of one session, and its counters."""
 
@@ -239,10 +210,16 @@ class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stats(_Message, frozen=True, tag="stats"):
-    """Counters of a node and its sessions."""
+    """Counters of a node and its sessions.
+
+    Page faults are those of the node's process since it serves: minor ones are first
+    touches of memory, major ones waited for a disk.
+    """
 
     node: NodeInfo
     sessions: list[SessionStats]
+    num_minor_faults: int
+    num_major_faults: int
 
 
 class Ping(_Message, frozen=True, tag="ping"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -79,7 +80,11 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         The default is an anonymous mapping: untouched blocks cost no memory, the
         operating system hands out zeroed pages, and ``close`` gives them back.
         """
-        return mmap.mmap(-1, num_bytes)
+        # Python's default is shared memory, which gets small pages.
+        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            region.madvise(mmap.MADV_HUGEPAGE)
+        return region
 
     def poison(self, region: Any) -> None:
         """Fill a region with a byte that makes every float NaN."""

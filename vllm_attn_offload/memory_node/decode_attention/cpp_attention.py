@@ -7,7 +7,6 @@ change.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -78,13 +77,6 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
             ) from error
         self._library.destroy_cache(cache)
         return cache.block_bytes
-
-    def allocate(self, num_bytes: int) -> mmap.mmap:
-        # The default is shared memory, which gets small pages.
-        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-            region.madvise(mmap.MADV_HUGEPAGE)
-        return region
 
     def bind(
         self,
