@@ -57,6 +57,14 @@ CHECKPOINT: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 4},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "kimi_linear": {
+        "linear_attn_config": {
+            **{"num_heads": 16, "head_dim": 64, "short_conv_kernel_size": 4},
+            "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11],
+            "full_attn_layers": [4, 8, 12],
+        },
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 3,
+    },
     "lfm2": {"block_dim": 2560, "block_ff_dim": 64, "block_multiple_of": 256}
     | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0}
     | {"conv_dim": 2560, "conv_dim_out": 2560, "full_attn_idxs": [2, 5, 8, 10]}

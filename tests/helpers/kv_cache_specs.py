@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.utils import (
+    get_model_cls,
+    initialize_model,
+)
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 from vllm.transformers_utils.model_arch_config_convertor import (
@@ -31,7 +36,12 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 )
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import AttentionSpec, CrossAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    CrossAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+)
 
 from vllm_attn_offload.attention.layers import layer_problems
 from vllm_attn_offload.compatibility import check_supported
@@ -45,9 +55,10 @@ def main(folder: Path) -> int:
 
     "refusal" is why its configuration cannot be offloaded, "" where it can; then
     "problems" are those of its layers, made with the offloading backend. "layers" are
-    bytes per token and the window of those that keep some per token. Where this
-    machine cannot make the class: "error", and "rule", the bytes per token of a layer
-    that attends by the rules that vLLM has without classes.
+    bytes per token and the window of those that keep some per token, "states" bytes of
+    those that keep a recurrent state, and "state" of one of these by the class. Where
+    this machine cannot make the class: "error", and "rule", the bytes per token of a
+    layer that attends by the rules that vLLM has without classes.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as rendezvous:
@@ -66,10 +77,20 @@ def ask(folder: Path) -> dict[str, Any]:
         config = _configure(folder)
         reply["refusal"] = _refusal(config)
         _use_backend(is_ours=not reply["refusal"])
+        if config.model_config.is_hybrid:
+            reply["state"] = _state_bytes(config)
         layers = _build(folder, config)
         if not reply["refusal"]:
             reply["problems"] = layer_problems(config)
-        return reply | {"layers": list(_layers(_specs(layers, config)))}
+        specs = _specs(layers, config)
+        return reply | {
+            "layers": list(_layers(specs)),
+            "states": [
+                spec.state_content_size_bytes
+                for spec in specs
+                if isinstance(spec, MambaSpec)
+            ],
+        }
     except Exception as error:  # of hundreds of model classes, any
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return reply | {"error": text, "rule": _rule(folder)}
@@ -112,13 +133,29 @@ def _configure(folder: Path) -> VllmConfig:
     # In this process; vLLM would start another one to look at each class.
     model_class = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, model_class)
-    return EngineArgs(
+    config = EngineArgs(
         model=str(folder),
         dtype="bfloat16",
         enforce_eager=True,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     ).create_engine_config()
+    if config.model_config.is_hybrid:
+        # As on a GPU: vLLM widens states on CPUs that compute in bfloat16.
+        config.cache_config.mamba_ssm_cache_dtype = "auto"
+        if update := MODELS_CONFIG_MAP.get(architecture):
+            update.verify_and_update_config(config)
+    return config
+
+
+def _state_bytes(config: VllmConfig) -> int:
+    model_class: Any = get_model_cls(config.model_config)
+    shapes = model_class.get_mamba_state_shape_from_config(config)
+    dtypes = model_class.get_mamba_state_dtype_from_config(config)
+    return sum(
+        prod(shape) * dtype.itemsize
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
 
 
 def _build(folder: Path, config: VllmConfig) -> Layers:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_attn_offload.planner.estimate.compare import ALPHA, Comparison, Ratio
 from vllm_attn_offload.planner.estimate.deployment import Estimate
+from vllm_attn_offload.planner.model.shape import ModelShape
 
 WIDTH = 88
 MAX_RATIOS = 15
@@ -59,7 +60,8 @@ def format_comparison(result: Comparison) -> str:
     lines = [
         f"{shape.name}: {shape.num_params / 1e9:.1f}B parameters, "
         f"{shape.weight_bytes / 1e9:.1f} GB of weights, "
-        f"{shape.kv_bytes(load.context) / load.context:,.0f} B of KV per token",
+        f"{shape.kv_bytes(load.context) / load.context:,.0f} B of KV per token"
+        + _state_words(shape),
         f"Workload: {load.context:,.0f} tokens of context on average "
         f"({load.prompt:,.0f} prompt, {load.output:,.0f} generated), prefill "
         + ("on the compute devices" if load.prefill == "local" else "elsewhere"),
@@ -84,6 +86,12 @@ def format_comparison(result: Comparison) -> str:
     return "\n".join(lines)
 
 
+def _state_words(shape: ModelShape) -> str:
+    if shape.states is None:
+        return ""
+    return f", {shape.state_bytes / 1e6:,.1f} MB in a recurrent state"
+
+
 def _bottleneck_words(result: Comparison, best: Estimate) -> str:
     offload = result.question.offload
     compute, memory = offload.compute, offload.memory
@@ -96,6 +104,7 @@ def _bottleneck_words(result: Comparison, best: Estimate) -> str:
     }[best.bottleneck]
     limit = {
         "memory": f"the batch is limited by the KV memory of {memory}",
+        "states": f"the batch is limited by the recurrent states on {compute}",
         "SLO": "the batch is limited by the time between tokens",
         "max batch": "the batch is limited by --max-num-seqs",
     }[best.batch_limit]
@@ -134,6 +143,8 @@ def comparison_json(result: Comparison) -> dict[str, Any]:
     """The same facts as plain JSON types; times in seconds."""
     return {
         "model": result.question.shape.name,
+        "kv_bytes_per_token": result.question.shape.kv_bytes_per_token,
+        "state_bytes": result.question.shape.state_bytes,
         "workload": asdict(result.question.workload),
         "offloaded": [asdict(e) for e in result.offloaded],
         "alternatives": [asdict(e) for e in result.alternatives],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture of transformers and vLLM: the planner's KV against vLLM's."""
+"""Every architecture of transformers and vLLM: the planner's memory against vLLM's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from vllm_attn_offload.planner.model.config import read_configs
 from vllm_attn_offload.planner.model.layers import layer_shapes
+from vllm_attn_offload.planner.model.states import recurrent_states
 
 SPARSE, ENCODER, NO_ATTENTION = "attends sparsely", "encoder-decoder", "No layer of"
 REFUSED = {
@@ -35,6 +36,8 @@ WITHOUT_RULE = {"InklingForCausalLM", "InklingForConditionalGeneration"}
 #: Compared with the KV caches of vLLM's classes, where this machine can make them;
 #: it can make more of them with torchvision.
 MIN_COMPARED = 85
+#: Architectures with recurrent states whose class, or whose layers, vLLM can make here.
+MIN_WITH_STATES, MIN_WITH_LAYERS = 10, 7
 Layers = Counter[tuple[float, int | None]]
 
 
@@ -49,11 +52,16 @@ def replies(architectures: Path) -> Mapping[Path, Any]:
 
 
 @pytest.fixture(scope="module")
-def planned(replies: Mapping[Path, Any]) -> dict[str, Layers | str]:
-    """Bytes per token and window of the layers by name, or why there are none."""
-    configs = read_configs(list(replies))
+def configs(replies: Mapping[Path, Any]) -> dict[str, Mapping[str, Any]]:
+    """Configurations by name, with their classes' defaults filled in."""
     names = [path.parent.name for path in replies]
-    return dict(zip(names, map(_layers, configs, names), strict=True))
+    return dict(zip(names, read_configs(list(replies)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def planned(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layers | str]:
+    """Bytes per token and window of the layers by name, or why there are none."""
+    return {name: _layers(config, name) for name, config in configs.items()}
 
 
 def _layers(config: Mapping[str, Any], name: str) -> Layers | str:
@@ -112,6 +120,36 @@ def test_kv_by_rule_where_no_class_can_be_made(
 
 def _is_known(reply: Mapping[str, Any]) -> bool:
     return "layers" in reply or bool(reply["rule"])
+
+
+def test_states_of_every_architecture(
+    replies: Mapping[Path, Any], configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Bytes of a layer's state by vLLM's classes, and of every layer that keeps one."""
+    asked = {r["name"]: r for r in replies.values() if r["name"] not in REFUSED}
+    states = {
+        name: recurrent_states(config, name, 2.0)
+        for name, config in configs.items()
+        if name in asked.keys() - WITHOUT_RULE
+    }
+    by_class = {name: r["state"] for name, r in asked.items() if "state" in r}
+    assert {n: states[n].layer_bytes for n in by_class if states[n]} == by_class
+    by_layers = {n: Counter(r["states"]) for n, r in asked.items() if "states" in r}
+    assert by_layers == {
+        name: Counter({state.layer_bytes: state.num_layers} if state else {})
+        for name, state in states.items()
+        if name in by_layers
+    }
+    assert len(by_class) >= MIN_WITH_STATES
+    assert sum(map(bool, by_layers.values())) >= MIN_WITH_LAYERS
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_RULE))
+def test_unknown_states_are_refused(
+    configs: Mapping[str, Mapping[str, Any]], name: str
+) -> None:
+    with pytest.raises(ValueError, match="does not know the size of their states"):
+        recurrent_states(configs[name], name, 2.0)
 
 
 def test_refusals_name_the_reason(planned: Mapping[str, Layers | str]) -> None:

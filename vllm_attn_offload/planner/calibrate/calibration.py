@@ -170,7 +170,7 @@ def layer_matrices(shape: ModelShape) -> tuple[tuple[int, int], ...]:
     head counts there, as it is read in the same way.
     """
     g, hidden = shape.layers[0], shape.hidden_size
-    per_layer = (shape.dense_params + shape.expert_params) / shape.num_layers
+    per_layer = (shape.dense_params + shape.expert_params) / shape.num_mixing_layers
     attention = hidden * (2 * g.q_elements + g.kv_elements)
     inner = max(round((per_layer - attention) / (3 * hidden)), 1)
     return (

@@ -155,7 +155,7 @@ class EngineProbe:
             "gemm_curve": curve,
             "step_overhead_us": step_s * 1e6,
             "row_overhead_us": row_s * 1e6,
-            "layer_overhead_us": overhead_s / shape.num_layers * 1e6,
+            "layer_overhead_us": overhead_s / shape.num_mixing_layers * 1e6,
         }
 
     def _options(self) -> dict[str, object]:

@@ -59,13 +59,14 @@ def allreduce_time(shape: ModelShape, device: Device, tp: int, rows: float) -> f
     payload = rows * shape.hidden_size * shape.activation_bytes
     once = 2 * (tp - 1) / tp * payload / (device.link_gbps * 1e9)
     once += 2 * (tp - 1) * device.link_latency_us * 1e-6
-    return 2 * shape.num_layers * once
+    return 2 * shape.num_mixing_layers * once
 
 
 def model_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
-    """Everything but attention for `rows` tokens: the layers, and what is around."""
+    """Everything but attention for a token each of `rows` requests."""
     layers_s = layers_time(shape, device, tp, rows)
-    return layers_s + overhead_time(shape, device, tp, rows)
+    states_s = state_time(shape, device, tp, rows)
+    return layers_s + states_s + overhead_time(shape, device, tp, rows)
 
 
 def layers_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
@@ -77,8 +78,14 @@ def layers_time(shape: ModelShape, device: Device, tp: int, rows: float) -> floa
         (shape.flops_per_token - 2 * shape.lm_head_params) * rows / tp,
         rows,
     )
-    overhead_s = shape.num_layers * device.layer_overhead_us * 1e-6
+    overhead_s = shape.num_mixing_layers * device.layer_overhead_us * 1e-6
     return step + allreduce_time(shape, device, tp, rows) + overhead_s
+
+
+def state_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:
+    """Reading and writing the recurrent states of `rows` requests on `tp` devices."""
+    bandwidth = device.memory_gbps * 1e9 * device.memory_efficiency
+    return 2 * rows * shape.state_bytes / (bandwidth * tp)
 
 
 def overhead_time(shape: ModelShape, device: Device, tp: int, rows: float) -> float:

@@ -12,9 +12,15 @@ from vllm_attn_offload.planner.estimate.workload import Workload
 from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.model.shape import ModelShape
 
+# What makes requests smaller, by the limit of their number.
+_REMEDIES = {
+    "memory": ", a shorter context, or --kv-dtype fp8",
+    "states": " on the compute devices, or fewer bits per weight",
+}
+
 
 class DoesNotFitError(ValueError):
-    """The weights, or the KV of one request, exceed the devices' memory."""
+    """Weights, or the KV or states of one request, exceed the devices' memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,12 @@ def _check_engine(engine: EngineTimes) -> None:
             f"{n} micro-batches rotate over {replicas} model replicas. {tp} compute "
             "devices do not split into these. Use fewer micro-batches."
         )
+    if shape.states and replicas > 1:
+        raise DoesNotFitError(
+            f"{n} micro-batches would rotate over {replicas} model replicas. The "
+            f"recurrent states of {shape.name} stay on one, so at most 2 micro-batches "
+            "run. Use fewer."
+        )
     devices = DeviceCount(engine.compute.device, tp // replicas)
     heads = [layer.num_heads for layer in shape.layers]
     if any(num_heads % devices.count for num_heads in heads):
@@ -196,19 +208,16 @@ class _Candidate:
 
     def _choose_batch(self) -> tuple[int, str]:
         """The batch of one replica, and its limit."""
-        shape, load = self.engine.shape, self.workload
-        least, budget = self.engine.num_micro_batches, self.engine.kv_budget
-        limit = cost.max_batch(shape, budget, load.context)
-        batch_limit = "memory"
+        load, least = self.workload, self.engine.num_micro_batches
+        capacity = self.engine.capacity(load.context)
+        limit, batch_limit = int(capacity.num_requests), capacity.limit
         if load.max_batch is not None and load.max_batch < limit:
             limit, batch_limit = load.max_batch, "max batch"
         if limit < least:
             raise DoesNotFitError(
                 f"{self._label} cannot run {least} request(s) of {load.context:,.0f} "
-                f"tokens at once: {max(budget, 0) / 1e9:.1f} GB are left for "
-                f"KV, one request takes {shape.kv_bytes(load.context) / 1e9:.2f} GB, "
-                f"and the {batch_limit} limit is {limit}. Use more memory, a shorter "
-                "context, or --kv-dtype fp8."
+                f"tokens at once: {capacity}, and the {batch_limit} limit is {limit}. "
+                f"Use more memory{_REMEDIES[capacity.limit]}."
             )
         if load.slo_tbt_s is None or self._tbt(limit) <= load.slo_tbt_s:
             return limit, batch_limit

@@ -6,9 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vllm_attn_offload.planner.estimate import cost_model as cost
+from vllm_attn_offload.planner.estimate.capacity import Capacity
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.model.shape import ModelShape
+
+# Recurrent states that a request takes with prefix caching, vLLM's default: the newest,
+# and the one at the last block's end, which it is copied from.
+STATES_PER_REQUEST = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,28 @@ class EngineTimes:
     def kv_budget(self) -> float:
         """Bytes of KV that this engine can hold; negative if the weights exceed it."""
         if self.offload is None:
-            budget = cost.memory_budget(self.compute.device, self.compute.count)
-            return budget - self.shape.weight_bytes
+            return self._compute_budget
         memory = self.offload.memory
         return cost.memory_budget(memory.device, memory.count / self.num_engines)
+
+    @property
+    def _compute_budget(self) -> float:
+        """Bytes of the compute devices that weights leave."""
+        budget = cost.memory_budget(self.compute.device, self.compute.count)
+        return budget - self.shape.weight_bytes
+
+    def capacity(self, context: float) -> Capacity:
+        """Requests of `context` tokens whose KV and recurrent states fit.
+
+        Memory nodes hold the KV alone; without them the compute devices hold both.
+        """
+        states = STATES_PER_REQUEST * self.shape.state_bytes
+        kv = self.shape.kv_bytes(context)
+        if self.offload is None:
+            return Capacity("memory", self._compute_budget, kv + states)
+        nodes = Capacity("memory", self.kv_budget, kv)
+        compute = Capacity("states", self._compute_budget, states)
+        return min(nodes, compute, key=lambda capacity: capacity.num_requests)
 
     def decode(
         self, rows: float, context: float, num_micro_batches: int
@@ -56,6 +79,7 @@ class EngineTimes:
         shape, compute, tp = self.shape, self.compute.device, self.compute.count
         size = self._replica_size(num_micro_batches)
         model_s = cost.layers_time(shape, compute, size, rows)
+        model_s += cost.state_time(shape, compute, size, rows)
         if self.offload is None:
             attention_s = cost.attention_time(shape, compute, tp, rows, context)
             return model_s, attention_s, 0.0

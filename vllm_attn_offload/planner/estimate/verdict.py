@@ -20,7 +20,8 @@ def verdict(
         return f"Offload: no homogeneous alternative holds the model. {refused[-1]}"
     gain = rival.cost_per_token / best.cost_per_token - 1
     unit = "device" if best.usd_per_hour is None else "dollar"
-    batches = f"batch {best.batch:,} against {rival.batch:,}"
+    limited = ", limited by recurrent states," if best.batch_limit == "states" else ""
+    batches = f"batch {best.batch:,}{limited} against {rival.batch:,}"
     if gain >= MARGIN:
         more = f"{gain:.0%} more tokens per {unit}"
         return f"Offload: {more} than {rival.label} ({batches})."
@@ -54,6 +55,8 @@ def _reason(offload: Offload, best: Estimate, rival: Estimate) -> str:
             f"the network takes {best.wire_s / work:.0%} of a step "
             f"({offload.network.gbps:g} Gbps, {offload.network.latency_us:g} us)"
         )
+    if best.batch_limit == "states":
+        return f"the recurrent states of {best.batch:,} requests fill {offload.compute}"
     if best.bottleneck == "attention":
         return f"{offload.memory} read the KV cache too slowly for their price"
     return (

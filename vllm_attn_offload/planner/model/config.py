@@ -16,6 +16,7 @@ from urllib.request import getproxies
 from vllm_attn_offload.planner.model.layers import layer_shapes
 from vllm_attn_offload.planner.model.parameters import count_parameters, follows_rules
 from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.planner.model.states import recurrent_states
 
 DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
@@ -151,7 +152,7 @@ def read_model_shape(
             weights, 16 bit for activations, as vLLM does.
 
     Raises:
-        ValueError: Unreadable config, or attention the planner cannot describe.
+        ValueError: Unreadable config, or layers the planner cannot describe.
     """
     if kv_dtype not in ("auto", *KV_DTYPE_BYTES):
         raise ValueError(
@@ -162,7 +163,9 @@ def read_model_shape(
     (config,) = read_configs([path])
     name = path.parent.name if path.name == "config.json" else path.stem
     if not follows_rules(config):
-        layer_shapes(config, name)  # refuses within a second what it cannot describe
+        # They refuse within a second what they cannot describe.
+        layer_shapes(config, name)
+        recurrent_states(config, name, 2.0)
         (config,) = _read([path], "--count")
     if dtype != "auto":
         config |= {"dtype": dtype}
@@ -181,7 +184,7 @@ def shape_from_config(
     """Shape from an already defaulted configuration mapping.
 
     Raises:
-        ValueError: A value is missing, or attention that the planner cannot describe.
+        ValueError: A value is missing, or layers that the planner cannot describe.
     """
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     for key in needed:
@@ -209,6 +212,7 @@ def shape_from_config(
         embedding_bytes=count.embedding * base_bits / 8,
         activation_bytes=activation_bytes,
         kv_element_bytes=kv_element_bytes,
+        states=recurrent_states(config, name, activation_bytes),
     )
 
 

@@ -51,7 +51,7 @@ def layer_shapes(config: Mapping[str, Any], name: str) -> tuple[LayerShape, ...]
     """
     _refuse_unknown(config, name)
     num_layers = config["num_hidden_layers"]
-    kinds = _layer_kinds(config, name)
+    kinds = layer_kinds(config, name)
     own_kv = num_layers - (config.get("num_kv_shared_layers") or 0)
     if own_kv < 1:
         raise ValueError(
@@ -98,8 +98,12 @@ def _refuse_unknown(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _layer_kinds(config: Mapping[str, Any], name: str) -> list[str]:
-    """One of ATTENDING or WITHOUT_KV per layer."""
+def layer_kinds(config: Mapping[str, Any], name: str) -> list[str]:
+    """One of ATTENDING or WITHOUT_KV per layer.
+
+    Raises:
+        ValueError: No kinds, unknown ones, or not one for each layer.
+    """
     window = config.get("sliding_window")
     if config.get("use_sliding_window") is False:
         window = None
@@ -130,34 +134,34 @@ def _layer_shape(
 ) -> LayerShape:
     """Layer `index`, whose own values are in `config`."""
     if config.get("model_type") in LATENT:
-        heads = _size(config, name, "num_attention_heads")
-        rank = _size(config, name, "kv_lora_rank")
-        return mla_layers(1, heads, rank, _size(config, name, "qk_rope_head_dim"))
+        heads = config_size(config, name, "num_attention_heads")
+        rank = config_size(config, name, "kv_lora_rank")
+        return mla_layers(1, heads, rank, config_size(config, name, "qk_rope_head_dim"))
     # MiMo and Inkling size their sliding layers apart.
     prefix = "swa_" if "sliding" in kind and config.get("swa_head_dim") else ""
-    heads = _size(config, name, f"{prefix}num_attention_heads")
+    heads = config_size(config, name, f"{prefix}num_attention_heads")
     per_layer = config.get("num_attention_heads_per_layer")
     if per_layer:
         heads = per_layer[index]
     if config.get("model_type") in EXPANDED_LATENT:
-        nope = _size(config, name, "qk_nope_head_dim")
+        nope = config_size(config, name, "qk_nope_head_dim")
         # vLLM pads the values to the size of the keys.
-        size = nope + _size(config, name, "qk_rope_head_dim")
+        size = nope + config_size(config, name, "qk_rope_head_dim")
         return gqa_layers(1, heads, heads, size)
-    size = _size(
+    size = config_size(
         config,
         name,
         *(prefix + key for key in HEAD_SIZE),
         default=config["hidden_size"] // heads,
     )
-    v_size = _size(config, name, f"{prefix}v_head_dim", default=size)
+    v_size = config_size(config, name, f"{prefix}v_head_dim", default=size)
     kv_heads = (
-        _size(config, name, "swa_num_key_value_heads")
+        config_size(config, name, "swa_num_key_value_heads")
         if prefix
         else _num_kv_heads(config, name)
     )
     attribute = ATTENDING[kind]
-    window = _size(config, name, attribute) if attribute else None
+    window = config_size(config, name, attribute) if attribute else None
     if window and config.get("model_type") in OPEN_WINDOW:
         window += 1
     return gqa_layers(1, heads, kv_heads, size, v_size, window)
@@ -170,10 +174,10 @@ def _num_kv_heads(config: Mapping[str, Any], name: str) -> int:
     is_old = not config.get("new_decoder_architecture")
     if config.get("model_type") == "falcon" and config.get("multi_query") and is_old:
         return 1
-    return _size(config, name, *KV_HEADS, default=config["num_attention_heads"])
+    return config_size(config, name, *KV_HEADS, default=config["num_attention_heads"])
 
 
-def _size(
+def config_size(
     config: Mapping[str, Any], name: str, *keys: str, default: int | None = None
 ) -> int:
     """First of these values that is set.

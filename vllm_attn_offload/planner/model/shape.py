@@ -75,12 +75,24 @@ def mla_layers(
 
 
 @dataclass(frozen=True, slots=True)
+class StateShape:
+    """Layers with a recurrent state per request, as large for any number of tokens.
+
+    `num_attending` of them attend as well; `layer_bytes` is of one request and layer.
+    """
+
+    num_layers: int
+    num_attending: int
+    layer_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Sizes of one model. Bytes are of the whole model, not of a tensor-parallel rank.
 
     `dense_*` are weights that every decode step reads, `lm_head_*` those of them
     outside the layers, `expert_*` the routed experts, `embedding_bytes` input
-    embeddings that a step only looks up.
+    embeddings that a step only looks up. Without recurrent layers `states` is None.
     """
 
     name: str
@@ -98,11 +110,25 @@ class ModelShape:
     embedding_bytes: float = 0.0
     activation_bytes: float = 2.0
     kv_element_bytes: float = 2.0
+    states: StateShape | None = None
 
     @property
     def num_layers(self) -> int:
         """Attention layers of all shapes."""
         return sum(layer.num_layers for layer in self.layers)
+
+    @property
+    def num_mixing_layers(self) -> int:
+        """Layers that attend, keep a recurrent state, or do both."""
+        states = self.states
+        recurrent = states.num_layers - states.num_attending if states else 0
+        return self.num_layers + recurrent
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of one recurrent state of one request, all layers."""
+        states = self.states
+        return states.num_layers * states.layer_bytes if states else 0.0
 
     @property
     def num_params(self) -> float:
