@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
+from vllm_attn_offload.cpu_list import format_cpu_list
 from vllm_attn_offload.protocol.messages import Stats
 
 _SESSION_LABELS = ("node", "engine", "tp_rank")
@@ -134,6 +136,7 @@ class StatsCollector(Collector):
             for node, node_stats in stats.items()
             for session in node_stats.sessions
         ]
+        yield _placement(stats)
         for name, text, field in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=_SESSION_LABELS)
             for labels, session in sessions:
@@ -144,3 +147,24 @@ class StatsCollector(Collector):
             for labels, session in sessions:
                 counter.add_metric(labels, getattr(session.counters, field))
             yield counter
+
+
+def _placement(stats: Mapping[str, Stats]) -> Metric:
+    """CPUs as both sides have them, whoever chose them."""
+    info = InfoMetricFamily(
+        "attn_offload:placement",
+        "CPUs of a memory node and of a worker on its host: shared, or divided.",
+        labels=_SESSION_LABELS,
+    )
+    for node, node_stats in stats.items():
+        for session in node_stats.sessions:
+            ours, theirs = node_stats.cpu_ids, session.worker_cpu_ids
+            if theirs:
+                is_divided = set(ours).isdisjoint(theirs)
+                shown = {
+                    "cpus": "divided" if is_divided else "shared",
+                    "node_cpus": format_cpu_list(ours),
+                    "worker_cpus": format_cpu_list(theirs),
+                }
+                info.add_metric((node, session.engine, str(session.tp_rank)), shown)
+    return info

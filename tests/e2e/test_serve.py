@@ -43,7 +43,9 @@ def test_serve_float32_is_identical(server: Server, generated: Generated) -> Non
 
 def test_serve_exports_metrics(server: Server) -> None:
     """vLLM's /metrics shows the remote pool and what was exchanged."""
-    text = server("float32").metrics()
+    process = server("float32")
+    process.complete(workload.prompts(process.model, "float32")[0][:1], 2)
+    text = process.metrics()
     values = {
         name: float(value)
         for name, value in re.findall(r"^(attn_offload:\w+)\{.*\} (\S+)$", text, re.M)
@@ -55,6 +57,10 @@ def test_serve_exports_metrics(server: Server) -> None:
     assert values["attn_offload:bytes_sent_total"] > 0
     assert values["attn_offload:bytes_received_total"] > 0
     assert re.search(rf'num_gpu_blocks="{num_blocks}"', text)
+    # One rank, whole steps: worker and node take turns on the same CPUs.
+    (placement,) = re.findall(r"^attn_offload:placement_info\{(.*)\} 1\.0$", text, re.M)
+    assert 'cpus="shared"' in placement
+    assert placement.count("cpus=") == 3
 
 
 def test_serve_pool_is_larger_than_stock_accepts(server: Server) -> None:

@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from node_process import NodeProcess, eventually, running_node
 from prometheus_client import CollectorRegistry, generate_latest
+from raw_session import attach_request, make_geometry, reservation, session_of
 
+from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.handshake import call, connect
+from vllm_attn_offload.cpu_list import format_cpu_list
 from vllm_attn_offload.engine.node_metrics import NodeStatsReader
 from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS
 
 NUM_SILENT = 12
@@ -74,3 +80,42 @@ def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
             assert eventually(lambda: found.append(reader.read()[address]) or found[-1])
             assert found[-1].node.pid == node.process.pid
         assert reader.read()[address] is None
+
+
+@pytest.mark.parametrize("cpus", ["shared", "divided"])
+def test_placement(node: NodeProcess, cpus: str) -> None:
+    """CPUs of the node, and those that a worker of its host says to have."""
+    own = max(os.sched_getaffinity(0))
+    workers = [0, 1, 2, own] if cpus == "shared" else [own + 1, own + 2, own + 9]
+    texts = [attached(node, offer) for offer in (None, ChannelOffer(workers, 1, False))]
+    assert "placement_info{" not in texts[0]
+    (line,) = (x for x in texts[1].splitlines() if x.startswith("attn_offload:placem"))
+    assert line.endswith("} 1.0")
+    assert f'cpus="{cpus}"' in line
+    assert f'node_cpus="{own}"' in line
+    assert f'worker_cpus="{format_cpu_list(workers)}"' in line
+
+
+def attached(node: NodeProcess, offer: ChannelOffer | None) -> str:
+    """Metrics of a node while a worker with such an offer is attached."""
+    geometry = make_geometry()
+    registry = CollectorRegistry()
+    reader = NodeStatsReader([node.address], NO_CREDENTIALS)
+    registry.register(StatsCollector(reader.read))
+    with closing(reader), closing(ControlClient(node.address, 5)) as control:
+        reserved = control.reserve(reservation(geometry, 1 << 20))
+        opened = control.open_session(session_of(reserved.reservation, 4))
+        attach = msgspec.structs.replace(attach_request(opened, geometry), offer=offer)
+        sock, _ = connect(node.address, 5)
+        with sock:
+            call(sock, node.address, attach, Attached, 5)
+            texts = [""]
+            # A host that is busy may not let the node answer within a second.
+            assert eventually(
+                lambda: (
+                    texts.append(generate_latest(registry).decode())
+                    or "kv_blocks{" in texts[-1]
+                ),
+                30,
+            )
+            return texts[-1]

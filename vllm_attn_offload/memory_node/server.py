@@ -52,6 +52,7 @@ from vllm_attn_offload.transport.control import (
     receive_message,
     send_message,
 )
+from vllm_attn_offload.transport.negotiate import is_same_host
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class MemoryNode:
         """Counters of the node's sessions."""
         return Stats(
             node=self.info(),
+            cpu_ids=sorted(os.sched_getaffinity(0)),
             sessions=self._reservations.stats(),
             num_minor_faults=self._faults.minor,
             num_major_faults=self._faults.major,
@@ -206,6 +208,8 @@ class MemoryNode:
             strangers.warning("refused a data channel: %s", error)
             send_message(sock, Error(str(error)), _MESSAGE_TIMEOUT_S)
             return
+        if request.offer is not None and is_same_host(sock):
+            session.worker_cpu_ids = request.offer.cpu_ids
         request_bytes, reply_bytes = session.sizes.longest()
         transport = open_node_channel(
             sock,

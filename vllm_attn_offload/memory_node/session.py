@@ -64,6 +64,7 @@ class Session:
         self.geometry = reserved.geometry
         self.generation = opened.generation
         self.worker_kv_bytes = 0
+        self.worker_cpu_ids: list[int] = []
         self._engine = reserved.engine
         self._shard = reserved.shard
         self._attention = attention
@@ -90,6 +91,7 @@ class Session:
             num_blocks=self._pool.num_blocks,
             kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
+            worker_cpu_ids=self.worker_cpu_ids,
             counters=msgspec.structs.replace(self._counters),
         )
 

@@ -29,7 +29,7 @@ PROTOCOL_HISTORY = (
     (3, "Rows may lie in device memory that both sides map"),
     (4, "Counters of a session are a struct of their own"),
     (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
-    (6, "Page faults of a node"),
+    (6, "Page faults and CPUs of a node, CPUs of its workers"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
@@ -199,13 +199,18 @@ class GetStats(_Message, frozen=True, tag="get_stats"):
 
 
 class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Memory of one session, and its counters."""
+    """Memory of one session, and its counters.
+
+    ``worker_cpu_ids`` is empty before a worker attaches, and where it is on another
+    host.
+    """
 
     engine: str
     tp_rank: int
     num_blocks: int
     kv_bytes: int
     worker_kv_bytes: int
+    worker_cpu_ids: list[int]
     counters: SessionCounters
 
 
@@ -217,6 +222,7 @@ class Stats(_Message, frozen=True, tag="stats"):
     """
 
     node: NodeInfo
+    cpu_ids: list[int]
     sessions: list[SessionStats]
     num_minor_faults: int
     num_major_faults: int
