@@ -7,6 +7,7 @@ import importlib
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.hardware.catalogue import load_catalogue
 from vllm_attn_offload.planner.hardware.device import Device
 from vllm_attn_offload.planner.hardware.network import Network
-from vllm_attn_offload.planner.model.shape import ModelShape, gqa_layers
+from vllm_attn_offload.planner.model.shape import ModelShape, StateShape, gqa_layers
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -113,25 +114,29 @@ def test_node_probe_needs_room(addresses: list[str]) -> None:
         probe.run(0.1)
 
 
-def test_engine_probe_splits_a_step() -> None:
+@pytest.mark.parametrize("states", [None, StateShape(30, 0, 1e5)])
+def test_engine_probe_splits_a_step(states: StateShape | None) -> None:
     """Overheads and rates that were put in come out, and give the same step again."""
     layers, head = 0.9e9, 0.1e9
     shape = ModelShape("m", 64, (gqa_layers(10, 4, 2, 16),), 5e8, 1e9, head / 2, head)
+    shape = replace(shape, states=states)
+    gemm = ((1.0, 0.05), (8.0, 0.06), (32.0, 0.1), (64.0, 0.3))
+    torch_alone = Device("d", 1, 1, 1, "", "", gemm_curve=gemm)
     rate = {1: 0.05, 8: 0.06, 32: 0.10}
 
     def time(b: int) -> EngineTime:
-        compute = layers / 1e9 * rate[b] + 10 * 200e-6
+        compute = layers / 1e9 * rate[b] + shape.num_mixing_layers * 200e-6
+        compute += cost.state_time(shape, torch_alone, 1, b)
         outside = head / 1e9 * rate[b] + 4e-3 + b * 50e-6
         # 10 layers: 500 us and 100 ns per row and token each, and 20 kB per row.
         exchange = 10 * (500e-6 + b * 60 * 100e-9 + b * 20e3 / 1e9)
         layers_s = compute + exchange
         return EngineTime(layers_s + outside, layers_s, exchange, context=60)
 
-    gemm = [(1.0, 0.05), (8.0, 0.06), (32.0, 0.1), (64.0, 0.3)]
     kv, wire = shape.kv_bytes_per_token / 10, shape.wire_bytes() / 10
     node = Device("n", 1, 1, 1, "", "", attention_gbps=kv / 100)
     network = Network("w", wire / 20e3 * 8, latency_us=0, efficiency=1)
-    probe = EngineProbe("m", "bfloat16", shape, ["a"], gemm, node, network, "")
+    probe = EngineProbe("m", "bfloat16", shape, ["a"], torch_alone, node, network, "")
     times = [(b, time(b)) for b in rate]
     assert probe.latency_us(times) == pytest.approx(500)
     found = probe.split(times)
@@ -158,8 +163,8 @@ def test_engine_probe_survives_noise() -> None:
     """A larger batch that was faster must not give a negative rate."""
     shape = ModelShape("m", 64, (gqa_layers(10, 4, 2, 16),), 5e8, 1e9)
     node, network = Device("n", 1, 1, 1, "", ""), Network("w", 1)
-    gemm = [(1.0, 0.001), (8.0, 0.001)]
-    probe = EngineProbe("m", "bfloat16", shape, ["a"], gemm, node, network, "")
+    torch_alone = Device("d", 1, 1, 1, "", "", gemm_curve=((1, 0.001), (8, 0.001)))
+    probe = EngineProbe("m", "bfloat16", shape, ["a"], torch_alone, node, network, "")
     times = [(1, EngineTime(0.5, 0.6, 0.1, 60)), (8, EngineTime(0.3, 0.2, 0.3, 60))]
     found = probe.split(times)
     assert all(s > 0 for _, s in found["gemm_curve"])  # type: ignore[union-attr]

@@ -133,12 +133,14 @@ def test_states_that_do_not_fit_are_refused(
     assert "the states limit is 0. Use more memory on the compute devices" in text
 
 
-def test_states_do_not_rotate_over_replicas(
+def test_steps_with_states_run_whole(
     qwen36_27b: ModelShape, catalogue: Catalogue
 ) -> None:
-    offload = replace(
-        _offload(catalogue, 2), compute=DeviceCount(catalogue.device("H100"), 2)
-    )
-    with pytest.raises(DoesNotFitError, match="stay on one, so at most 2 micro-b"):
-        evaluate_offload(qwen36_27b, offload, _load(8192), None, 3)
-    assert evaluate_offload(qwen36_27b, offload, _load(8192), None, 2).batch > 0
+    """As the runner keeps them: two micro-batches would have to share the states."""
+    result = _compare(qwen36_27b, catalogue, 2)
+    assert result.question.num_micro_batches == 2
+    assert [e.num_micro_batches for e in result.offloaded] == [1]
+    assert result.refused == ()
+    assert any("run whole, in 1 micro-batch" in note for note in result.notes)
+    with pytest.raises(DoesNotFitError, match=r"^2 micro-batches .* run whole"):
+        evaluate_offload(qwen36_27b, _offload(catalogue, 2), _load(8192), None, 2)

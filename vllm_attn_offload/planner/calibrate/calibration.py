@@ -136,13 +136,14 @@ class Calibration:
         assert self.shape is not None
         device, node, network = merged(results).values()
         origin: dict[str, Any] = {"name": self.name, "source": "", "date": ""}
-        curve = cast(list[list[float]], device["gemm_curve"])
+        points = cast(list[list[float]], device["gemm_curve"])
+        curve = {"gemm_curve": tuple((rows, seconds) for rows, seconds in points)}
         return EngineProbe(
             self.engine_model,
             self.dtype,
             self.shape,
             self.addresses,
-            [(rows, seconds) for rows, seconds in curve],
+            Device(**origin | device | curve),
             Device(**origin | node),
             Network(**origin | network),
             self.cpus,

@@ -32,8 +32,6 @@ TIMEOUT_S = 600.0
 MIN_S = 1e-6
 MAX_MODEL_LEN = 512
 
-Curve = Sequence[tuple[float, float]]
-
 
 @dataclass(frozen=True, slots=True)
 class EngineTime:
@@ -64,7 +62,7 @@ class EngineProbe:
         dtype: vLLM's ``dtype`` option.
         shape: Sizes of `model` in that dtype.
         addresses: Memory nodes that attend.
-        gemm: (rows, seconds per 1e9 bytes of weights), by torch alone.
+        device: This one as torch alone measured it, with a GEMM curve.
         node: Memory node as NodeProbe measured it.
         network: Network as NodeProbe measured it.
         cpus: CPUs of the worker; empty: vLLM's choice.
@@ -75,7 +73,7 @@ class EngineProbe:
     dtype: str
     shape: ModelShape
     addresses: Sequence[str]
-    gemm: Curve
+    device: Device
     node: Device
     network: Network
     cpus: str
@@ -126,24 +124,30 @@ class EngineProbe:
     def split(self, times: Sequence[tuple[int, EngineTime]]) -> dict[str, Entry]:
         """Overheads and the GEMM curve that together give the measured step.
 
-        What layers take beyond their GEMMs by torch at every batch is their overhead.
+        What layers take beyond their GEMMs by torch, and recurrent states, at every
+        batch is their overhead.
         The curve is then the engine's own; past its batches it follows torch's.
         Outside the layers the output head is read, the rest is overhead.
         """
         shape, head_bytes = self.shape, self.shape.lm_head_bytes
+        gemm = self.device.gemm_curve
+        compute_s = {
+            b: max(t.compute_s - cost.state_time(shape, self.device, 1, b), 0.0)
+            for b, t in times
+        }
         layer_bytes = {b: shape.streamed_bytes(b) - head_bytes for b, _ in times}
         beyond = [
-            t.compute_s - layer_bytes[b] / 1e9 * interpolate(self.gemm, b)
-            for b, t in times
+            seconds - layer_bytes[b] / 1e9 * interpolate(gemm, b)
+            for b, seconds in compute_s.items()
         ]
         overhead_s = max(min(beyond), 0.0)
         curve = [
-            [float(b), max(t.compute_s - overhead_s, MIN_S) / layer_bytes[b] * 1e9]
-            for b, t in times
+            [float(b), max(seconds - overhead_s, MIN_S) / layer_bytes[b] * 1e9]
+            for b, seconds in compute_s.items()
         ]
         last_rows, last = curve[-1]
-        scale = last / interpolate(self.gemm, last_rows)
-        curve += [[r, s * scale] for r, s in self.gemm if r > last_rows]
+        scale = last / interpolate(gemm, last_rows)
+        curve += [[r, s * scale] for r, s in gemm if r > last_rows]
         engine_curve = [(r, s) for r, s in curve]
         left = [
             max(t.outside_s - head_bytes / 1e9 * interpolate(engine_curve, b), MIN_S)

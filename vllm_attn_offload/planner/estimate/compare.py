@@ -60,7 +60,8 @@ class Comparison:
 def compare(question: Question) -> Comparison:
     """Evaluate offloading with 1..n micro-batches, and the homogeneous alternatives.
 
-    Where a device has no price, every device counts the same.
+    Where a device has no price, every device counts the same. Models with recurrent
+    states run in 1 micro-batch.
 
     Raises:
         ValueError: An impossible partition, or a compute device that runs no model.
@@ -81,7 +82,7 @@ def compare(question: Question) -> Comparison:
         min_network_gbps=None if best is None else _min_network(question, best),
         price_list="none" if usd is None else prices or "mixed",
         verdict=verdict(offload, best, _cheapest(alternatives), list(refused)),
-        notes=notes(offload, prices),
+        notes=notes(question, prices),
     )
 
 
@@ -136,7 +137,8 @@ def _offloaded(
     q: Question, usd: float | None, refused: dict[str, None]
 ) -> list[Estimate]:
     found: list[Estimate] = []
-    for n in range(1, q.num_micro_batches + 1):
+    most = 1 if q.shape.states else q.num_micro_batches
+    for n in range(1, most + 1):
         attempt = partial(evaluate_offload, q.shape, q.offload, q.workload, usd, n)
         found += _try(attempt, refused)
     return found

@@ -120,11 +120,10 @@ def _check_engine(engine: EngineTimes) -> None:
             f"{n} micro-batches rotate over {replicas} model replicas. {tp} compute "
             "devices do not split into these. Use fewer micro-batches."
         )
-    if shape.states and replicas > 1:
+    if shape.states and n > 1:
         raise DoesNotFitError(
-            f"{n} micro-batches would rotate over {replicas} model replicas. The "
-            f"recurrent states of {shape.name} stay on one, so at most 2 micro-batches "
-            "run. Use fewer."
+            f"{n} micro-batches were given for {shape.name}. Steps of a model with "
+            "recurrent states run whole, in 1. Use 1."
         )
     devices = DeviceCount(engine.compute.device, tp // replicas)
     heads = [layer.num_heads for layer in shape.layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vllm_attn_offload.planner.estimate.deployment import Estimate
 from vllm_attn_offload.planner.estimate.offload import Offload
+from vllm_attn_offload.planner.estimate.question import Question
 
 # Smaller differences are within the model's error.
 MARGIN = 0.05
@@ -65,9 +66,14 @@ def _reason(offload: Offload, best: Estimate, rival: Estimate) -> str:
     )
 
 
-def notes(offload: Offload, prices: str | None) -> tuple[str, ...]:
-    """Missing prices, prices of different lists, and figures that are assumptions."""
-    found = []
+def notes(question: Question, prices: str | None) -> tuple[str, ...]:
+    """Missing prices, prices of different lists, assumed figures, steps kept whole."""
+    offload, found = question.offload, []
+    if question.shape.states and question.num_micro_batches > 1:
+        found.append(
+            f"Steps of {question.shape.name} run whole, in 1 micro-batch, as it keeps "
+            "recurrent states."
+        )
     devices = [offload.compute.device, offload.memory.device]
     unpriced = list(dict.fromkeys(d.name for d in devices if not d.price))
     if unpriced:
