@@ -84,6 +84,21 @@ _COUNTERS = (
         "store_s",
     ),
     (
+        "attn_offload:remote_plan_seconds",
+        "Time the memory node spent on checking and planning steps.",
+        "plan_s",
+    ),
+    (
+        "attn_offload:remote_layer_seconds",
+        "Time from a layer's arrival to the end of its answer.",
+        "layer_s",
+    ),
+    (
+        "attn_offload:remote_cpu_seconds",
+        "CPU time of the memory node's thread that serves the worker.",
+        "cpu_s",
+    ),
+    (
         "attn_offload:remote_queue_seconds",
         "Time that layers waited for those of other sessions on the memory node.",
         "queue_s",

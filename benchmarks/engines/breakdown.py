@@ -7,13 +7,30 @@ import statistics
 
 
 def per_layer_us(spent: dict[str, float]) -> dict[str, float]:
-    """Time of a layer by part, both micro-batches together."""
+    """Time of a layer by part, both micro-batches together.
+
+    On the worker "python" is what attention takes beside packing, sending and waiting;
+    of a cut step it holds the other half's turn. On a node it is what a layer takes
+    beside receiving, queueing, storing, attending and sending. "overhead" is CPU time
+    of both sides' threads without storing and attending, spins included.
+    """
     if not spent:
         return {}
-    parts = ("pack", "send", "wait", *(p for p in spent if p.startswith("node ")))
-    num_layers = spent["layer calls"] / spent["steps"]
+    num_calls = _num_steps(spent) * spent["layer calls"] / spent["steps"]
+    us = {part: 1e6 * value / num_calls for part, value in spent.items()}
+    worker = {part: us[part] for part in ("pack", "send", "wait")}
+    inner = ("receive", "queue", "store", "attend", "send")
+    node = {f"node {part}": us[f"node {part}"] for part in ("plan", *inner)}
+    cpu_us = us["attention cpu"], us["node cpu"]
+    kernel_us = us["node store"] + us["node attend"]
     return {
-        part: 1e6 * spent[part] / (_num_steps(spent) * num_layers) for part in parts
+        **worker,
+        "python": us["attention"] - sum(worker.values()),
+        "cpu": cpu_us[0],
+        **node,
+        "node python": us["node layer"] - sum(us[f"node {part}"] for part in inner),
+        "node cpu": cpu_us[1],
+        "overhead": sum(cpu_us) - kernel_us,
     }
 
 

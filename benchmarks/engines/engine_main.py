@@ -47,6 +47,10 @@ class Engine:
 
         self._llm = LLM(**options)
         self._is_offload = bool(options.get("attention_offload"))
+        if self._is_offload:
+            from engines import layer_clock
+
+            self._llm.collective_rpc(layer_clock.start)
         self._offload_options = options.get("attention_offload_config", {})
         self._num_requests = 0
         self._step_s = 0.0
@@ -183,14 +187,12 @@ class Engine:
         """Sums since start by part, on the worker and on the memory nodes."""
         if not self._is_offload:
             return {}
+        from engines import layer_clock
+
         (times,) = self._llm.collective_rpc("exchange_times")
+        (clock,) = self._llm.collective_rpc(layer_clock.read)
         counters = [self._counters(address) for address in self._addresses()]
-        parts = {
-            "node receive": "receive_s",
-            "node store": "store_s",
-            "node attend": "attend_s",
-            "node send": "send_s",
-        }
+        parts = ("plan", "receive", "queue", "store", "attend", "send", "layer", "cpu")
         return {
             "steps": times["num_steps"],
             "layer calls": times["num_layer_calls"],
@@ -199,9 +201,11 @@ class Engine:
             "pack": times["pack_s"],
             "send": times["send_s"],
             "wait": times["wait_s"],
+            "attention": clock["attention_s"],
+            "attention cpu": clock["attention_cpu_s"],
             **{
-                part: sum(getattr(c, field) for c in counters)
-                for part, field in parts.items()
+                f"node {part}": sum(getattr(c, f"{part}_s") for c in counters)
+                for part in parts
             },
             "bytes": sum(c.bytes_received + c.bytes_sent for c in counters),
             **{

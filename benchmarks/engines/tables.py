@@ -42,7 +42,7 @@ def print_rates(console: Console, rows: list[Row]) -> None:
 def print_sums(console: Console, rows: list[Row]) -> None:
     """Print an offloading engine's time by part: per layer, and summed over a step."""
     for title, kind, digits in (
-        ("Offload: µs per layer, median", "layer_us", 0),
+        ("Offload: µs per layer, median", "layer_us", 1),
         ("Offload: ms per step, mean", "sums", 2),
     ):
         parts = list(next(iter(rows[0][kind].values())))

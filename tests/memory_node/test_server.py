@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 from node_process import NodeProcess, eventually, running_node
@@ -41,6 +42,7 @@ from vllm_attn_offload.protocol.messages import (
     ReserveCapacity,
     SessionOpened,
 )
+from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.transport.address import Address
 
 MIB = 1 << 20
@@ -361,13 +363,40 @@ def test_stats_count_what_was_served(node: NodeProcess) -> None:
                 num_bytes += out.nbytes
         # The node counts after it has sent.
         assert eventually(lambda: counters(session).num_layer_calls == 4)
+        assert eventually(lambda: is_all_of_it(counters(session)))
         stats = counters(session)
     assert (stats.num_steps, stats.bytes_sent) == (2, num_bytes)
     assert stats.num_attended_tokens == 2 * (20 + 21)
     assert stats.store_s > 0
     assert stats.attend_s > 0
+    assert stats.plan_s > 0
 
 
-def counters(session: RawSession) -> Any:
+def is_all_of_it(stats: SessionCounters) -> bool:
+    """Whether the time of layers covers that of their parts."""
+    parts = (stats.receive_s, stats.queue_s, stats.store_s, stats.attend_s)
+    return stats.layer_s >= sum(parts) + stats.send_s
+
+
+def test_cpu_time_is_that_of_the_serving_thread(node: NodeProcess) -> None:
+    """It is read while the thread works, and stays when the worker is gone."""
+    geometry = make_geometry()
+    batch, num_ended = PagedBatch(geometry, 8, 1), node.log().count("data channel of")
+    with closing(RawSession(node.address, geometry, 8)) as session:
+        seen = [counters(session).cpu_s]
+        for _ in range(10):
+            step, qkv = batch.grow([1])
+            session.send_step(step)
+            session.attend(0, qkv)
+            seen.append(counters(session).cpu_s)
+        session.transport.close()
+        assert eventually(lambda: node.log().count("data channel of") > num_ended)
+        seen += [counters(session).cpu_s for _ in range(2)]
+    whole = psutil.Process(node.process.pid).cpu_times()
+    assert seen == sorted(seen)
+    assert 0 < seen[-1] <= whole.user + whole.system + 0.1
+
+
+def counters(session: RawSession) -> SessionCounters:
     (stats,) = session.control.stats().sessions
     return stats.counters

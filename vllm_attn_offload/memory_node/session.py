@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -76,6 +78,7 @@ class Session:
         )
         self._step = memoryview(bytearray(0))
         self._transport: Transport | None = None
+        self._cpu_clock: int | None = None
 
     def device_rows(self) -> DeviceRows | None:
         """Device memory shared with the worker for rows of decode steps."""
@@ -92,7 +95,7 @@ class Session:
             kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
             worker_cpu_ids=self.worker_cpu_ids,
-            counters=msgspec.structs.replace(self._counters),
+            counters=msgspec.structs.replace(self._counters, cpu_s=self._cpu_s()),
         )
 
     def serve(self, transport: Transport) -> None:
@@ -102,6 +105,7 @@ class Session:
         the channel is closed; other sessions do not notice.
         """
         header = FrameHeader()
+        self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             self._pool.while_open(lambda: self._use(transport))
             while True:
@@ -122,6 +126,8 @@ class Session:
                 "or lower max_num_batched_tokens or max_num_seqs.",
                 FrameFlag.FAILED,
             )
+        finally:
+            self._counters.cpu_s, self._cpu_clock = time.thread_time(), None
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
@@ -133,12 +139,22 @@ class Session:
     def _use(self, transport: Transport) -> None:
         self._transport = transport
 
+    def _cpu_s(self) -> float:
+        """CPU time of the thread that serves, read from any other."""
+        clock = self._cpu_clock
+        if clock is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                return time.clock_gettime(clock)
+        return self._counters.cpu_s
+
     def _serve_frame(self, transport: Transport, header: FrameHeader) -> None:
         started = time.perf_counter()
         if header.kind == FrameKind.STEP:
             self._serve_step(transport, header)
+            self._counters.plan_s += time.perf_counter() - started
         elif header.kind == FrameKind.LAYER:
             self._serve_layer(transport, header, started)
+            self._counters.layer_s += time.perf_counter() - started
         else:
             raise ProtocolError(
                 f"a frame of kind {header.kind}, which nodes don't take"

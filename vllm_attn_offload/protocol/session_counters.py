@@ -7,7 +7,12 @@ import msgspec
 
 
 class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
-    """Counters of a session since it was opened; times in seconds."""
+    """Counters of a session since it was opened; times in seconds.
+
+    ``plan_s`` is that of STEPs, ``layer_s`` of all that a LAYER takes from its header
+    to the end of its answer. ``cpu_s`` is CPU time of the thread that serves; kernels
+    have others beside it.
+    """
 
     num_steps: int = 0
     num_layer_calls: int = 0
@@ -19,6 +24,9 @@ class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
     store_s: float = 0.0
     attend_s: float = 0.0
     send_s: float = 0.0
+    plan_s: float = 0.0
+    layer_s: float = 0.0
+    cpu_s: float = 0.0
 
     def add(
         self,
