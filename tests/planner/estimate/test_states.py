@@ -113,6 +113,17 @@ def test_states_are_named_where_they_limit_the_batch(
     assert document["offloaded"][0]["batch_limit"] == "states"
 
 
+def test_states_that_fill_the_compute_device_are_the_reason(
+    qwen36_27b: ModelShape, catalogue: Catalogue
+) -> None:
+    offload, load = _offload(catalogue, 4), replace(_load(8192), prefill="none")
+    node = replace(offload.memory.device, attention_only=True)
+    offload = replace(offload, memory=DeviceCount(node, 4))
+    result = compare(Question(qwen36_27b, offload, load))
+    reason = "Do not offload, because the recurrent states of 59 requests fill 1xH100"
+    assert result.verdict.startswith(reason)
+
+
 def test_states_are_not_named_where_there_are_none(
     shapes: dict[str, ModelShape], catalogue: Catalogue
 ) -> None:

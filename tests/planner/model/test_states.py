@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vllm_attn_offload.planner.model.config import read_configs
+from vllm_attn_offload.planner.model.layers import layer_shapes
 from vllm_attn_offload.planner.model.shape import ModelShape
 from vllm_attn_offload.planner.model.states import recurrent_states
 
@@ -23,6 +27,52 @@ BAMBA: dict[str, Any] = {
     "layer_types": [*["mamba"] * 31, "full_attention"],
     **{"mamba_n_heads": 128, "mamba_d_head": 64, "mamba_n_groups": 1},
     **{"mamba_d_state": 128, "mamba_d_conv": 4},
+}
+# Layers that attend, that keep a state, that do both, and how checkpoints say so.
+SPELLINGS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "nemotron-h": (
+        *(1, 3, 0),
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "MEM-M*E"},
+    ),
+    "nemotron-3": (
+        *(1, 2, 0),
+        {"model_type": "nemotron_h"}
+        | {"layers_block_type": ["mamba", "moe", "mamba", "attention", "moe"]},
+    ),
+    "bamba": (
+        *(2, 4, 0),
+        {"model_type": "bamba", "num_hidden_layers": 6, "attn_layer_indices": [1, 4]},
+    ),
+    "jamba": (
+        *(2, 6, 0),
+        {"model_type": "jamba", "num_hidden_layers": 8}
+        | {"attn_layer_period": 4, "attn_layer_offset": 2},
+    ),
+    "granite-4-h": (
+        *(1, 3, 0),
+        {"model_type": "granitemoehybrid", "num_hidden_layers": 4}
+        | {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
+    ),
+    "zamba2": (
+        *(1, 4, 1),
+        {"model_type": "zamba2", "num_hidden_layers": 4}
+        | {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba"]},
+    ),
+    "falcon-h1": (4, 4, 4, {"model_type": "falcon_h1", "num_hidden_layers": 4}),
+    "lfm2": (
+        *(2, 4, 0),
+        {"model_type": "lfm2", "num_hidden_layers": 6, "full_attn_idxs": [2, 5]},
+    ),
+    "qwen3.5": (
+        *(4, 4, 0),
+        {"model_type": "qwen3_5_text", "num_hidden_layers": 8}
+        | {"full_attention_interval": 2},
+    ),
+    "kimi-linear": (
+        *(1, 3, 0),
+        {"model_type": "kimi_linear", "num_hidden_layers": 4}
+        | {"linear_attn_config": {"kda_layers": [1, 2, 3], "full_attn_layers": [4]}},
+    ),
 }
 
 
@@ -98,3 +148,17 @@ def test_states_that_cannot_be_told_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         recurrent_states(BAMBA | change, "model", 2)
+
+
+def test_kinds_of_layers_as_checkpoints_spell_them(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "config.json" for name in SPELLINGS]
+    for path, (_, _, _, config) in zip(paths, SPELLINGS.values(), strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps(config))
+    for path, config in zip(paths, read_configs(paths), strict=True):
+        name = path.parent.name
+        states = recurrent_states(config, name, 2)
+        assert states is not None
+        attending = sum(group.num_layers for group in layer_shapes(config, name))
+        found = (attending, states.num_layers, states.num_attending)
+        assert found == SPELLINGS[name][:3], name
