@@ -245,6 +245,6 @@ def _payload_of(heads: NodeHeads) -> LayerPayload:
 
 def _num_scores(step: StepMetadata, block_size: int) -> float:
     """Query rows times the tokens that they see; 16 rows share what they read."""
-    rows = np.diff(step.query_start_loc)
-    tokens = step.tokens_held(block_size)
-    return float((np.ceil(rows / ROWS_PER_READ) * tokens).sum())
+    starts = step.query_start_loc
+    reads = -((starts[:-1] - starts[1:]) // ROWS_PER_READ)
+    return float(reads @ step.tokens_held(block_size))

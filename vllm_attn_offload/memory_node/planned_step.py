@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.step import StepMetadata
 
@@ -37,11 +35,12 @@ class PlannedStep:
         cls, number: int, step: StepMetadata, plan: Any, block_size: int
     ) -> PlannedStep:
         """Plan of a step, whose arrays may change afterwards."""
-        has_queries = np.diff(step.query_start_loc) > 0
+        starts = step.query_start_loc
+        has_queries = starts[1:] > starts[:-1]
         return cls(
             number,
             step.num_tokens,
             step.num_query_rows,
-            int(step.tokens_held(block_size)[has_queries].sum()),
+            int(step.tokens_held(block_size) @ has_queries),
             plan,
         )
