@@ -9,12 +9,13 @@ import re
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import parse_cpu_list
 from vllm_attn_offload.engine.args import environment_of_one_engine
-from vllm_attn_offload.engine.cpu_shares import check_cpus, local_cpus
+from vllm_attn_offload.engine.cpu_shares import by_domain, check_cpus, local_cpus
 
 USABLE = sorted(os.sched_getaffinity(0))
 
@@ -99,6 +100,13 @@ def test_whole_steps_take_turns() -> None:
     assert COMMON_CPUS_VARIABLE not in os.environ
     assert "GOMP_SPINCOUNT" not in os.environ
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+def test_cpus_of_a_numa_domain_stay_together() -> None:
+    """Also where the kernel numbers them in turns; halves are of one domain then."""
+    infos = [LogicalCPUInfo(cpu, cpu, cpu % 2) for cpu in range(8)]
+    assert by_domain([4, 5, 6, 7], infos) == [4, 6, 5, 7]
+    assert by_domain([7, 3], []) == [3, 7]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import LogicalCPUInfo, get_allowed_cpu_list
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
@@ -85,11 +87,28 @@ def local_cpus(
     else:
         cpus = _divided_cpus(vllm_config, budget)
         if current_platform.is_cpu() and cpus:
+            cpus = by_domain(cpus, get_allowed_cpu_list())
             logger.info(
                 "Memory nodes have CPUs %s, workers others where there are enough: %s.",
                 ",".join(map(str, cpus)),
                 _why_divided(config, vllm_config),
             )
+    return _parts(cpus, num_nodes)
+
+
+def by_domain(cpus: Iterable[int], infos: Iterable[LogicalCPUInfo]) -> list[int]:
+    """Sort CPUs by their NUMA domain, so that nodes which divide them span few.
+
+    Args:
+        cpus: Some of the host's.
+        infos: All of the host's.
+    """
+    domains = {info.id: info.numa_node for info in infos}
+    return sorted(cpus, key=lambda cpu: (domains.get(cpu, -1), cpu))
+
+
+def _parts(cpus: list[int], num_nodes: int) -> list[str]:
+    """Divide CPUs in their order, or give all to every node where there are fewer."""
     if len(cpus) < num_nodes:
         return [",".join(map(str, cpus))] * num_nodes
     bounds = [len(cpus) * index // num_nodes for index in range(num_nodes + 1)]
