@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +19,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
 from vllm_attn_offload.memory_node.frame_sizes import MAX_MICRO_BATCHES, FrameSizes
 from vllm_attn_offload.memory_node.planned_step import PlannedStep
 from vllm_attn_offload.memory_node.session_pool import SessionPool
+from vllm_attn_offload.memory_node.thread_clock import ThreadClock
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import (
@@ -78,7 +77,7 @@ class Session:
         )
         self._step = memoryview(bytearray(0))
         self._transport: Transport | None = None
-        self._cpu_clock: int | None = None
+        self._clock = ThreadClock()
 
     def device_rows(self) -> DeviceRows | None:
         """Device memory shared with the worker for rows of decode steps."""
@@ -95,7 +94,7 @@ class Session:
             kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
             worker_cpu_ids=self.worker_cpu_ids,
-            counters=msgspec.structs.replace(self._counters, cpu_s=self._cpu_s()),
+            counters=msgspec.structs.replace(self._counters, cpu_s=self._clock.cpu_s),
         )
 
     def serve(self, transport: Transport) -> None:
@@ -105,7 +104,7 @@ class Session:
         the channel is closed; other sessions do not notice.
         """
         header = FrameHeader()
-        self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._clock.start()
         try:
             self._pool.while_open(lambda: self._use(transport))
             while True:
@@ -127,7 +126,7 @@ class Session:
                 FrameFlag.FAILED,
             )
         finally:
-            self._counters.cpu_s, self._cpu_clock = time.thread_time(), None
+            self._clock.stop()
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
@@ -138,14 +137,6 @@ class Session:
 
     def _use(self, transport: Transport) -> None:
         self._transport = transport
-
-    def _cpu_s(self) -> float:
-        """CPU time of the thread that serves, read from any other."""
-        clock = self._cpu_clock
-        if clock is not None:
-            with contextlib.suppress(OSError):  # it has just ended
-                return time.clock_gettime(clock)
-        return self._counters.cpu_s
 
     def _serve_frame(self, transport: Transport, header: FrameHeader) -> None:
         started = time.perf_counter()
