@@ -91,7 +91,7 @@ class RemoteAttention:
         step = SentStep(
             self._step, micro_batch, group, partition, remote_rows, is_plain
         )
-        exchanges = self._exchanges_of(step)
+        exchanges = self._make_exchanges(step)
         if self._guard.is_lost():
             return step
         with self._guard:
@@ -124,7 +124,7 @@ class RemoteAttention:
             return
         flags = _WANT_LSE if with_lse or step.partition.needs_merge else 0
         with self._guard:
-            for exchange in self._exchanges_of(step):
+            for exchange in self._exchanges[step.key]:
                 exchange.post(layer, flags, query, key, value)
 
     def collect(
@@ -166,14 +166,14 @@ class RemoteAttention:
         is_whole = step.remote_rows is None and step.is_plain
         if self._guard.loss is None and is_whole:
             with self._guard:
-                return self._exchanges_of(step)[0].rows_buffer(num_bytes)
+                return self._exchanges[step.key][0].rows_buffer(num_bytes)
         return None
 
     def post_rows(self, step: SentStep, layer: int, num_bytes: int) -> None:
         """Send the layer whose rows are in the `rows_buffer`."""
         self._times.num_layer_calls += 1
         with self._guard:
-            self._exchanges_of(step)[0].post_rows(layer, num_bytes)
+            self._exchanges[step.key][0].post_rows(layer, num_bytes)
 
     def collect_rows(
         self,
@@ -197,7 +197,7 @@ class RemoteAttention:
         started = time.perf_counter()
         if self._guard.loss is None:
             with self._guard:
-                exchange = self._exchanges_of(step)[0]
+                exchange = self._exchanges[step.key][0]
                 exchange.receive_rows(layer, num_bytes, use)
         self._times.wait_s += time.perf_counter() - started
         return self._guard.loss is None
@@ -217,14 +217,13 @@ class RemoteAttention:
             client.close()
         self._guard.forget_frames()
 
-    def _exchanges_of(self, step: SentStep) -> list[NodeExchange]:
-        """One per node; of a group's first step of a micro-batch they are made."""
-        key = (step.micro_batch, step.group)
-        exchanges = self._exchanges.get(key)
+    def _make_exchanges(self, step: SentStep) -> list[NodeExchange]:
+        """One per node, made with a group's first step of a micro-batch."""
+        exchanges = self._exchanges.get(step.key)
         if exchanges is None:
             kind, num_nodes = self._partition.kind, len(self._clients)
             block_size = self.geometry.groups[step.group].block_size
-            exchanges = self._exchanges[key] = [
+            exchanges = self._exchanges[step.key] = [
                 NodeExchange(
                     client,
                     [
@@ -247,7 +246,7 @@ class RemoteAttention:
         lse: torch.Tensor | None,
     ) -> None:
         started = time.perf_counter()
-        exchanges = self._exchanges_of(step)
+        exchanges = self._exchanges[step.key]
         if step.is_plain and lse is None and output.is_contiguous():
             exchanges[0].receive_into(layer, output)
             self._times.wait_s += time.perf_counter() - started

@@ -17,7 +17,7 @@ class SentStep:
 
     ``remote_rows`` is int64 ``[num_remote_rows]``: rows of the batch that nodes attend
     for; None: all. ``is_plain``: one reply is the whole remote part. ``partials`` are
-    by heads and size of a layer.
+    by heads and size of a layer. ``key`` is made once, because layers ask for it.
     """
 
     number: int
@@ -27,3 +27,7 @@ class SentStep:
     remote_rows: torch.Tensor | None
     is_plain: bool
     partials: dict[tuple[int, int], PartialOutputs] = field(default_factory=dict)
+    key: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = (self.micro_batch, self.group)
