@@ -25,7 +25,7 @@ BESIDE: dict[str, set[str]] = {
     "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
     "planner": {"LLM", "worker", "client", "transport", "protocol", "memory_node"},
     "compatibility": {"unsupported", "unsupported_models", "unsupported_parallel"},
-    "unsupported_models": {"unsupported"},
+    "unsupported_models": {"config", "unsupported"},
     "unsupported_parallel": {"unsupported"},
     "config": {"option_types", "transport"},
     "metrics": {"protocol"},

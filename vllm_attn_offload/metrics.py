@@ -49,6 +49,11 @@ _GAUGES = (
         "Bytes of KV cache that the compute worker allocated.",
         "worker_kv_bytes",
     ),
+    (
+        "attn_offload:compute_worker_state_bytes",
+        "Bytes of recurrent states that the compute worker allocated.",
+        "worker_state_bytes",
+    ),
 )
 # Name, help, field of SessionCounters.
 _COUNTERS = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_attn_offload.unsupported import Unsupported, is_set
+from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.unsupported import DROP, Unsupported, is_set
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,6 +54,18 @@ def _value_heads(config: VllmConfig) -> str:
     return f"values of size {size} with keys of size {keys}" if differs else ""
 
 
+def _two_micro_batches(config: VllmConfig) -> str:
+    options = AttentionOffloadConfig.of_engine(config)
+    is_cut = config.model_config.is_hybrid and options.num_microbatches == 2
+    return "num_microbatches=2 for a hybrid model" if is_cut else ""
+
+
+def _parts_of_blocks(config: VllmConfig) -> str:
+    unit = config.cache_config.prefix_match_unit
+    is_given = config.model_config.is_hybrid and unit is not None
+    return f"prefix_match_unit={unit} for a hybrid model" if is_given else ""
+
+
 UNSUPPORTED_MODELS = (
     Unsupported("Value heads of another size", _value_heads, "values as long as keys"),
     Unsupported(
@@ -72,9 +85,16 @@ UNSUPPORTED_MODELS = (
         "Run with VLLM_MLA_DISABLE=1 or without --attention-offload.",
     ),
     Unsupported(
-        "Hybrid, Mamba and linear-attention models",
-        is_set("model_config.is_hybrid", "hybrid models"),
-        "models whose layers all attend over a paged KV cache",
+        "Two micro-batches of hybrid models",
+        _two_micro_batches,
+        "1 or auto, with which its steps run whole",
+        "Drop num_microbatches.",
+    ),
+    Unsupported(
+        "Prefix matches within blocks of hybrid models",
+        _parts_of_blocks,
+        "prefixes of whole blocks",
+        DROP,
     ),
     Unsupported(
         "Attention-free models",

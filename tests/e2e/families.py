@@ -34,6 +34,16 @@ ENGINE: dict[str, Any] = {
 POOL_BYTES = 16 << 20
 #: A decode step of the first requests.
 KILL_AFTER_STEPS = 12
+#: Of the two Mamba-2 layers: 3 x 288 numbers before the convolution, and 8 x 32 x 16.
+NEMOTRON_H_STATE_BYTES = 2 * 4 * (3 * 288 + 8 * 32 * 16)
+#: Of a model, also for stock vLLM. On CPUs vLLM's Mamba-2 layers keep no state within a
+#: prompt, which its prefix caching asks them for, and its linear attention is for bf16.
+MODELS: dict[str, dict[str, Any]] = {
+    "nemotron_h": {"enable_prefix_caching": False},
+    "falcon_h1": {"enable_prefix_caching": False},
+    "granitemoehybrid": {"enable_prefix_caching": False},
+    "qwen3_next": {"dtype": "bfloat16"},
+}
 #: ``nodes`` are external ones, poisoned; 0: the engine starts its own.
 CASES: dict[str, dict[str, Any]] = {
     "phi3": {"model": "phi3", "nodes": 1},
@@ -78,6 +88,40 @@ CASES: dict[str, dict[str, Any]] = {
         "engine": {"tensor_parallel_size": 2},
         "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     },
+    "lfm2": {"model": "lfm2", "nodes": 1},
+    "nemotron_h": {
+        "model": "nemotron_h",
+        "nodes": 2,
+        "offload": {"partition": "heads"},
+        "engine": {"max_num_batched_tokens": 40},
+    },
+    "nemotron_h in a small pool": {
+        "model": "nemotron_h",
+        "nodes": 1,
+        # Half as many of its own, which hold 64 tokens.
+        "pool_blocks": 16,
+        "engine": {"max_num_seqs": 6, "max_model_len": 320},
+    },
+    "nemotron_h with few states": {
+        "model": "nemotron_h",
+        "nodes": 1,
+        # Of two requests, and the one that vLLM keeps empty.
+        "offload": {"resident_state_gib": 3 * NEMOTRON_H_STATE_BYTES / (1 << 30)},
+    },
+    "nemotron_h loses its node": {"model": "nemotron_h", "nodes": 0, "kill": True},
+    "nemotron_h on two ranks": {
+        "model": "nemotron_h",
+        "nodes": 1,
+        "engine": {"tensor_parallel_size": 2},
+        "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
+    "falcon_h1": {
+        "model": "falcon_h1",
+        "nodes": 2,
+        "offload": {"partition": "blocks"},
+    },
+    "granitemoehybrid": {"model": "granitemoehybrid", "nodes": 1},
+    "qwen3_next": {"model": "qwen3_next", "nodes": 1},
     "bloom": {"model": "bloom", "nodes": 2, "offload": {"partition": "heads"}},
     "llama4": {"model": "llama4", "nodes": 2, "offload": {"partition": "blocks"}},
     "decilm": {"model": "decilm", "nodes": 2, "offload": {"partition": "blocks"}},
@@ -114,20 +158,24 @@ def run(model: str, case: dict[str, Any], addresses: list[str]) -> dict[str, Any
     from vllm_attn_offload import LLM
 
     load_class(model)
-    llm: Any = LLM(model, **(ENGINE | case.get("engine", {}) | memory(case, addresses)))
+    options = ENGINE | MODELS.get(case["model"], {}) | case.get("engine", {})
+    llm: Any = LLM(model, **(options | memory(case, addresses)))
     first, second = prompts()
     outputs = generate(llm, first, is_killing=case.get("kill", False))
     outputs += generate(llm, second)
     metrics = {metric.name: metric for metric in llm.get_metrics()}
+    cache = llm.llm_engine.vllm_config.cache_config
     result = {
-        "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "num_blocks": cache.num_gpu_blocks,
+        "block_size": cache.block_size,
         "hits": metrics["vllm:prefix_cache_hits"].value,
         "preemptions": metrics["vllm:num_preemptions"].value,
-        "tokens": [tokens for tokens, _ in outputs],
-        "logprobs": [logprobs for _, logprobs in outputs],
+        **{part: [each[part] for each in outputs] for part in outputs[0]},
     }
     if addresses:
         result["times"] = llm.collective_rpc("exchange_times")
+        result["stub_bytes"] = llm.collective_rpc("kv_stub_bytes")
+        result["state_bytes"] = llm.collective_rpc("resident_state_bytes")
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -159,15 +207,15 @@ def load_class(model: str) -> None:
 
 def generate(
     llm: Any, token_ids: list[list[int]], *, is_killing: bool = False
-) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log-probabilities."""
+) -> list[dict[str, list[Any]]]:
+    """Tokens, their log-probabilities, and how far the best is from the second."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0,
         max_tokens=NUM_TOKENS,
         ignore_eos=True,
-        logprobs=1,
+        logprobs=2,
         detokenize=False,
     )
     engine, done = llm.llm_engine, {}
@@ -181,16 +229,19 @@ def generate(
         num_steps += 1
         if is_killing and num_steps == KILL_AFTER_STEPS:
             kill_memory_node()
-    return [
-        (
-            list(answer.token_ids),
-            [
-                step[token].logprob
-                for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
-            ],
-        )
-        for _, answer in sorted(done.items())
+    return [_completion(answer) for _, answer in sorted(done.items())]
+
+
+def _completion(answer: Any) -> dict[str, list[Any]]:
+    steps = [
+        sorted((each.logprob for each in step.values()), reverse=True)
+        for step in answer.logprobs
     ]
+    return {
+        "tokens": list(answer.token_ids),
+        "logprobs": [best for best, *_ in steps],
+        "gaps": [best - second for best, second, *_ in steps],
+    }
 
 
 def kill_memory_node() -> None:

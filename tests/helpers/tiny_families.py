@@ -48,6 +48,57 @@ GEMMA4: dict[str, Any] = {
     "initializer_range": 0.1,
     **TIED,
 }
+#: Of the Mamba-2 layers of hybrid models. Their heads are ``hidden_size`` / 4 long.
+HYBRID: dict[str, Any] = {
+    "hidden_size": 128,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 32,
+    "initializer_range": 0.1,
+}
+NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["mamba", "attention", "mlp", "mamba", "attention"],
+    "num_hidden_layers": 5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+    "conv_kernel": 4,
+    "chunk_size": 32,
+    "expand": 2,
+}
+LFM2: dict[str, Any] = {
+    "layer_types": ["conv", "conv", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "conv_L_cache": 3,
+    "conv_dim": 128,
+    "conv_dim_out": 128,
+    "block_dim": 128,
+    "block_ff_dim": 128,
+    "block_auto_adjust_ff_dim": False,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+}
+QWEN3_NEXT: dict[str, Any] = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    # vLLM's CPU kernel takes heads of 64 and more. Few of them, because the blocks of
+    # layers that attend are as large as the states.
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
 
 #: Type of transformers' config, and what differs from ``BASE``.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,6 +138,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 128}
         | {"num_experts_per_tok": 1}
         | {"use_qk_norm": False, "attn_temperature_tuning": False},
+    ),
+    "lfm2": ("lfm2", HYBRID | LFM2 | TIED),
+    "nemotron_h": ("nemotron_h", HYBRID | NEMOTRON_H),
+    "falcon_h1": ("falcon_h1", HYBRID),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        HYBRID
+        | {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 64}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        HYBRID | QWEN3_NEXT | {"initializer_range": 0.3},
     ),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 4, "hidden_size": 128} | TIED),
 }

@@ -23,6 +23,7 @@ UNMAKEABLE = (
     "has no attribute",
     "Tried to instantiate dummy base class",
     "Class validation error",
+    "is supported only for CUDA",
 )
 
 Replies = dict[str, dict[str, Any]]

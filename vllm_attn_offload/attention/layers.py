@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 
@@ -34,6 +35,7 @@ def _foreign_layers(vllm_config: VllmConfig) -> list[str]:
         f"{name} ({type(layer).__name__})"
         for name, layer in context.items()
         if isinstance(layer, AttentionLayerBase)
+        and not isinstance(layer, MambaBase)  # its states stay here
         and not (
             isinstance(layer, Attention)
             and isinstance(layer.impl, AttentionOffloadImpl)

@@ -29,6 +29,7 @@ def connect_nodes(
     credentials: Credentials,
     tolerate_loss: bool,
     worker_kv_bytes: int,
+    worker_state_bytes: int,
     device: SharedDevice | None = None,
 ) -> RemoteAttention:
     """Open a data channel to every node.
@@ -41,6 +42,7 @@ def connect_nodes(
         credentials: Token and certificates.
         tolerate_loss: As in `RemoteAttention`.
         worker_kv_bytes: KV cache that the worker holds itself, for the nodes' counters.
+        worker_state_bytes: Recurrent states that it holds, likewise.
         device: Device of the layers, where memory of a node can be mapped there.
 
     Raises:
@@ -53,16 +55,17 @@ def connect_nodes(
     with contextlib.ExitStack() as opened:
         for node, each in enumerate(attachments):
             digest = shard_geometry(geometry, kind, node, num_nodes).digest()
-            request = _request(each, digest, worker_kv_bytes)
+            request = AttachSession(
+                each.session,
+                each.attach_token,
+                each.generation,
+                digest,
+                worker_kv_bytes,
+                worker_state_bytes=worker_state_bytes,
+            )
             client = NodeClient(each.address, request, timeout_s, credentials, device)
             opened.callback(client.close)
             clients.append(client)
         opened.pop_all()
     partition = Partition(kind, tuple(each.num_blocks for each in attachments))
     return RemoteAttention(clients, partition, geometry, tolerate_loss=tolerate_loss)
-
-
-def _request(each: Attachment, digest: str, worker_kv_bytes: int) -> AttachSession:
-    return AttachSession(
-        each.session, each.attach_token, each.generation, digest, worker_kv_bytes
-    )

@@ -163,6 +163,7 @@ class Reservations:
             _check_attach(entry.session, entry.attach_token, request)
             entry.attach_token = ""
             entry.session.worker_kv_bytes = request.worker_kv_bytes
+            entry.session.worker_state_bytes = request.worker_state_bytes
             return entry.session
 
     def hold_slots(self, session: str, num_slots: int) -> bool:

@@ -65,6 +65,7 @@ class Session:
         self.geometry = reserved.geometry
         self.generation = opened.generation
         self.worker_kv_bytes = 0
+        self.worker_state_bytes = 0
         self.worker_cpu_ids: list[int] = []
         self._engine = reserved.engine
         self._shard = reserved.shard
@@ -93,6 +94,7 @@ class Session:
             num_blocks=self._pool.num_blocks,
             kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
+            worker_state_bytes=self.worker_state_bytes,
             worker_cpu_ids=self.worker_cpu_ids,
             counters=msgspec.structs.replace(self._counters, cpu_s=self._clock.cpu_s),
         )

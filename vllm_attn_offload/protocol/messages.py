@@ -169,6 +169,7 @@ class AttachSession(_Message, frozen=True, tag="attach_session"):
     geometry_digest: Token
     worker_kv_bytes: Annotated[int, msgspec.Meta(ge=0)]
     offer: ChannelOffer | None = None
+    worker_state_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Attached(_Message, frozen=True, tag="attached"):
@@ -210,6 +211,7 @@ class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_blocks: int
     kv_bytes: int
     worker_kv_bytes: int
+    worker_state_bytes: int
     worker_cpu_ids: list[int]
     counters: SessionCounters
 

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
@@ -30,22 +27,20 @@ from vllm_attn_offload.protocol.geometry import (
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.worker.failure_note import noted_failure
 from vllm_attn_offload.worker.geometry import session_geometry
+from vllm_attn_offload.worker.local_kv_cache import LocalKVCacheConfig
 from vllm_attn_offload.worker.lost_step import LostStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu_worker import Worker as _WorkerBase
 else:
     _WorkerBase = object
 
 
 class AttentionOffloadWorker(_WorkerBase):
-    """Mixin over vLLM's workers: attention leaves, the KV cache never comes.
-
-    The base allocates one KV block per layer, because vLLM cannot allocate none;
-    nothing reads or writes it.
-    """
+    """Mixin over vLLM's workers: attention leaves, its KV cache never comes."""
 
     vllm_config: VllmConfig
     # Until nodes are attached; a mixin has no constructor of its own.
@@ -54,6 +49,7 @@ class AttentionOffloadWorker(_WorkerBase):
     _micro_batches: MicroBatchRunner | None = None
     _generation = 0
     _geometry: SessionGeometry
+    _local_kv_cache: LocalKVCacheConfig
 
     @noted_failure()
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -77,8 +73,9 @@ class AttentionOffloadWorker(_WorkerBase):
         return self._geometry
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the one-block stub in place of the pool that the nodes hold."""
-        super().initialize_from_config(_stub(kv_cache_config))
+        """Allocate a one-block stub for the nodes' pool, and all recurrent states."""
+        self._local_kv_cache = LocalKVCacheConfig.of(kv_cache_config)
+        super().initialize_from_config(self._local_kv_cache)
         self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         self.model_runner.kv_cache_config.num_blocks = kv_cache_config.num_blocks
 
@@ -109,6 +106,7 @@ class AttentionOffloadWorker(_WorkerBase):
                 credentials=config.credentials,
                 tolerate_loss=config.on_node_loss == "recover",
                 worker_kv_bytes=self.kv_stub_bytes(),
+                worker_state_bytes=self.resident_state_bytes(),
                 device=self._shared_device(),
             )
         except MemoryNodeError as error:
@@ -120,13 +118,12 @@ class AttentionOffloadWorker(_WorkerBase):
         return None
 
     def kv_stub_bytes(self) -> int:
-        """Bytes of KV cache that this worker holds itself."""
-        storages = [
-            layer.kv_cache.untyped_storage()
-            for layer in attention_layers(self.vllm_config).values()
-        ]
-        by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(by_address.values())
+        """Bytes of attention's KV cache that this worker holds itself."""
+        return self._local_kv_cache.stub_bytes
+
+    def resident_state_bytes(self) -> int:
+        """Bytes of recurrent states, of layers that do not attend."""
+        return self._local_kv_cache.state_bytes
 
     def exchange_times(self) -> dict[str, float]:
         """Sums of the worker's time in pack, send and wait since it was attached."""
@@ -140,14 +137,15 @@ class AttentionOffloadWorker(_WorkerBase):
         Raises:
             RuntimeError: The scheduler asks for work on KV blocks that are not here.
         """
-        if (
-            scheduler_output.new_block_ids_to_zero
-            or scheduler_output.kv_cache_block_copies
-        ):
+        # vLLM asks for it where states share their memory with KV blocks. Here they do
+        # not, and a memory node reads no token that was not stored.
+        scheduler_output.new_block_ids_to_zero = None
+        if scheduler_output.kv_cache_block_copies:
             raise RuntimeError(
-                "Attention offloading does not support zeroing or copying KV blocks on "
-                "the compute node. Allowed: models whose layers all attend. Run this "
-                "model without --attention-offload."
+                "Attention offloading does not support copying KV blocks, which the "
+                "scheduler asks for to match parts of a block. Allowed: KV groups with "
+                "blocks of one size. Drop prefix_match_unit, or run without "
+                "--attention-offload."
             )
         return self._with_loss(super().execute_model(scheduler_output))
 
@@ -196,23 +194,3 @@ class AttentionOffloadWorker(_WorkerBase):
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""
         raise NotImplementedError
-
-
-def _stub(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
-    """The same configuration with one block; the scheduler keeps its own copy."""
-    stub = copy.deepcopy(kv_cache_config)
-    num_blocks = kv_cache_config.num_blocks
-    stub.num_blocks = 1
-    stub.kv_cache_tensors = [
-        replace(
-            tensor,
-            size=tensor.size // num_blocks,
-            offset=tensor.offset // num_blocks,
-            # Layer-outermost layouts give each layer a region of num_blocks pages.
-            layer_stride=tensor.layer_stride // num_blocks
-            if tensor.layer_stride > tensor.block_stride
-            else tensor.layer_stride,
-        )
-        for tensor in kv_cache_config.kv_cache_tensors
-    ]
-    return stub

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -36,6 +37,12 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         """Warm the model up; the pool's size comes from the memory nodes."""
         super().determine_available_memory()
         return 0
+
+    def free_device_bytes(self) -> int:
+        """Memory of the GPU that gpu_memory_utilization leaves for states."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        kept = total * (1 - self.cache_config.gpu_memory_utilization)
+        return max(0, int(free - kept))
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile and capture; attention returns zeros meanwhile."""

@@ -199,6 +199,8 @@ def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRun
 
 def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
     is_cpu = vllm_config.device_config.device_type == "cpu"
+    if vllm_config.model_config.is_hybrid:
+        return "layers with recurrent states compute whole steps"
     if vllm_config.lora_config is not None and not is_cpu:
         return "LoRA on a GPU assigns adapters to the rows of whole steps"
     if option == "auto" and not is_cpu:
