@@ -73,7 +73,8 @@ class AttentionOffloadConfig:
     resident_state_gib: Gib = None
     """Recurrent states of a hybrid model (Mamba, linear attention, short convolutions)
     on each compute rank, in GiB; they do not leave it. Unset: as many as max_num_seqs
-    requests hold, or what half of the free memory holds."""
+    requests hold, with prefix caching four times as many, or what half of the free
+    memory holds."""
     num_microbatches: MicroBatches = "auto"
     """Number of parts of a decode step; one computes while the other waits for its
     attention. auto: 2 where measured step times show that it is faster; 1 on GPUs and

@@ -93,7 +93,7 @@ UNSUPPORTED_MODELS = (
     Unsupported(
         "Prefix matches within blocks of hybrid models",
         _parts_of_blocks,
-        "prefixes of whole blocks",
+        "prefixes of whole blocks, which need no option",
         DROP,
     ),
     Unsupported(

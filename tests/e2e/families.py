@@ -122,6 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"model": "granitemoehybrid", "nodes": 1},
     "qwen3_next": {"model": "qwen3_next", "nodes": 1},
+    "qwen3_next loses its node": {"model": "qwen3_next", "nodes": 0, "kill": True},
     "bloom": {"model": "bloom", "nodes": 2, "offload": {"partition": "heads"}},
     "llama4": {"model": "llama4", "nodes": 2, "offload": {"partition": "blocks"}},
     "decilm": {"model": "decilm", "nodes": 2, "offload": {"partition": "blocks"}},

@@ -146,8 +146,9 @@ def test_compute_node_holds_states_and_a_stub(offloaded: Result, case: str) -> N
     settings = families.CASES[case]
     num_attending, state_bytes = STATES[settings["model"]]
     is_caching = settings["model"] == "lfm2"
-    # Each request's state, with prefix caching also that before; vLLM's empty one.
-    count = families.ENGINE["max_num_seqs"] * (1 + is_caching) + 1
+    # Each request's state; with prefix caching also that before, and room for those of
+    # prefixes; vLLM's empty one.
+    count = families.ENGINE["max_num_seqs"] * (4 * 2 if is_caching else 1) + 1
     if "resident_state_gib" in settings.get("offload", {}):
         count = 3
     assert offloaded[case]["state_bytes"] == [count * sum(state_bytes)]

@@ -35,7 +35,7 @@ ATTENDING, RECURRENT = ["a.0", "a.1"], [["m.0", "m.1"], ["m.2", "m.3"]]
 def planned(num_blocks: int) -> KVCacheConfig:
     """Two layers that attend and four that do not, in groups of two."""
     page = ATTENTION.page_size_bytes
-    states = ResidentStateSpec.of(STATE, NUM_STATES)
+    states = ResidentStateSpec.of(STATE, NUM_STATES, max_per_request=1)
     groups = [KVCacheGroupSpec(ATTENDING, ATTENTION)]
     groups += [KVCacheGroupSpec(names, states) for names in RECURRENT]
     return KVCacheConfig(
@@ -56,11 +56,11 @@ def planned(num_blocks: int) -> KVCacheConfig:
 def test_bytes() -> None:
     """One block of the layers that attend, N states of each other one; no more."""
     local = LocalKVCacheConfig.of(planned(NUM_BLOCKS))
-    assert local.stub_bytes == 2 * ATTENTION.page_size_bytes
     assert local.state_bytes == 4 * NUM_STATES * 192
     assert {tensor.size for tensor in local.kv_cache_tensors} == {
-        local.stub_bytes + local.state_bytes
+        2 * ATTENTION.page_size_bytes + local.state_bytes
     }
+    assert local.smallest_pool(NUM_BLOCKS) == NUM_STATES
 
 
 def test_nothing_overlaps() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
-from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
@@ -33,15 +32,9 @@ from vllm_attn_offload.engine.pool_size import check_pool_size
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.engine.resident_state_manager import register_resident_states
 from vllm_attn_offload.engine.start_failure import tells_why
-from vllm_attn_offload.engine.state_pool import (
-    choose_pool_size,
-    has_states,
-    shared_groups,
-    with_resident_states,
-)
+from vllm_attn_offload.engine.state_pool import StatePool, shared_groups
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
-from vllm_attn_offload.memory_node.launcher import unpromised_host_bytes
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.worker.failure_note import FailureNote
 from vllm_attn_offload.worker.lost_step import LossReader, LostStep
@@ -82,7 +75,9 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
         self._planned: list[KVCacheConfig] = []
-        self._state_pool_size: int | None = None
+        self._states = StatePool(
+            self.vllm_config, lambda: self.collective_rpc("free_device_bytes")
+        )
         register_resident_states(self.vllm_config)
         self._pool = NodePool(
             config,
@@ -105,18 +100,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         Raises:
             ValueError: The compute node has no memory for the states.
         """
-        specs = super().get_kv_cache_specs()
-        if not has_states(specs[0]):
-            return specs
-        if self._state_pool_size is None:
-            config = AttentionOffloadConfig.of_engine(self.vllm_config)
-            self._state_pool_size = choose_pool_size(
-                self.vllm_config,
-                specs,
-                self._free_state_bytes(),
-                config.resident_state_gib,
-            )
-        return with_resident_states(specs, self._state_pool_size)
+        return self._states.place(super().get_kv_cache_specs())
 
     @tells_why
     def determine_available_memory(self) -> list[int]:
@@ -216,14 +200,6 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self.failure_note.close()
             self.failure_note = None
         self._leave_memory_nodes()
-
-    def _free_state_bytes(self) -> int:
-        """Memory that each rank may take for recurrent states."""
-        if current_platform.is_cpu():
-            num_engines = data_parallel_size(self.vllm_config)
-            num_ranks = self.parallel_config.local_world_size * num_engines
-            return unpromised_host_bytes() // num_ranks
-        return min(self.collective_rpc("free_device_bytes"))
 
     def _max_num_reqs(self) -> int:
         """Most requests of a STEP; those of chunked local attention are cut."""

@@ -119,13 +119,13 @@ def _advice(
     )
     shorter = f"lower --max-model-len to {fits} or less, " if fits else ""
     return (
-        f"Allowed: at least {byte_size(bytes_needed)} on each "
-        f"node. Set kv_cache_gib to {_round_up(bytes_needed)} or more, which the node "
-        f"must have free (--kv-cache-gib there), {shorter}or add a memory node."
+        f"Allowed: at least {byte_size(bytes_needed)} on each node. Set kv_cache_gib "
+        f"to {round_up_gib(bytes_needed)} or more, which the node must have free "
+        f"(--kv-cache-gib there), {shorter}or add a memory node."
     )
 
 
-def _round_up(num_bytes: int) -> str:
+def round_up_gib(num_bytes: int) -> str:
     """Write GiB with four digits or more, so that they are enough."""
     digits = max(2, 3 - math.floor(math.log10(num_bytes / GIB)))
     return f"{math.ceil(num_bytes / GIB * 10**digits) / 10**digits:.{digits}f}"

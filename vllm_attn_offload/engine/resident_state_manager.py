@@ -25,7 +25,9 @@ class ResidentStateManager(MambaManager):
 
     The scheduler compares what all groups need with the shared pool, whose blocks are
     on the memory nodes. This group needs none of them; where its own pool is short it
-    asks for more than there are, and the request waits or another one is preempted.
+    asks for more than there are, and the request waits or another one is preempted. A
+    request that holds none waits until all that it may hold are left, so that those
+    that run find the next one when they come to the end of a block.
 
     Args:
         kv_cache_spec: Says how many states there are.
@@ -38,6 +40,9 @@ class ResidentStateManager(MambaManager):
     ) -> None:
         super().__init__(kv_cache_spec, block_pool, **options)
         self._shared_pool = block_pool
+        self._max_requests = (
+            kv_cache_spec.pool_size - 1
+        ) // kv_cache_spec.max_per_request
         self.block_pool = SharedEventQueueBlockPool(
             num_gpu_blocks=kv_cache_spec.pool_size,
             enable_caching=self.enable_caching,
@@ -47,12 +52,20 @@ class ResidentStateManager(MambaManager):
         )
         self._null_block = self.block_pool.null_block
 
-    def get_num_blocks_to_allocate(self, *args: Any, **options: Any) -> int:
+    def get_num_blocks_to_allocate(
+        self, request_id: str, *args: Any, **options: Any
+    ) -> int:
         """Blocks of the shared pool that a request needs: none, or too many."""
-        needed = super().get_num_blocks_to_allocate(*args, **options)
-        if needed > self.block_pool.get_num_free_blocks():
+        needed = super().get_num_blocks_to_allocate(request_id, *args, **options)
+        is_short = needed > self.block_pool.get_num_free_blocks()
+        if is_short or self._is_one_too_many(request_id):
             return self._shared_pool.num_gpu_blocks + 1
         return 0
+
+    def _is_one_too_many(self, request_id: str) -> bool:
+        if self.req_to_blocks.get(request_id):
+            return False
+        return sum(map(bool, self.req_to_blocks.values())) >= self._max_requests
 
 
 def register_resident_states(vllm_config: VllmConfig) -> None:

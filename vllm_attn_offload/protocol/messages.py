@@ -29,7 +29,7 @@ PROTOCOL_HISTORY = (
     (3, "Rows may lie in device memory that both sides map"),
     (4, "Counters of a session are a struct of their own"),
     (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
-    (6, "Page faults and CPUs of a node, CPUs of workers, more of where time goes"),
+    (6, "Page faults, CPUs of nodes and workers, workers' states, where time goes"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 

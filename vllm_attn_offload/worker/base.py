@@ -118,8 +118,14 @@ class AttentionOffloadWorker(_WorkerBase):
         return None
 
     def kv_stub_bytes(self) -> int:
-        """Bytes of attention's KV cache that this worker holds itself."""
-        return self._local_kv_cache.stub_bytes
+        """Bytes of attention's KV cache that this worker allocated itself."""
+        storages = [
+            layer.kv_cache.untyped_storage()
+            for layer in attention_layers(self.vllm_config).values()
+        ]
+        by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        # Recurrent states are in the same piece.
+        return sum(by_address.values()) - self.resident_state_bytes()
 
     def resident_state_bytes(self) -> int:
         """Bytes of recurrent states, of layers that do not attend."""
@@ -143,9 +149,8 @@ class AttentionOffloadWorker(_WorkerBase):
         if scheduler_output.kv_cache_block_copies:
             raise RuntimeError(
                 "Attention offloading does not support copying KV blocks, which the "
-                "scheduler asks for to match parts of a block. Allowed: KV groups with "
-                "blocks of one size. Drop prefix_match_unit, or run without "
-                "--attention-offload."
+                "scheduler asks for to match parts of a state's block. Allowed: whole "
+                "blocks. Drop prefix_match_unit, or run without --attention-offload."
             )
         return self._with_loss(super().execute_model(scheduler_output))
 

@@ -40,6 +40,7 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
 
     def free_device_bytes(self) -> int:
         """Memory of the GPU that gpu_memory_utilization leaves for states."""
+        torch.cuda.empty_cache()  # what weights passed through
         free, total = torch.cuda.mem_get_info(self.device)
         kept = total * (1 - self.cache_config.gpu_memory_utilization)
         return max(0, int(free - kept))
@@ -49,9 +50,15 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         # Dummy steps of the second model runner look real but are not, and graphs are
         # captured of whole steps.
         self._connect_layers(None)
+        config = self.model_runner.kv_cache_config
+        num_blocks = config.num_blocks
+        # Dummy requests take one id after another for all KV groups, and layers with
+        # states, whose pools are smaller, write there.
+        config.num_blocks = self._local_kv_cache.smallest_pool(num_blocks)
         try:
             return super().compile_or_warm_up_model()
         finally:
+            config.num_blocks = num_blocks
             self._connect_layers(self._nodes)
 
     def _shared_device(self) -> SharedDevice:

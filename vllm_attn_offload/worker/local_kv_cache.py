@@ -39,16 +39,16 @@ class LocalKVCacheConfig(KVCacheConfig):
         return local
 
     @property
-    def stub_bytes(self) -> int:
-        """Bytes of the block that stands for the memory nodes' pool."""
-        return self.kv_cache_tensors[0].size - self.state_bytes
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of all states."""
         return sum(
             spec.state_bytes * spec.pool_size for spec in self._state_specs().values()
         )
+
+    def smallest_pool(self, num_blocks: int) -> int:
+        """Return ``num_blocks``, or the states of layers that have fewer."""
+        states = [spec.pool_size for spec in self._state_specs().values()]
+        return min([num_blocks, *states])
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Blocks, or states, of the tensor's layers."""

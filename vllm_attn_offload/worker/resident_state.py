@@ -25,20 +25,24 @@ class ResidentStateSpec(MambaSpec):
 
     Args:
         pool_size: States of each layer of a group; vLLM hands out all but one.
+        max_per_request: The most of them that a request holds at a time.
     """
 
     pool_size: int
+    max_per_request: int
 
     @classmethod
-    def of(cls, spec: MambaSpec, pool_size: int) -> ResidentStateSpec:
+    def of(
+        cls, spec: MambaSpec, pool_size: int, max_per_request: int
+    ) -> ResidentStateSpec:
         """Keep everything of ``spec`` but where its states are."""
         kept = {field.name: getattr(spec, field.name) for field in fields(MambaSpec)}
-        return cls(**kept, pool_size=pool_size)
+        return cls(**kept, pool_size=pool_size, max_per_request=max_per_request)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one state of one layer on the compute node, without vLLM's pad."""
-        return aligned(self.state_content_size_bytes)
+        return state_bytes(self)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the shared pool that a request takes: none."""
@@ -48,13 +52,22 @@ class ResidentStateSpec(MambaSpec):
         """Length of a request's row in the block table, as vLLM's own spec has it."""
         if self.mamba_cache_mode == "align":
             return super().max_num_blocks_per_req(vllm_config, max_len)
-        return states_per_request(self, vllm_config)
+        return self.max_per_request
 
 
 def states_per_request(spec: MambaSpec, vllm_config: VllmConfig) -> int:
     """Return the most states of a layer that a request holds at a time."""
     bytes_held = MambaSpec.max_memory_usage_bytes(spec, vllm_config)
-    return bytes_held // spec.page_size_bytes
+    num_held = bytes_held // spec.page_size_bytes
+    if spec.mamba_cache_mode == "align":
+        # The scheduler frees what only steps before those in flight have read.
+        num_held += vllm_config.max_concurrent_batches - 1
+    return num_held
+
+
+def state_bytes(spec: MambaSpec) -> int:
+    """Return the bytes of one state of one layer on the compute node."""
+    return aligned(spec.state_content_size_bytes)
 
 
 def aligned(num_bytes: int) -> int:
