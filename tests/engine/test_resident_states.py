@@ -336,7 +336,11 @@ def test_models_without_states_are_left_alone(config_of: ConfigOf) -> None:
 
 
 def test_states_within_a_prompt_are_refused_on_cpus(config_of: ConfigOf) -> None:
-    """Mamba-2 layers ask for them with prefix caching."""
-    spec = replace(state_spec("align"), num_prefill_checkpoint_blocks=1)
+    """Mamba-2 layers have them, and need them with prefix caching."""
+    refused, served = (
+        [{"a": ATTENTION, "m": replace(spec, num_prefill_checkpoint_blocks=1)}]
+        for spec in map(state_spec, ("align", "none"))
+    )
     with pytest.raises(ValueError, match="Pass --no-enable-prefix-caching"):
-        StatePool(config_of("align"), list).place([{"a": ATTENTION, "m": spec}])
+        StatePool(config_of("align"), list).place(refused)
+    assert StatePool(config_of("none"), list).place(served)

@@ -152,7 +152,7 @@ def _check_kernels(specs: list[LayerSpecs]) -> None:
     end, and a longer prompt would end the engine.
     """
     if current_platform.is_cpu() and any(
-        spec.num_prefill_checkpoint_blocks
+        spec.mamba_cache_mode == "align" and spec.num_prefill_checkpoint_blocks
         for layers in specs
         for spec in _state_specs(layers).values()
     ):
