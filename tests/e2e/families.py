@@ -89,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
         "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     },
     "lfm2": {"model": "lfm2", "nodes": 1},
+    "lfm2_moe": {"model": "lfm2_moe", "nodes": 1},
     "nemotron_h": {
         "model": "nemotron_h",
         "nodes": 2,

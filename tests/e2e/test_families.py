@@ -114,7 +114,7 @@ def test_equals_stock(stock: Result, offloaded: Result, case: str) -> None:
 def test_parts_where_rounding_decides(
     stock: Result, offloaded: Result, case: str
 ) -> None:
-    """And most sequences part nowhere."""
+    """Which is late, or never, in most sequences: afterwards nothing is compared."""
     theirs, ours = stock[families.CASES[case]["model"]], offloaded[case]
     answers = [
         [
@@ -125,7 +125,11 @@ def test_parts_where_rounding_decides(
     ]
     gaps = bf16_gaps(*answers)
     assert all(gap <= MAX_BF16_GAP for gap in gaps), gaps
-    assert len(gaps) < len(answers[0]) / 2, gaps
+    num_equal = sum(
+        len(os.path.commonprefix(pair))
+        for pair in zip(theirs["tokens"], ours["tokens"], strict=True)
+    )
+    assert num_equal >= sum(map(len, theirs["tokens"])) / 2, gaps
 
 
 @pytest.mark.parametrize("case", CACHING)

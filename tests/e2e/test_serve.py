@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import workload
 from equality import assert_close_bf16, assert_identical
 from harness.serve_process import ServeProcess
+
+from vllm_attn_offload.cpu_list import parse_cpu_list
 
 Generated = Callable[[str, str], dict[str, Any]]
 Server = Callable[[str], ServeProcess]
@@ -57,10 +60,13 @@ def test_serve_exports_metrics(server: Server) -> None:
     assert values["attn_offload:bytes_sent_total"] > 0
     assert values["attn_offload:bytes_received_total"] > 0
     assert re.search(rf'num_gpu_blocks="{num_blocks}"', text)
-    # One rank, whole steps: worker and node take turns on the same CPUs.
     (placement,) = re.findall(r"^attn_offload:placement_info\{(.*)\} 1\.0$", text, re.M)
-    assert 'cpus="shared"' in placement
-    assert placement.count("cpus=") == 3
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', placement))
+    # Of one rank; where no user binds it, it takes turns with its node.
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    assert labels["cpus"] == ("divided" if bound else "shared")
+    allowed = parse_cpu_list(bound or labels["node_cpus"])
+    assert set(parse_cpu_list(labels["worker_cpus"])) <= set(allowed)
 
 
 def test_serve_pool_is_larger_than_stock_accepts(server: Server) -> None:

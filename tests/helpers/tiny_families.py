@@ -140,6 +140,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"use_qk_norm": False, "attn_temperature_tuning": False},
     ),
     "lfm2": ("lfm2", HYBRID | LFM2 | TIED),
+    "lfm2_moe": (
+        "lfm2_moe",
+        HYBRID | LFM2 | MOE | TIED | {"num_dense_layers": 1},
+    ),
     "nemotron_h": ("nemotron_h", HYBRID | NEMOTRON_H),
     "falcon_h1": ("falcon_h1", HYBRID),
     "granitemoehybrid": (

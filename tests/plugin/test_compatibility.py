@@ -220,7 +220,6 @@ def test_refused_model_configs(
             "multi-head latent attention (MLA)",
         ),
         ("mamba", "MambaForCausalLM", {"state_size": 16}, "attention-free models"),
-        ("jamba", "JambaForCausalLM", {}, "hybrid models"),
     ],
 )
 def test_refused_architectures(
@@ -230,11 +229,41 @@ def test_refused_architectures(
     config: dict[str, Any],
     given: str,
 ) -> None:
-    # vLLM looks at classes it has not loaded in a process that takes many seconds.
-    loaded = importlib.import_module(f"vllm.model_executor.models.{module}")
-    ModelRegistry.register_model(architecture, getattr(loaded, architecture))
+    load_class(module, architecture)
     model = model_dir(architectures=[architecture], model_type=module, **TINY, **config)
     assert f"does not support {given}" in refusal(model)
+
+
+def load_class(module: str, architecture: str) -> None:
+    """As vLLM looks at classes in a process that takes many seconds otherwise."""
+    loaded = importlib.import_module(f"vllm.model_executor.models.{module}")
+    ModelRegistry.register_model(architecture, getattr(loaded, architecture))
+
+
+@pytest.mark.parametrize(
+    ("offload", "arguments", "given"),
+    [
+        ({"num_microbatches": 2}, {}, "num_microbatches=2 for a hybrid model"),
+        ({}, {"prefix_match_unit": 16}, "prefix_match_unit=16 for a hybrid model"),
+        ({"num_microbatches": "auto"}, {}, ""),
+    ],
+)
+def test_options_of_hybrid_models(
+    model_dir: ModelDir, offload: dict[str, Any], arguments: dict[str, Any], given: str
+) -> None:
+    name = "JambaForCausalLM"
+    load_class("jamba", name)
+    engine_args = EngineArgs(
+        model=model_dir(architectures=[name], model_type="jamba", **TINY),
+        skip_tokenizer_init=True,
+        additional_config={"attention_offload": offload},
+        **arguments,
+    )
+    if not given:
+        assert engine_args.create_engine_config().model_config.is_hybrid
+        return
+    with pytest.raises(ValueError, match=f"does not support {given}. Allowed: "):
+        engine_args.create_engine_config()
 
 
 @pytest.mark.parametrize(

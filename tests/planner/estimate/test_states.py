@@ -14,10 +14,7 @@ from vllm_attn_offload.planner.estimate.deployment import (
     evaluate_homogeneous,
     evaluate_offload,
 )
-from vllm_attn_offload.planner.estimate.engine_times import (
-    STATES_PER_REQUEST,
-    EngineTimes,
-)
+from vllm_attn_offload.planner.estimate.engine_times import EngineTimes
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.question import Question
 from vllm_attn_offload.planner.estimate.workload import Workload
@@ -54,7 +51,7 @@ def test_tokens_that_fit_at_the_same_compute_memory(
     stock = evaluate_homogeneous(shape, offload.compute, _load(context), None)
     ours = evaluate_offload(shape, offload, _load(context), None)
     left = 0.9 * 80e9 - shape.weight_bytes
-    states = STATES_PER_REQUEST * 153_944_064
+    states = 2 * 153_944_064
     assert stock.batch == left // (context * 65_536 + states)
     assert stock.batch_limit == "memory"
     held = {"states": left // states, "memory": 4 * 0.9 * 96e9 // (context * 65_536)}

@@ -115,6 +115,14 @@ def test_states_by_hand(
     assert states.layer_bytes == layer_bytes
 
 
+def test_mamba2_holds_one_more(qwen36_27b: ModelShape) -> None:
+    """The state within a prompt that its prefix caching asks for."""
+    states = recurrent_states(BAMBA, "model", 2)
+    assert states is not None
+    assert states.num_held == 3
+    assert qwen36_27b.held_state_bytes == 2 * qwen36_27b.state_bytes
+
+
 def test_layers_that_also_attend_count_once() -> None:
     config = BAMBA | {"model_type": "falcon_h1", "layer_types": ["hybrid"] * 32}
     states = recurrent_states(config, "model", 2)
