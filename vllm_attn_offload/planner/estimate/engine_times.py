@@ -11,10 +11,6 @@ from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.hardware.device_count import DeviceCount
 from vllm_attn_offload.planner.model.shape import ModelShape
 
-# Recurrent states that a request takes with prefix caching, vLLM's default: the newest,
-# and the one at the last block's end, which it is copied from.
-STATES_PER_REQUEST = 2
-
 
 @dataclass(frozen=True, slots=True)
 class EngineTimes:
@@ -59,7 +55,7 @@ class EngineTimes:
 
         Memory nodes hold the KV alone; without them the compute devices hold both.
         """
-        states = STATES_PER_REQUEST * self.shape.state_bytes
+        states = self.shape.held_state_bytes
         kv = self.shape.kv_bytes(context)
         if self.offload is None:
             return Capacity("memory", self._compute_budget, kv + states)

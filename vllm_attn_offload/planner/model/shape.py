@@ -78,12 +78,15 @@ def mla_layers(
 class StateShape:
     """Layers with a recurrent state per request, as large for any number of tokens.
 
-    `num_attending` of them attend as well; `layer_bytes` is of one request and layer.
+    `num_attending` of them attend as well; `layer_bytes` is of one state and layer. A
+    request holds `num_held` with prefix caching, vLLM's default: the newest, the one at
+    the last block's end, which it is copied from, and of Mamba-2 one within a prompt.
     """
 
     num_layers: int
     num_attending: int
     layer_bytes: float
+    num_held: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,11 @@ class ModelShape:
         """Bytes of one recurrent state of one request, all layers."""
         states = self.states
         return states.num_layers * states.layer_bytes if states else 0.0
+
+    @property
+    def held_state_bytes(self) -> float:
+        """Bytes of all recurrent states that a request holds at a time."""
+        return self.states.num_held * self.state_bytes if self.states else 0.0
 
     @property
     def num_params(self) -> float:

@@ -74,6 +74,7 @@ def recurrent_states(
         num_attending=sum(kind in ATTENDING for kind in kinds),
         layer_bytes=inputs * element_bytes
         + sums * _sum_bytes(config, name, family, element_bytes),
+        num_held=3 if family in MAMBA2 else 2,
     )
 
 
