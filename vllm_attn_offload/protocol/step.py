@@ -211,13 +211,11 @@ def _views(
     words = np.frombuffer(buffer, np.int32, count, STEP_PREFIX.size)
     slots_at = _aligned(STEP_PREFIX.size + words.nbytes)
     slots = np.frombuffer(buffer, np.int64, num_tokens, slots_at)
-    starts, lens = words[:per_req], words[per_req : per_req + num_reqs]
-    positions = words[per_req + num_reqs : per_req + 2 * num_reqs]
-    first_block = words[per_req + 2 * num_reqs : per_req + 3 * num_reqs]
-    tables = words[per_req + 3 * num_reqs :].reshape(1 + has_indices, num_reqs, width)
-    return StepMetadata(
-        starts, lens, slots, tables[0], positions, first_block, *tables[1:]
-    )
+    tables_at = per_req + 3 * num_reqs
+    starts = words[:per_req]
+    lens, positions, first_block = words[per_req:tables_at].reshape(3, num_reqs)
+    blocks, *indices = words[tables_at:].reshape(1 + has_indices, num_reqs, width)
+    return StepMetadata(starts, lens, slots, blocks, positions, first_block, *indices)
 
 
 def _check_range(what: str, value: int, low: int, high: int) -> None:
