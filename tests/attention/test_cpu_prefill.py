@@ -97,7 +97,9 @@ def _check(
     # bf16 rounds the output, and on some CPUs the weights: half a unit is 2**-9.
     atol, rtol = (2e-5, 0.0) if dtype == torch.float32 else (2e-2, 2**-8)
     torch.testing.assert_close(output.double(), expected, atol=atol, rtol=rtol)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5, rtol=0)
+    # With AVX-512 torch takes a coarser exponential for bf16 than for fp32.
+    atol_lse = 2e-5 if dtype == torch.float32 else 2**-13
+    torch.testing.assert_close(lse.double(), expected_lse, atol=atol_lse, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
