@@ -19,11 +19,18 @@ from vllm_attn_offload.native.kernel_inputs import (
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAN_BYTE = 0xFF  # repeated, it is NaN in all three dtypes
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+NAN_BYTE = 0xFF  # repeated, it is NaN in all dtypes
 
 
 def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "fp8_e4m3" if dtype == FP8 else str(dtype).removeprefix("torch.")
+
+
+def quantized(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """What an fp8 cache holds of ``x``, as vLLM rounds it."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Case:
     requests: list[tuple[int, int]]
     heads: tuple[int, int] = (4, 1)
     head_sizes: tuple[int, int] = (64, 64)
-    dtype: torch.dtype = FP32
+    dtype: torch.dtype = FP32  # of queries, keys and values
     block_size: int = 16
     isa: str | None = None
     threads: int = 1
@@ -49,6 +56,8 @@ class Case:
     # Which node of how many holds a block, by the block's index: None is all here.
     share: tuple[int, int] | None = None
     seed: int = field(default=0)
+    cache_dtype: torch.dtype | None = None  # None: the same
+    scales: tuple[float, float] = (1.0, 1.0)  # of keys and values, if the cache is fp8
 
 
 class Step:
@@ -95,7 +104,7 @@ class Step:
             num_kv_heads=case.heads[1],
             head_size=case.head_sizes[0],
             v_head_size=case.head_sizes[1],
-            dtype=name_of(case.dtype),
+            dtype=name_of(case.cache_dtype or case.dtype),
             block_stride=block_stride,
             isa=case.isa,
         )
@@ -145,7 +154,13 @@ class Step:
             slot = block * self.case.block_size + position % self.case.block_size
             slots.append(torch.where(self.readable(request, position), slot, -1))
         mapping = torch.cat(slots)
-        call = StoreInput(cache=self.memory.data_ptr())
+        k_scale, v_scale = self.case.scales
+        call = StoreInput(
+            cache=self.memory.data_ptr(),
+            source_dtype=DTYPES[name_of(self.case.dtype)],
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
         call.key = fused.data_ptr()
         call.value = fused.data_ptr() + heads * size * fused.itemsize
         call.key_stride = call.value_stride = heads * (size + v_size) * fused.itemsize
@@ -189,6 +204,7 @@ class Step:
         call.sinks = 0 if self.sinks is None else self.sinks.data_ptr()
         call.alibi_slopes = 0 if self.alibi is None else self.alibi.data_ptr()
         call.soft_cap = self.case.soft_cap
+        call.k_scale, call.v_scale = self.case.scales
         call.query_dtype = DTYPES[name_of(self.query.dtype)]
         call.out_dtype = DTYPES[name_of(out.dtype)]
         return call
@@ -221,14 +237,20 @@ class Step:
                 lses.append(lse)
         return torch.stack(outs), torch.stack(lses)
 
+    def _cached(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.case.cache_dtype != FP8:
+            return x.double()
+        # The kernel gets the scale in fp32.
+        return quantized(x, scale).double() * torch.tensor(scale).double()
+
     def _reference_row(
         self, request: int, position: int, query: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
         group = case.heads[0] // case.heads[1]
         key, value = (
-            x[request].double().repeat_interleave(group, dim=1)
-            for x in (self.keys, self.values)
+            self._cached(x[request], scale).repeat_interleave(group, dim=1)
+            for x, scale in zip((self.keys, self.values), case.scales, strict=True)
         )
         where = torch.arange(key.shape[0])
         scores = torch.einsum("hd,nhd->hn", query, key) * self.scale

@@ -35,7 +35,7 @@ _ADVICE = {
     -5: "Slots must be below num_blocks * block_size, or -1 to skip a token. Check the "
     "slot mapping.",
     -6: "Use a multiple of the number of KV heads.",
-    -7: "Use bfloat16, float16 or float32.",
+    -7: "Use bfloat16, float16 or float32; fp8 is for caches only.",
     -8: "Use one of CpuKernelLibrary.isa_names.",
 }
 
@@ -173,7 +173,8 @@ class CpuKernelLibrary:
         """Store keys and values of new tokens, in the shapes of `StoreInput`.
 
         Raises:
-            ValueError: A slot is outside the cache; nothing was written.
+            ValueError: A slot is outside the cache, or an fp8 cache gets a dtype that
+                is not supported; nothing was written.
         """
         status = self._c.ao_store(pool, cache.handle, call)
         if status != _OK:

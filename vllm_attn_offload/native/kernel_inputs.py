@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
-#: Codes of ``abi.h``.
-DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+#: Codes of ``abi.h``. Only caches hold fp8; all else is in one of the other dtypes.
+DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "fp8_e4m3": 3}
 
 
 class GeometryInput(Structure):
@@ -31,6 +31,9 @@ class StoreInput(Structure):
     ``key_stride`` and ``value_stride`` bytes apart. ``slot_mapping`` is int64
     ``[num_tokens]``; negative slots are skipped.
 
+    A cache in fp8 takes them in ``source_dtype`` and keeps ``key / k_scale`` and
+    ``value / v_scale``, in fp32 held within +-448 and rounded to nearest even.
+
     A call takes as long as its tokens: 8,192 of 8 heads of 128 take tens of
     milliseconds. Move the three pointers on to store them in ranges.
     """
@@ -43,7 +46,15 @@ class StoreInput(Structure):
         ("key_stride", c_int64),
         ("value_stride", c_int64),
         ("num_tokens", c_int64),
+        ("source_dtype", c_int32),
+        ("k_scale", c_float),
+        ("v_scale", c_float),
     ]
+
+    def __init__(
+        self, *, k_scale: float = 1.0, v_scale: float = 1.0, **fields: int | None
+    ) -> None:
+        super().__init__(k_scale=k_scale, v_scale=v_scale, **fields)
 
 
 class PlanInput(Structure):
@@ -82,7 +93,8 @@ class AttendInput(Structure):
     ``out_stride`` bytes apart. ``lse`` is fp32 ``[num_tokens, num_query_heads]``,
     natural log, or 0. ``sinks`` is fp32 ``[num_query_heads]``, or 0 where another
     partial counts them. ``alibi_slopes`` likewise, times (key - query position).
-    ``soft_cap`` is 0 for none.
+    ``soft_cap`` is 0 for none. Keys and values are ``k_scale`` and ``v_scale`` times
+    what the cache holds.
     """
 
     _fields_ = [
@@ -98,4 +110,15 @@ class AttendInput(Structure):
         ("soft_cap", c_float),
         ("query_dtype", c_int32),
         ("out_dtype", c_int32),
+        ("k_scale", c_float),
+        ("v_scale", c_float),
     ]
+
+    def __init__(
+        self,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        **fields: int | float | None,
+    ) -> None:
+        super().__init__(k_scale=k_scale, v_scale=v_scale, **fields)

@@ -6,10 +6,12 @@
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 5
+#define AO_ABI_VERSION 6
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2 };
+// AO_FP8_E4M3 (no infinity, 448 the largest) is a cache's only: queries, outputs and
+// what is stored have one of the others.
+enum AoDtype { AO_BF16 = 0, AO_FP16 = 1, AO_FP32 = 2, AO_FP8_E4M3 = 3 };
 
 enum AoStatus {
   AO_OK = 0,
@@ -42,6 +44,10 @@ struct AoStoreInput {
   int64_t key_stride;  // bytes between tokens
   int64_t value_stride;
   int64_t num_tokens;
+  // Of an fp8 cache only, which holds round(key / k_scale) within +-448, value alike.
+  int32_t source_dtype;  // AoDtype of key and value; others hold the cache's
+  float k_scale;
+  float v_scale;
 };
 
 struct AoPlanInput {
@@ -71,6 +77,8 @@ struct AoAttendInput {
   float soft_cap;       // 0: none
   int32_t query_dtype;  // AoDtype
   int32_t out_dtype;    // AoDtype
+  float k_scale;        // a key is k_scale times what the cache holds
+  float v_scale;
 };
 
 enum AoWaitStatus {

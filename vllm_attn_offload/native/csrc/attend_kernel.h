@@ -21,6 +21,7 @@ class AttendKernel {
   static constexpr int kVectors = kTile / I::kLanes;
   static constexpr int kTileSteps = kTile / F::kElements;
   static constexpr int kPanelBytes = kTileSteps * kStepBytes;  // of a V panel
+  static constexpr int kCachePanelBytes = F::kExpands ? kPanelBytes / 2 : kPanelBytes;
   // Elements of Left that hold one token's probability, or one query dimension.
   static constexpr int kPacked = F::kPairs ? 2 : 1;
 
@@ -70,14 +71,41 @@ class AttendKernel {
       : job_(job), rows_(rows), scratch_(scratch) {}
 
   void attend(const MacroTile& macro, const MacroTile& next) {
+    if constexpr (F::kExpands) {
+      MacroTile expanded = macro;
+      expand(&Tile::k, job_.geometry->k_tile_bytes, &expanded);
+      attend_keys(expanded, next);
+      expand(&Tile::v, job_.geometry->v_tile_bytes, &expanded);
+      attend_values(expanded, next);
+    } else {
+      attend_keys(macro, next);
+      attend_values(macro, next);
+    }
+  }
+
+  void attend_keys(const MacroTile& macro, const MacroTile& next) {
     for_row_groups([&](auto rows, int first) {
       score<decltype(rows)::kRows>(first, macro, next);
     });
     softmax_rows<I>(job_, rows_, macro, scratch_);
     if constexpr (F::kPairs) pack_scores(macro.count * kTile);
+  }
+
+  void attend_values(const MacroTile& macro, const MacroTile& next) {
     for_row_groups([&](auto rows, int first) {
       add_values<decltype(rows)::kRows>(first, macro, next);
     });
+  }
+
+  // Points the tiles' keys or values to their halves in the scratch.
+  void expand(const char* Tile::*panels, int64_t tile_bytes, MacroTile* macro) {
+    char* target = reinterpret_cast<char*>(scratch_->halves);
+    for (int t = 0; t < macro->count; ++t, target += 2 * tile_bytes) {
+      const char* source = macro->tiles[t].*panels;
+      for (int64_t i = 0; i < tile_bytes; i += 32)
+        I::expand_fp8(source + i, target + 2 * i);
+      macro->tiles[t].*panels = target;
+    }
   }
 
   template <int M>
@@ -214,7 +242,7 @@ class AttendKernel {
     const int panels = job_.geometry->v_columns / kTile;
     const int tile = index / panels;
     if (tile >= next.count) return none;
-    return next.tiles[tile].v + int64_t{index % panels} * kPanelBytes;
+    return next.tiles[tile].v + int64_t{index % panels} * kCachePanelBytes;
   }
 
   const Job& job_;
@@ -253,6 +281,12 @@ static void run_kernel(const Job& job, int64_t work, Span* span, Scratch* scratc
       }
       return AttendKernel<I, Bf16Widened>::run(job, work, span, scratch);
     case AO_FP16: return AttendKernel<I, Fp16>::run(job, work, span, scratch);
+    case AO_FP8_E4M3:
+      if constexpr (kUsePairs) {
+        if (job.input->query_dtype == AO_BF16)
+          return AttendKernel<I, Fp8Pairs>::run(job, work, span, scratch);
+      }
+      return AttendKernel<I, typename I::Fp8>::run(job, work, span, scratch);
     default: return AttendKernel<I, Fp32>::run(job, work, span, scratch);
   }
 }

@@ -15,8 +15,8 @@
 namespace attn_offload {
 namespace {
 
-// What runs on this CPU, best first. The emulated pair kernels come last: they exist
-// for tests and are chosen by name only.
+// What runs on this CPU, best first. Those of lesser CPUs and the emulated pair kernels
+// come last: they exist for tests and are chosen by name only.
 std::vector<const KernelTable*> runnable_kernels() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
@@ -25,11 +25,14 @@ std::vector<const KernelTable*> runnable_kernels() {
   const bool has_avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
-    tables.push_back(avx512_bf16_kernels());
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool has_vbmi = has_bf16 && __builtin_cpu_supports("avx512vbmi");
+  if (has_bf16)
+    tables.push_back(has_vbmi ? avx512_vbmi_kernels() : avx512_bf16_kernels());
   if (has_avx512) tables.push_back(avx512_kernels());
   if (has_avx2) tables.push_back(avx2_kernels());
   tables.push_back(portable_kernels());
+  if (has_vbmi) tables.push_back(avx512_bf16_shifts_kernels());
   if (has_avx2) tables.push_back(avx2_pairs_kernels());
 #else
   tables.push_back(portable_kernels());
@@ -55,7 +58,7 @@ bool is_valid(const AoGeometryInput& input) {
          input.block_size >= 1 && input.block_size <= (1 << 24) &&
          input.num_kv_heads >= 1 && input.num_kv_heads <= (1 << 16) &&
          is_head_size(input.head_size) && is_head_size(input.v_head_size) &&
-         input.dtype >= AO_BF16 && input.dtype <= AO_FP32;
+         input.dtype >= AO_BF16 && input.dtype <= AO_FP8_E4M3;
 }
 
 Geometry make_geometry(const AoGeometryInput& input) {

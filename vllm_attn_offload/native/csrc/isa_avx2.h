@@ -6,12 +6,15 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "panels.h"
+
 namespace attn_offload {
 namespace {
 
 struct Avx2 {
   using Vec = __m256;
   using Pair = __m256i;
+  using Fp8 = Fp8Expanded;  // how an fp8 cache is read
   static constexpr int kLanes = 8;
   // Eight to twelve independent sums hide the latency of a fused multiply-add; with
   // more, or with five rows and up, the compiler runs out of the sixteen registers.
@@ -84,7 +87,34 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
+  // 16 pairs of fp8 elements, as the halves of the first and then of the second ones.
+  static inline void expand_fp8(const char* pairs, char* halves) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+    __m256i* target = reinterpret_cast<__m256i*>(halves);
+    _mm256_store_si256(target, fp8_to_half(_mm256_slli_epi16(x, 8)));
+    _mm256_store_si256(target + 1, fp8_to_half(x));
+  }
+  // Of 16 pairs of fp8 elements, the first or second ones; times 2^-8.
+  static inline Vec load_fp8(const char* pairs, int element, int vector) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+    const __m256i half = fp8_to_half(element == 0 ? _mm256_slli_epi16(x, 8) : x);
+    return _mm256_cvtph_ps(vector == 0 ? _mm256_castsi256_si128(half)
+                                       : _mm256_extracti128_si256(half, 1));
+  }
+  static inline Pair load_fp8_pair(const char* step, int pair, int vector) {
+    const char* pairs = step + pair * 32;
+    const __m256i first = _mm256_castps_si256(load_fp8(pairs, 0, vector));
+    const __m256i second = _mm256_castps_si256(load_fp8(pairs, 1, vector));
+    return _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
+  }
+
  private:
+  // Of the upper byte of each word: the sign stays, exponent and mantissa move to bit
+  // 13 and on.
+  static inline __m256i fp8_to_half(__m256i words) {
+    return _mm256_and_si256(_mm256_srai_epi16(words, 1),
+                            _mm256_set1_epi16(int16_t(0xbf80)));
+  }
   static inline __m256i lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 };
 

@@ -1,22 +1,47 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen-lane vectors: AVX-512 F, BW, VL and DQ; with AVX512_BF16 the pair products
-// are one instruction.
+// are one instruction, with AVX512_VBMI fp8 elements are looked up in registers.
 #ifndef ATTN_OFFLOAD_ISA_AVX512_H_
 #define ATTN_OFFLOAD_ISA_AVX512_H_
 
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "panels.h"
+
 namespace attn_offload {
 namespace {
+
+#if defined(ATTN_OFFLOAD_AVX512_VBMI)
+// The two bytes of the bf16 number that is 2^-8 times what an fp8 code stands for.
+struct alignas(64) Fp8Bytes {
+  uint8_t low[128];
+  uint8_t high[128];
+  constexpr Fp8Bytes() : low(), high() {
+    for (int code = 0; code < 128; ++code) {
+      int bits = code == 127 ? 0x7fc0 : (code << 4) + (112 << 7);
+      if (code < 8) {
+        // A subnormal: its leading one moves up to where the mantissa's hidden one is.
+        int mantissa = code, exponent = 113;
+        while (mantissa != 0 && mantissa < 8) mantissa *= 2, --exponent;
+        bits = mantissa == 0 ? 0 : exponent << 7 | (mantissa & 7) << 4;
+      }
+      low[code] = uint8_t(bits);
+      high[code] = uint8_t(bits >> 8);
+    }
+  }
+};
+constexpr Fp8Bytes kFp8Bytes;
+#endif
 
 struct Avx512 {
   using Vec = __m512;
   using Pair = __m512i;
+  using Fp8 = Fp8Widened;  // how an fp8 cache is read
   static constexpr int kLanes = 16;
   static constexpr int kMaxRowGroup = 8;
   static constexpr int kMaxSums = 16;
-  static constexpr int panels_at_once(int rows) { return rows <= 4 ? 4 : 2; }
+  static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : 2; }
 
   static inline Vec zero() { return _mm512_setzero_ps(); }
   static inline Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -72,7 +97,46 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  // Of 16 pairs of fp8 elements, the first or second ones; times 2^-8.
+  static inline Vec load_fp8(const char* pairs, int element, int) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+    // Sign-extended and shifted by 7: the first as a product, which is one instruction.
+    const __m256i shifted = element == 0
+                                ? _mm256_maddubs_epi16(_mm256_set1_epi16(128), x)
+                                : _mm256_srai_epi16(x, 1);
+    // The sign at bit 15, exponent and mantissa from bit 13 on: a half.
+    return _mm512_cvtph_ps(
+        _mm256_and_si256(shifted, _mm256_set1_epi16(int16_t(0xbf80))));
+  }
+#if defined(ATTN_OFFLOAD_AVX512_VBMI)
+  static inline Pair load_fp8_pair(const char* step, int pair, int) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(step));
+    const __m512i low = look_up(kFp8Bytes.low, code);
+    const __m512i sign = _mm512_set1_epi8(int8_t(0x80));
+    // look_up | (code & sign)
+    const __m512i high =
+        _mm512_ternarylogic_epi32(look_up(kFp8Bytes.high, code), code, sign, 0xf8);
+    if (pair == 0) return _mm512_unpacklo_epi8(low, high);
+    return _mm512_unpackhi_epi8(low, high);
+  }
+#else
+  static inline Pair load_fp8_pair(const char* step, int pair, int vector) {
+    const char* pairs = step + pair * 32;
+    const __m512i first = _mm512_castps_si512(load_fp8(pairs, 0, vector));
+    const __m512i second = _mm512_castps_si512(load_fp8(pairs, 1, vector));
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(first, 16), second);
+  }
+#endif
+
  private:
+#if defined(ATTN_OFFLOAD_AVX512_VBMI)
+  // The bytes at the low seven bits of each index.
+  static inline __m512i look_up(const uint8_t* table, __m512i index) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index,
+                                    _mm512_load_si512(table + 64));
+  }
+#endif
   static inline __m512i lanes() {
     return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }

@@ -7,13 +7,31 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "panels.h"
+
 namespace attn_offload {
 namespace {
+
+// What fp8 codes stand for, times 2^-8.
+struct Fp8Table {
+  float value[256];
+  constexpr Fp8Table() : value() {
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15;
+      float x = exponent == 0 ? float(code & 7) : float(8 + (code & 7));
+      for (int i = 1; i < exponent; ++i) x *= 2.0f;
+      x = (code & 127) == 127 ? __builtin_nanf("") : x * 0x1p-17f;
+      value[code] = code < 128 ? x : -x;
+    }
+  }
+};
+constexpr Fp8Table kFp8Table;
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   typedef uint32_t Pair __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
+  using Fp8 = Fp8Widened;  // how an fp8 cache is read
   static constexpr int kLanes = 4;
   static constexpr int kMaxRowGroup = 2;
   static constexpr int kMaxSums = 8;
@@ -68,6 +86,20 @@ struct Portable {
     Pair bits = (Pair)((Vec)((h & 0x7fffu) << 13) * 0x1p112f);
     bits |= (Pair)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (Vec)(bits | (h & 0x8000u) << 16);
+  }
+
+  // Of 16 pairs of fp8 elements, the first or second ones; times 2^-8.
+  static inline Vec load_fp8(const char* pairs, int element, int vector) {
+    uint8_t code[2 * kLanes];
+    memcpy(code, pairs + vector * sizeof code, sizeof code);
+    const float* table = kFp8Table.value;
+    return Vec{table[code[element]], table[code[2 + element]], table[code[4 + element]],
+               table[code[6 + element]]};
+  }
+  static inline Pair load_fp8_pair(const char* step, int pair, int vector) {
+    const char* pairs = step + pair * 32;
+    const Pair first = (Pair)load_fp8(pairs, 0, vector);
+    return first >> 16 | ((Pair)load_fp8(pairs, 1, vector) & 0xffff0000u);
   }
 
  private:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The AVX-512 kernels with vdpbf16ps for bf16 caches.
+// The AVX-512 kernels with vdpbf16ps for bf16 and fp8 caches. "avx512-bf16-shifts" is
+// what CPUs without AVX512_VBMI get, by a name for tests.
 #if defined(__x86_64__)
 // Before the target changes: nothing from a system header may be compiled for AVX-512.
 #include <immintrin.h>
@@ -16,6 +17,12 @@ namespace attn_offload {
 const KernelTable* avx512_bf16_kernels() {
   static const KernelTable table = {"avx512-bf16", run_kernel<Avx512, true>, save_rows,
                                     merge_partials, read_all<Avx512>};
+  return &table;
+}
+
+const KernelTable* avx512_bf16_shifts_kernels() {
+  static const KernelTable table = {"avx512-bf16-shifts", run_kernel<Avx512, true>,
+                                    save_rows, merge_partials, read_all<Avx512>};
   return &table;
 }
 

@@ -45,6 +45,7 @@ int32_t AoPlan::attend(AoPool* pool, const AoAttendInput& input, int64_t budget_
   if (budget_ns > 0) paused_.reserve(paused_.size() + size_t(pool->num_threads()));
   if (is_first) begin_layer();
   const Geometry& g = cache_->geometry;
+  const float unit = g.dtype == AO_FP8_E4M3 ? kFp8Unit : 1.0f;
   Slice slice;
   slice.plan = this;
   slice.job = {&g,
@@ -56,7 +57,9 @@ int32_t AoPlan::attend(AoPool* pool, const AoAttendInput& input, int64_t budget_
                state_floats(g),
                num_query_heads_,
                group_,
-               sliding_window_};
+               sliding_window_,
+               input.softmax_scale * input.k_scale * unit,
+               input.v_scale * unit};
   slice.deadline_ns = budget_ns > 0 ? now_ns() + budget_ns : INT64_MAX;
   slice.work = budget_ns > 0 ? kClockWork : INT64_MAX;
   slice.is_first = is_first;

@@ -6,50 +6,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "elements.h"
 #include "types.h"
 
 namespace attn_offload {
 namespace {
-
-static inline float bits_to_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-static inline uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// Round to nearest even, written without branches so that loops vectorise.
-static inline uint32_t to_bf16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return x == x ? rounded : 0x7fc0u;
-}
-
-static inline float from_fp16(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  // 2^112 moves the exponent and scales subnormals alike.
-  uint32_t bits = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
-  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return bits_to_float(bits | (uint32_t{half} & 0x8000u) << 16);
-}
-
-static inline uint16_t to_fp16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t size = bits & 0x7fffffffu;
-  // Adding 0.5 leaves the ten mantissa bits of a subnormal half, rounded, at the end.
-  const uint32_t small = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
-  uint32_t half = size < 0x38800000u ? small : normal;
-  half = size >= 0x477ff000u ? 0x7c00u : half;
-  half = size > 0x7f800000u ? 0x7e00u : half;
-  return uint16_t(half | sign);
-}
 
 struct RowAddress {
   int64_t token;
@@ -60,38 +21,6 @@ static inline RowAddress row_address(const Job& job, const Rows& rows, int32_t r
   const int32_t row = rows.row_begin + r;
   return {job.sequences[rows.sequence].query_begin + int64_t{row / job.group},
           int64_t{rows.kv_head} * job.group + row % job.group};
-}
-
-static inline void load_row(const char* source, int32_t dtype, int32_t count,
-                            float* row) {
-  if (dtype == AO_FP32) {
-    memcpy(row, source, size_t(count) * sizeof *row);
-    return;
-  }
-  uint16_t halves[kMaxHeadSize];
-  memcpy(halves, source, size_t(count) * sizeof *halves);
-  if (dtype == AO_BF16) {
-    for (int i = 0; i < count; ++i) row[i] = bits_to_float(uint32_t{halves[i]} << 16);
-  } else {
-    for (int i = 0; i < count; ++i) row[i] = from_fp16(halves[i]);
-  }
-}
-
-static inline void store_row(const float* row, float factor, int32_t dtype,
-                             int32_t count, char* target) {
-  if (dtype == AO_FP32) {
-    float scaled[kMaxHeadSize];
-    for (int i = 0; i < count; ++i) scaled[i] = row[i] * factor;
-    memcpy(target, scaled, size_t(count) * sizeof *scaled);
-    return;
-  }
-  uint16_t halves[kMaxHeadSize];
-  if (dtype == AO_BF16) {
-    for (int i = 0; i < count; ++i) halves[i] = uint16_t(to_bf16(row[i] * factor));
-  } else {
-    for (int i = 0; i < count; ++i) halves[i] = to_fp16(row[i] * factor);
-  }
-  memcpy(target, halves, size_t(count) * sizeof *halves);
 }
 
 static inline void begin_rows(const Job& job, const Rows& rows, bool as_pairs,
@@ -134,8 +63,9 @@ static inline void finish_rows(const Job& job, const Rows& rows,
       maximum = larger;
     }
     const bool is_empty = sum == 0.0f;
-    store_row(scratch->out + int64_t{r} * g.v_columns, is_empty ? 0.0f : factor / sum,
-              input.out_dtype, g.v_head_size,
+    const float scale = is_empty ? 0.0f : job.value_scale * factor / sum;
+    store_row(scratch->out + int64_t{r} * g.v_columns, scale, input.out_dtype,
+              g.v_head_size,
               static_cast<char*>(input.out) + at.token * input.out_stride +
                   at.head * row_bytes);
     if (input.lse != nullptr)

@@ -65,7 +65,7 @@ static inline RowScores row_scores(const Job& job, const Rows& rows, int32_t row
   const AoAttendInput& input = *job.input;
   const int32_t query_index = row / job.group;
   const int32_t head = rows.kv_head * job.group + row % job.group;
-  return {input.softmax_scale, input.soft_cap,
+  return {job.score_scale, input.soft_cap,
           input.alibi_slopes ? input.alibi_slopes[head] : 0.0f,
           sequence.position + query_index,
           visible_keys(sequence, query_index, job.sliding_window)};

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "cache.h"
+#include "elements.h"
 #include "pool.h"
 
 namespace attn_offload {
@@ -20,12 +21,14 @@ struct Run {
   int32_t count;
 };
 
-// Dimensions 2s and 2s + 1 of a token are adjacent: they are copied as one word.
-void store_key_bf16(const Run& run, int32_t head_size) {
+// Of panels that interleave two reduction indices: dimensions 2s and 2s + 1 of a token
+// are adjacent, and copied as one T.
+template <class T>
+void store_key_pairs(const Run& run, int32_t head_size) {
   for (int32_t pair = 0; pair < head_size / 2; ++pair)
     for (int32_t i = 0; i < run.count; ++i)
-      memcpy(run.tile + (pair * kTile + run.first + i) * 4,
-             run.source + i * run.stride + pair * 4, 4);
+      memcpy(run.tile + (pair * kTile + run.first + i) * sizeof(T),
+             run.source + i * run.stride + pair * sizeof(T), sizeof(T));
 }
 
 template <class T>
@@ -36,14 +39,15 @@ void store_key_plain(const Run& run, int32_t head_size) {
              run.source + i * run.stride + d * sizeof(T), sizeof(T));
 }
 
-void store_value_bf16(const Run& run, int32_t head_size) {
+template <class T>
+void store_value_pairs(const Run& run, int32_t head_size) {
   for (int32_t i = 0; i < run.count; ++i) {
     const int32_t token = run.first + i;
     const char* source = run.source + i * run.stride;
     for (int32_t d = 0; d < head_size; ++d) {
       const int64_t panel = d / kTile * kTile * kTile;
       const int64_t at = panel + (token / 2 * kTile + d % kTile) * 2 + token % 2;
-      memcpy(run.tile + at * 2, source + d * 2, 2);
+      memcpy(run.tile + at * sizeof(T), source + d * sizeof(T), sizeof(T));
     }
   }
 }
@@ -61,16 +65,34 @@ void store_value_plain(const Run& run, int32_t head_size) {
 }
 
 void store_key(const Run& run, const Geometry& g) {
-  if (g.dtype == AO_BF16) return store_key_bf16(run, g.head_size);
+  if (g.dtype == AO_FP8_E4M3) return store_key_pairs<uint16_t>(run, g.head_size);
+  if (g.dtype == AO_BF16) return store_key_pairs<uint32_t>(run, g.head_size);
   if (g.dtype == AO_FP16) return store_key_plain<uint16_t>(run, g.head_size);
   store_key_plain<uint32_t>(run, g.head_size);
 }
 
 void store_value(const Run& run, const Geometry& g) {
-  if (g.dtype == AO_BF16) return store_value_bf16(run, g.v_head_size);
+  if (g.dtype == AO_FP8_E4M3) return store_value_pairs<uint8_t>(run, g.v_head_size);
+  if (g.dtype == AO_BF16) return store_value_pairs<uint16_t>(run, g.v_head_size);
   if (g.dtype == AO_FP16) return store_value_plain<uint16_t>(run, g.v_head_size);
   store_value_plain<uint32_t>(run, g.v_head_size);
 }
+
+// The rows of a run as the cache's elements, one after the other.
+struct Quantized {
+  uint8_t codes[kTile * kMaxHeadSize];
+
+  Run fill(const Run& run, int32_t dtype, float scale, int32_t head_size) {
+    float row[kMaxHeadSize];
+    for (int32_t i = 0; i < run.count; ++i) {
+      load_row(run.source + i * run.stride, dtype, head_size, row);
+      uint8_t* target = codes + i * head_size;
+      for (int32_t d = 0; d < head_size; ++d) target[d] = to_e4m3(row[d] / scale);
+    }
+    const char* source = reinterpret_cast<const char*>(codes);
+    return {source, head_size, run.tile, run.first, run.count};
+  }
+};
 
 struct StoreJob {
   const Geometry* geometry;
@@ -92,8 +114,11 @@ int32_t run_length(const StoreJob& job, int64_t token, int64_t end) {
 void store_tokens(const StoreJob& job, int64_t begin, int64_t end) {
   const Geometry& g = *job.geometry;
   const AoStoreInput& input = *job.input;
-  const int64_t k_row = int64_t{g.head_size} * element_bytes(g.dtype);
-  const int64_t v_row = int64_t{g.v_head_size} * element_bytes(g.dtype);
+  const bool is_fp8 = g.dtype == AO_FP8_E4M3;
+  const int32_t dtype = is_fp8 ? input.source_dtype : g.dtype;
+  const int64_t k_row = int64_t{g.head_size} * element_bytes(dtype);
+  const int64_t v_row = int64_t{g.v_head_size} * element_bytes(dtype);
+  Quantized quantized;
   int32_t count = 1;
   for (int64_t token = begin; token < end; token += count) {
     count = 1;
@@ -112,12 +137,14 @@ void store_tokens(const StoreJob& job, int64_t begin, int64_t end) {
     char* v = static_cast<char*>(input.cache) + block * g.block_stride + g.k_head_bytes +
               tile * g.v_tile_bytes;
     for (int32_t head = 0; head < g.num_kv_heads; ++head) {
-      store_key(
-          {key + head * k_row, input.key_stride, k + head * g.head_bytes, first, count},
-          g);
-      store_value({value + head * v_row, input.value_stride, v + head * g.head_bytes,
-                   first, count},
-                  g);
+      Run keys = {key + head * k_row, input.key_stride, k + head * g.head_bytes, first,
+                  count};
+      if (is_fp8) keys = quantized.fill(keys, dtype, input.k_scale, g.head_size);
+      store_key(keys, g);
+      Run values = {value + head * v_row, input.value_stride, v + head * g.head_bytes,
+                    first, count};
+      if (is_fp8) values = quantized.fill(values, dtype, input.v_scale, g.v_head_size);
+      store_value(values, g);
     }
   }
 }
@@ -138,6 +165,9 @@ extern "C" int32_t ao_store(AoPool* pool, const AoCache* cache,
                             const AoStoreInput* input) {
   using namespace attn_offload;
   const Geometry& g = cache->geometry;
+  if (g.dtype == AO_FP8_E4M3 &&
+      (input->source_dtype < AO_BF16 || input->source_dtype > AO_FP32))
+    return AO_BAD_DTYPE;
   const int64_t num_slots = g.num_blocks * g.block_size;
   for (int64_t i = 0; i < input->num_tokens; ++i)
     if (input->slot_mapping[i] >= num_slots) return AO_BAD_SLOT;

@@ -15,6 +15,9 @@ constexpr int kMacroTiles = 4;  // tiles that share one softmax update
 constexpr int kMacroTokens = kTile * kMacroTiles;
 constexpr int kMaxRows = 32;  // query rows (positions x heads) of one piece
 constexpr int kMaxHeadSize = 576;
+// Kernels read fp8 elements as if they were 2^-8 times as large: then an element needs
+// no more than its bits shifted to be a half.
+constexpr float kFp8Unit = 256.0f;
 
 struct Geometry {
   int64_t num_blocks;
@@ -91,6 +94,8 @@ struct Job {
   int32_t num_query_heads;
   int32_t group;           // query heads per KV head
   int32_t sliding_window;  // 0: none
+  float score_scale;       // turns a product with what is read of keys into a score
+  float value_scale;       // turns a sum of what is read of values into an output
 };
 
 struct alignas(64) Scratch {
@@ -99,6 +104,7 @@ struct alignas(64) Scratch {
   float scores[kMaxRows * kMacroTokens];
   uint32_t query_pairs[kMaxRows * kMaxHeadSize / 2];  // bf16, low half first
   uint32_t score_pairs[kMaxRows * kMacroTokens / 2];
+  uint16_t halves[kMacroTokens * kMaxHeadSize];  // panels of an fp8 cache, expanded
   float row_max[kMaxRows];
   float row_sum[kMaxRows];
   float rescale[kMaxRows];
@@ -122,9 +128,13 @@ const KernelTable* avx2_kernels();
 const KernelTable* avx2_pairs_kernels();
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
+const KernelTable* avx512_bf16_shifts_kernels();
+const KernelTable* avx512_vbmi_kernels();
 #endif
 
-static inline int32_t element_bytes(int32_t dtype) { return dtype == AO_FP32 ? 4 : 2; }
+static inline int32_t element_bytes(int32_t dtype) {
+  return dtype == AO_FP32 ? 4 : dtype == AO_FP8_E4M3 ? 1 : 2;
+}
 
 static inline int32_t clamp(int32_t x, int32_t low, int32_t high) {
   return x < low ? low : x > high ? high : x;
