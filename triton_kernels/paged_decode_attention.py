@@ -18,6 +18,7 @@ from .prepared_launch import PreparedLaunch
 
 #: Tensors that differ between layers of one kind.
 _VARYING = ("query_ptr", "key_cache_ptr", "value_cache_ptr", "out_ptr", "lse_ptr")
+_SCALES = ("k_scale_ptr", "v_scale_ptr")
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 
 
@@ -104,6 +105,8 @@ def prepare_decode_attention(
     softmax_scale: float,
     block_positions: torch.Tensor | None = None,
     soft_cap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> list[PreparedLaunch]:
@@ -115,7 +118,8 @@ def prepare_decode_attention(
     Returns:
         Launches that attend once more, in order, with another ``query_ptr``,
         ``key_cache_ptr``, ``value_cache_ptr``, ``out_ptr`` and ``lse_ptr`` of the same
-        shapes and strides, until the plan is filled again.
+        shapes and strides, until the plan is filled again; and another ``k_scale_ptr``
+        and ``v_scale_ptr`` where scales were given.
 
     Raises:
         ValueError: a tensor does not match the plan.
@@ -125,12 +129,13 @@ def prepare_decode_attention(
         "softmax_scale": softmax_scale,
         "block_positions": block_positions,
         "soft_cap": soft_cap,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
     }
-    options |= dict.fromkeys(
-        ("block_lens", "sinks", "alibi_slopes", "k_scale", "v_scale")
-    )
+    options |= dict.fromkeys(("block_lens", "sinks", "alibi_slopes"))
     launches = _launches(query, key_cache, value_cache, plan, out, lse, options)
-    return [PreparedLaunch(*launch, _VARYING) for launch in launches]
+    varying = _VARYING if k_scale is None else _VARYING + _SCALES
+    return [PreparedLaunch(*launch, varying) for launch in launches]
 
 
 def _launches(

@@ -18,6 +18,7 @@ from .prepared_launch import PreparedLaunch
 
 #: Tensors that differ between layers of one kind.
 _VARYING = ("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr")
+_SCALES = ("k_scale_ptr", "v_scale_ptr")
 
 
 @triton.jit
@@ -204,6 +205,9 @@ def prepare_store_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> PreparedLaunch:
     """Store as `store_kv`, for at least one token, and keep the launch.
 
@@ -212,7 +216,8 @@ def prepare_store_kv(
 
     Returns:
         A launch that stores once more, with another ``key_ptr``, ``value_ptr``,
-        ``key_cache_ptr`` and ``value_cache_ptr`` of the same shapes and strides.
+        ``key_cache_ptr`` and ``value_cache_ptr`` of the same shapes and strides, and
+        another ``k_scale_ptr`` and ``v_scale_ptr`` where scales were given.
 
     Raises:
         ValueError: a tensor does not match the others.
@@ -220,9 +225,10 @@ def prepare_store_kv(
     _check_pair("key", key, key_cache, slot_mapping)
     _check_pair("value", value, value_cache, slot_mapping)
     arguments = store_kv_arguments(
-        key, value, key_cache, value_cache, slot_mapping, None, None
+        key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale
     )
-    return PreparedLaunch(_store_kv_kernel, (key.shape[0],), arguments, _VARYING)
+    varying = _VARYING if k_scale is None else _VARYING + _SCALES
+    return PreparedLaunch(_store_kv_kernel, (key.shape[0],), arguments, varying)
 
 
 def store_kv_arguments(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from node_process import running_nodes
 from raw_session import attach_request, reservation, session_of
+from stored_kv import with_fp8
 from worker_batch import WorkerBatch
 
 from vllm_attn_offload.attention.cpu_exchange import CpuExchange
@@ -80,6 +81,8 @@ KINDS = {
         [layer(0, sliding_window=33), layer(1, group=1, storage=0)],
     ),
 }
+KINDS["fp8"] = with_fp8(one_group({"sliding_window": 33}, {"soft_cap": 2.0}, {}))
+KINDS["fp8, shared KV"] = with_fp8(KINDS["shared KV"])
 
 
 class Worker:
@@ -163,6 +166,8 @@ class Worker:
                 each.soft_cap,
                 torch.tensor(each.alibi_slopes) if each.alibi_slopes else None,
                 sinks,
+                each.k_scale,
+                each.v_scale,
             )
             self._exchange.attend(
                 sent[each.group], index, (query, *shown), output, attention

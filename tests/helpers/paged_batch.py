@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from exact_attention import exact_attention
+from stored_kv import stored_kv
 
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
@@ -66,6 +67,7 @@ class PagedBatch:
         blocks: list[int] | None = None,
     ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._geometry = geometry
         self._layer = next(x for x in geometry.layers if x.group == group)
         self._window = window
         self.freed: list[int] = []
@@ -148,12 +150,12 @@ class PagedBatch:
         Returns:
             ``[num_tokens, heads, d]`` and log-sum-exp ``[num_tokens, heads]``.
         """
+        layer = layer or self._layer
         results = [
             exact_attention(
-                layer or self._layer,
+                layer,
                 request.q[-n:],
-                request.k,
-                request.v,
+                *stored_kv(self._geometry, layer, request.k, request.v),
                 torch.arange(request.num_tokens - n, request.num_tokens),
                 dtype=dtype,
             )

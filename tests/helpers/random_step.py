@@ -14,6 +14,7 @@ import torch
 from exact_attention import exact_attention
 from paged_batch import TORCH_DTYPES
 from raw_session import as_bytes, encode_step
+from stored_kv import stored_kv, with_fp8
 
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
@@ -53,6 +54,7 @@ class RandomStep:
         head_sizes: Sizes of K to choose from.
         dtype: Of the session.
         max_tokens: Longest request.
+        is_fp8: Of the blocks.
     """
 
     def __init__(
@@ -61,16 +63,19 @@ class RandomStep:
         head_sizes: Sequence[int] = (16, 64, 80),
         dtype: Dtype = "float32",
         max_tokens: int = 200,
+        *,
+        is_fp8: bool = False,
     ) -> None:
         self._choose = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._dtype = TORCH_DTYPES[dtype]
         self._max_tokens = max_tokens
         self._block_size = self._choose.choice([4, 16, 24, 64])
-        self.layer = self._draw_layer(head_sizes)
-        self._geometry = SessionGeometry(
-            dtype, [KVGroup(self._block_size)], [self.layer]
+        geometry = SessionGeometry(
+            dtype, [KVGroup(self._block_size)], [self._draw_layer(head_sizes)]
         )
+        self._geometry = with_fp8(geometry) if is_fp8 else geometry
+        (self.layer,) = self._geometry.layers
         self._share = self._choose.choice([None, None, (0, 2), (1, 3)])
         self._requests = [self._draw_request() for _ in range(3)]
         self.step, self._stored = self._draw_step()
@@ -235,8 +240,9 @@ class RandomStep:
                 exact_attention(
                     self.layer,
                     request.query,
-                    request.key[at],
-                    request.value[at],
+                    *stored_kv(
+                        self._geometry, self.layer, request.key[at], request.value[at]
+                    ),
                     rows,
                     at,
                 )

@@ -256,7 +256,7 @@ def encode_step(step: StepMetadata) -> memoryview:
 
 def _block_bytes(geometry: SessionGeometry) -> int:
     """Bytes of a block in all storages, if none is padded."""
-    item_bytes = 4 if geometry.dtype == "float32" else 2
+    item_bytes = {"float32": 4, "fp8_e4m3": 1}.get(geometry.block_dtype, 2)
     storages: dict[int, int] = {}
     for layer in geometry.layers:
         row = layer.num_kv_heads * (layer.head_size + layer.v_head_size)

@@ -45,12 +45,12 @@ def _offloading_backend() -> Iterator[None]:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def configure(model: str, *, has_hma: bool) -> VllmConfig:
+def configure(model: str, *, has_hma: bool = True, **options: Any) -> VllmConfig:
     config = EngineArgs(
         model=model,
         skip_tokenizer_init=True,
         disable_hybrid_kv_cache_manager=not has_hma,
-        **tiny_llama.engine_options(),
+        **(tiny_llama.engine_options() | options),
     ).create_engine_config()
     config.cache_config.kv_cache_layout = "LBHNC"  # the engine core chooses it
     return config
@@ -148,3 +148,43 @@ def test_layers_that_differ_are_one_group(model: str) -> None:
     assert bytes_per_block(geometry, TorchDecodeAttention()) == (
         sum(2 * k["kv_heads"] * 64 * tiny_llama.BLOCK_SIZE * 4 for k in kinds)
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_blocks_are_those_of_vllm(model: str, dtype: str) -> None:
+    """A byte an element, whatever travels; scales are those that vLLM loaded."""
+    config = configure(model, dtype=dtype, kv_cache_dtype="fp8")
+    kind = {"heads": 8, "kv_heads": 2, "size": 64}
+    make_layers(config, [kind | {"window": [128, None][i % 2]} for i in range(4)])
+    layers = config.compilation_config.static_forward_context
+    for index, layer in enumerate(layers.values()):
+        layer._k_scale_float, layer._v_scale_float = 0.25 + index, 2.0 * index + 1
+    geometry = session_geometry(config, planned := group(config))
+    assert (geometry.dtype, geometry.kv_dtype) == (dtype, "fp8_e4m3")
+    scales = [(layer.k_scale, layer.v_scale) for layer in geometry.layers]
+    assert scales == [(0.25, 1.0), (1.25, 3.0), (2.25, 5.0), (3.25, 7.0)]
+    node_bytes = bytes_per_block(geometry, TorchDecodeAttention())
+    assert node_bytes == 2 * 2 * 64 * tiny_llama.BLOCK_SIZE * 2
+    assert POOL_BYTES // node_bytes == planned.num_blocks
+
+
+def test_kv_caches_of_several_dtypes_are_refused(model: str) -> None:
+    config = configure(model, kv_cache_dtype="fp8")
+    kind = {"heads": 4, "kv_heads": 2, "size": 64, "window": None}
+    make_layers(config, [kind] * 2)
+    planned = group(config)
+    layers = config.compilation_config.static_forward_context
+    layers["layers.1"].kv_cache_dtype = "auto"
+    with pytest.raises(ValueError, match=r"layers\.0 has fp8, layers\.1 has auto. All"):
+        session_geometry(config, planned)
+
+
+def test_layers_without_fp8_have_no_scales(model: str) -> None:
+    """Checkpoints may bring scales for a KV cache that is asked for in 16 bits."""
+    config = configure(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
+    make_layers(config, [{"heads": 4, "kv_heads": 2, "size": 64, "window": None}])
+    layers = config.compilation_config.static_forward_context
+    layers["layers.0"]._k_scale_float = 0.5
+    geometry = session_geometry(config, group(config))
+    assert geometry.kv_dtype is None
+    assert geometry.layers[0].k_scale == 1.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from vllm.config.cache import CacheDType
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
@@ -20,8 +21,8 @@ _MIN_CAPABILITY = DeviceCapability(8, 0)
 class AttentionOffloadBackend(AttentionBackend):
     """Causal decoder attention over blocks that memory nodes hold.
 
-    Capabilities not declared here (MLA, non-causal, context parallelism, quantised KV)
-    keep vLLM's default, which is "not supported".
+    Capabilities not declared here (MLA, non-causal, context parallelism) keep vLLM's
+    default, which is "not supported".
     """
 
     forward_includes_kv_cache_update: bool = True
@@ -30,6 +31,13 @@ class AttentionOffloadBackend(AttentionBackend):
         torch.float16,
         torch.bfloat16,
         *([torch.float32] if current_platform.is_cpu() else []),
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
     ]
 
     @staticmethod

@@ -26,8 +26,8 @@ def attend_locally(
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``.
-        key: ``[num_tokens, num_kv_heads, head_size]``.
-        value: ``[num_tokens, num_kv_heads, head_size]``.
+        key: ``[num_tokens, num_kv_heads, head_size]``, in units of its scale.
+        value: ``[num_tokens, num_kv_heads, head_size]``, likewise.
         output: ``[num_tokens, num_heads, head_size]``; rows of prefills are filled,
             the others set to zero where there are any.
         prefills: Which rows belong together.
@@ -43,6 +43,8 @@ def attend_locally(
         rows = slice(prefill.begin, prefill.end)
         chunk = chunk_of(query[rows], key[rows], value[rows], output[rows], lse[rows])
         _attend(chunk, attention)
+        if attention.v_scale != 1.0:
+            output[rows].mul_(attention.v_scale)
         filled = prefill.end
     output[filled:].zero_()
     return lse
@@ -54,6 +56,6 @@ def _attend(chunk: CpuChunk, attention: LayerAttention) -> None:
     if attention.soft_cap or attention.alibi_slopes is not None:
         attend_scores(chunk, attention)
     elif 0 < window < chunk.num_rows:
-        attend_window(chunk, attention.softmax_scale, window)
+        attend_window(chunk, attention.score_scale, window)
     else:
-        attend_causal(chunk, attention.softmax_scale)
+        attend_causal(chunk, attention.score_scale)

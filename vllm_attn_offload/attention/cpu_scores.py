@@ -40,7 +40,7 @@ def _scores(
     query = chunk.query[:, :, begin:end].float()
     key = chunk.key[:, first_key:end].float()
     scores = query.flatten(1, 2) @ key.transpose(1, 2)
-    scores = scores.unflatten(1, query.shape[1:3]).mul_(attention.softmax_scale)
+    scores = scores.unflatten(1, query.shape[1:3]).mul_(attention.score_scale)
     if cap := attention.soft_cap:
         scores.div_(cap).tanh_().mul_(cap)
     ahead = torch.arange(first_key, end) - torch.arange(begin, end).unsqueeze(1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,15 +70,24 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
                 "causal decoder attention. Run this model without --attention-offload."
             )
 
-    def connect(self, exchange: LayerExchange | None, layer_index: int) -> None:
+    def connect(
+        self,
+        exchange: LayerExchange | None,
+        layer_index: int,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
         """Hand the layer its way to the memory nodes.
 
         Args:
             exchange: Shared by all layers of the worker; None while a worker only warms
                 up: attention then returns zeros.
             layer_index: Index of the layer in the session's geometry.
+            k_scale: As the geometry has it.
+            v_scale: Likewise.
         """
         self._exchange, self._layer_index = exchange, layer_index
+        self.attention = replace(self.attention, k_scale=k_scale, v_scale=v_scale)
 
     def forward(
         self,

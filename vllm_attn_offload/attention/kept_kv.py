@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New k and v of layers whose KV later layers share, as long as a step lasts."""
+"""k and v that prefills attend to on the compute node, and those that layers share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from vllm_attn_offload.attention.layer_exchange import Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
+from vllm_attn_offload.protocol.e4m3 import to_e4m3
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 
@@ -18,6 +19,9 @@ def _at_once(copy: Callable[[], object]) -> None:
 
 class KeptKV:
     """Finds the k and v that a prefill attends to on the compute node.
+
+    They are what the nodes store, so that a token does not depend on where a prompt is
+    cut, nor on what of it is cached.
 
     Args:
         geometry: The worker's layers; those without ``stores`` name in ``storage``
@@ -31,6 +35,7 @@ class KeptKV:
         launch: Callable[[Callable[[], object]], None] = _at_once,
     ) -> None:
         self._layers = geometry.layers
+        self._rounds = geometry.kv_dtype is not None
         self._launch = launch
         self._is_shared = {
             (layer.group, layer.storage)
@@ -49,20 +54,25 @@ class KeptKV:
             qkv: As the layer got them; k and v are None where it stores none.
 
         Returns:
-            ``[num_tokens, num_kv_heads, size]`` each.
+            ``[num_tokens, num_kv_heads, size]`` each, in units of the layer's scales.
         """
-        place = self._layers[layer].group, self._layers[layer].storage
+        shape = self._layers[layer]
+        is_shared = (shape.group, shape.storage) in self._is_shared
+        if is_shared and not shape.stores:
+            return metadata.kept[shape.storage]
         _, key, value = qkv
-        if place not in self._is_shared:
-            assert key is not None
-            assert value is not None
+        assert key is not None
+        assert value is not None
+        if not is_shared and not self._rounds:
             return key, value
-        if self._layers[layer].stores:
-            assert key is not None
-            assert value is not None
-            # Copies: what is compiled may use the memory again after this layer.
-            kept = torch.empty_like(key), torch.empty_like(value)
-            self._launch(lambda: kept[0].copy_(key))
-            self._launch(lambda: kept[1].copy_(value))
-            metadata.kept[place[1]] = kept
-        return metadata.kept[place[1]]
+        # Copies: what is compiled may use the memory again after this layer.
+        kept = self._copy(key, shape.k_scale), self._copy(value, shape.v_scale)
+        if is_shared:
+            metadata.kept[shape.storage] = kept
+        return kept
+
+    def _copy(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """Copy k or v, rounded as in blocks; any dtype has every number of fp8."""
+        copy, rounds = torch.empty_like(rows), self._rounds
+        self._launch(lambda: copy.copy_(to_e4m3(rows, scale) if rounds else rows))
+        return copy

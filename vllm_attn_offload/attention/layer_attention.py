@@ -23,6 +23,9 @@ class LayerAttention:
         sinks: ``[num_heads]`` of any float type, scores of one more key whose value is
             zero, on the device of q; None: there is none. They enter after the last
             merge.
+        k_scale: Unit of the k that are attended to on the compute node, as blocks of
+            fp8 have it.
+        v_scale: Likewise of v.
     """
 
     softmax_scale: float
@@ -30,3 +33,10 @@ class LayerAttention:
     soft_cap: float = 0.0
     alibi_slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of ``q k^T`` with k in units of ``k_scale``."""
+        return self.softmax_scale * self.k_scale

@@ -8,6 +8,8 @@ import math
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 
 _SAME_MODEL = "Use the same version of vllm-attn-offload on both sides."
+#: Normal numbers of fp32, in which the kernels compute.
+_MIN_SCALE, _MAX_SCALE = 2.0**-126, 2.0**127
 
 
 def check_geometry(geometry: SessionGeometry) -> None:
@@ -24,6 +26,7 @@ def check_geometry(geometry: SessionGeometry) -> None:
             )
         _check_heads(layer)
         _check_scores(layer)
+        _check_kv_scales(layer, geometry.kv_dtype)
         place = (layer.group, layer.storage)
         if layer.stores and place in writers:
             raise ValueError(
@@ -66,6 +69,21 @@ def _check_scores(layer: LayerGeometry) -> None:
         )
 
 
+def _check_kv_scales(layer: LayerGeometry, kv_dtype: str | None) -> None:
+    for name, scale in (("k_scale", layer.k_scale), ("v_scale", layer.v_scale)):
+        if not _MIN_SCALE <= scale <= _MAX_SCALE:
+            raise ValueError(
+                f"layer {layer.name} has {name}={scale}. Allowed are finite numbers "
+                f"from {_MIN_SCALE:.2g} to {_MAX_SCALE:.2g}. Check the scales of the "
+                "KV cache in the checkpoint, or pass --kv-cache-dtype bfloat16."
+            )
+        if scale != 1.0 and kv_dtype is None:
+            raise ValueError(
+                f"layer {layer.name} has {name}={scale} without a kv_dtype; only "
+                f"blocks of another dtype than q may have scales. {_SAME_MODEL}"
+            )
+
+
 def _check_reader(layer: LayerGeometry, writer: LayerGeometry | None) -> None:
     """Refuse a layer that stores nothing where nobody stores what it reads."""
     if writer is None:
@@ -77,6 +95,12 @@ def _check_reader(layer: LayerGeometry, writer: LayerGeometry | None) -> None:
         (each.num_kv_heads, each.head_size, each.v_head_size)
         for each in (layer, writer)
     )
+    scales, wanted = ((each.k_scale, each.v_scale) for each in (layer, writer))
+    if scales != wanted:
+        raise ValueError(
+            f"layer {layer.name} reads fp8 with the scales {scales}, and layer "
+            f"{writer.name} stores with {wanted}; they must be the same. {_SAME_MODEL}"
+        )
     if read != stored:
         raise ValueError(
             f"layer {layer.name} reads KV heads and head sizes {read}, and layer "

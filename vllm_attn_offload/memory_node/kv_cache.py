@@ -86,7 +86,7 @@ def _block_bytes(geometry: SessionGeometry, layout: BlockLayout) -> dict[int, in
     sizes: dict[int, int] = {}
     for layer in geometry.layers:
         block_size = geometry.groups[layer.group].block_size
-        num_bytes = layout.block_bytes(layer, block_size, geometry.dtype)
+        num_bytes = layout.block_bytes(layer, block_size, geometry.block_dtype)
         sizes[layer.storage] = max(sizes.get(layer.storage, 0), num_bytes)
     return sizes
 

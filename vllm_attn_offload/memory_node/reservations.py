@@ -141,12 +141,13 @@ class Reservations:
             raise
         entry.attach_token = secrets.token_hex(16)
         logger.info(
-            "opened session %s: engine %s rank %d, %d layers, %d blocks",
+            "opened session %s: engine %s rank %d, %d layers, %d blocks of %s",
             request.reservation,
             entry.request.engine,
             entry.request.shard.tp_rank,
             len(entry.request.geometry.layers),
             request.num_blocks,
+            entry.request.geometry.block_dtype,
         )
         return SessionOpened(request.reservation, entry.attach_token)
 

@@ -117,7 +117,12 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--micro-batches", type=positive(int), default=2, help="up to N (default 2)")
     add("--partition", choices=("auto", "heads", "blocks"), default="auto")
     add("--dtype", choices=("auto", *ENGINE_DTYPES), default="auto")
-    add("--kv-dtype", default="auto", help="auto (like --dtype) or fp8")
+    add(
+        *("--kv-dtype", "--kv-cache-dtype"),
+        default="auto",
+        help="auto (like --dtype) or fp8, which memory nodes hold; q, k, v and output "
+        "travel in --dtype",
+    )
     add("--weight-bits", type=positive(float), help="instead of the config's dtype")
 
 

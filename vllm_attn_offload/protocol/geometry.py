@@ -12,6 +12,7 @@ Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 # Names reach logs and metrics: printable ASCII, so that none of them forges a line.
 Name = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[ -~]*\Z")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+KVDtype = Literal["fp8_e4m3"]
 NumHeads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 HeadSize = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -35,6 +36,8 @@ class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         alibi_slopes: One per query head, or none (ALiBi, arXiv 2108.12409).
         stores: Whether k and v come with q; without, another layer of the group stores
             them in the same storage (vLLM: ``kv_sharing_target_layer_name``).
+        k_scale: Blocks of another dtype hold k / ``k_scale``.
+        v_scale: Likewise for v.
     """
 
     name: Name
@@ -49,14 +52,27 @@ class LayerGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     soft_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     alibi_slopes: Annotated[tuple[float, ...], msgspec.Meta(max_length=4096)] = ()
     stores: bool = True
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shapes of one worker's attention layers; q, k, v, out and KV share a dtype."""
+    """Shapes of one worker's attention layers.
+
+    Attributes:
+        dtype: Of q, k, v and out as they travel.
+        kv_dtype: Of k and v in blocks (``protocol.e4m3``); None: as they travel.
+    """
 
     dtype: Dtype
     groups: Annotated[list[KVGroup], msgspec.Meta(min_length=1, max_length=64)]
     layers: Annotated[list[LayerGeometry], msgspec.Meta(min_length=1, max_length=4096)]
+    kv_dtype: KVDtype | None = None
+
+    @property
+    def block_dtype(self) -> Dtype | KVDtype:
+        """Type of the elements of blocks."""
+        return self.kv_dtype or self.dtype
 
     def digest(self) -> str:
         """Hash that worker and node compare before a tensor is exchanged."""

@@ -30,6 +30,7 @@ PROTOCOL_HISTORY = (
     (4, "Counters of a session are a struct of their own"),
     (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
     (6, "Page faults, CPUs of nodes and workers, workers' states, where time goes"),
+    (7, "Blocks of fp8, with scales of layers"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 

@@ -12,6 +12,7 @@ from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.layers import attention_layers
 from vllm_attn_offload.protocol.geometry import (
     Dtype,
+    KVDtype,
     KVGroup,
     LayerGeometry,
     SessionGeometry,
@@ -19,6 +20,9 @@ from vllm_attn_offload.protocol.geometry import (
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+#: By vLLM's names; others are those of the model.
+_KV_DTYPES: dict[str, KVDtype] = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3"}
 
 
 def session_geometry(
@@ -35,6 +39,9 @@ def session_geometry(
     Args:
         vllm_config: The worker's configuration, with its layers.
         kv_cache_config: How vLLM groups them.
+
+    Raises:
+        ValueError: Only some layers have a quantised KV cache.
     """
     places = {
         name: (group, index)
@@ -53,10 +60,30 @@ def session_geometry(
             for group, _ in groups
         ],
         [
-            _layer_geometry(name, layer, groups.index(kinds[name]), placed[name][1])
+            _layer_geometry(
+                name,
+                layer,
+                layers[_owner(name, layers)],
+                groups.index(kinds[name]),
+                placed[name][1],
+            )
             for name, layer in layers.items()
         ],
+        _kv_dtype(layers),
     )
+
+
+def _kv_dtype(layers: dict[str, Attention]) -> KVDtype | None:
+    found = {name: layer.kv_cache_dtype for name, layer in layers.items()}
+    kinds = {_KV_DTYPES.get(dtype) for dtype in found.values()}
+    if len(kinds) > 1:
+        names = {dtype: name for name, dtype in found.items()}
+        raise ValueError(
+            "Attention offloading does not support KV caches of several dtypes: "
+            f"{', '.join(f'{name} has {dtype}' for dtype, name in names.items())}. "
+            "Allowed: one for all layers. Pass --kv-cache-dtype bfloat16, or float16."
+        )
+    return kinds.pop()
 
 
 def _chunk_size(layer: Attention) -> int:
@@ -70,10 +97,15 @@ def _owner(name: str, layers: dict[str, Attention]) -> str:
 
 
 def _layer_geometry(
-    name: str, layer: Attention, group: int, storage: int
+    name: str, layer: Attention, owner: Attention, group: int, storage: int
 ) -> LayerGeometry:
     attention = cast(AttentionOffloadImpl, layer.impl).attention
     slopes = attention.alibi_slopes
+    k_scale = v_scale = 1.0
+    if owner.kv_cache_dtype in _KV_DTYPES:
+        # Those of the layer that stores: they are the units of what is stored.
+        k_scale = cast(float, owner._k_scale_float)
+        v_scale = cast(float, owner._v_scale_float)
     return LayerGeometry(
         name=name,
         group=group,
@@ -87,4 +119,6 @@ def _layer_geometry(
         soft_cap=attention.soft_cap,
         alibi_slopes=() if slopes is None else tuple(slopes.tolist()),
         stores=layer.kv_sharing_target_layer_name is None,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

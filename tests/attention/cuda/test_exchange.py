@@ -27,6 +27,7 @@ from raw_session import (
     session_of,
 )
 from shared_rows_node import LaggingAttention, sharing_node
+from stored_kv import with_fp8
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from worker_batch import WorkerBatch
 
@@ -147,15 +148,20 @@ class DeviceWorker:
             for layer in geometry.layers
         ]
         for index, impl in enumerate(self.impls):
-            impl.connect(self.exchange, index)
+            shape = geometry.layers[index]
+            impl.connect(self.exchange, index, shape.k_scale, shape.v_scale)
 
-    def run(self, steps: list[list[int]]) -> float:
+    def run(self, steps: list[list[int]], decode_threshold: int = 1) -> float:
         """The largest error of any layer's output; NaN where something is missing."""
         results = []
         for num_new in steps:
             batch, qkv = self.requests.grow(list(num_new))
             groups = [
-                AttentionOffloadMetadata(readback.begin(_common(batch)), BLOCK_SIZE)
+                AttentionOffloadMetadata(
+                    readback.begin(_common(batch)),
+                    BLOCK_SIZE,
+                    decode_threshold=decode_threshold,
+                )
                 for readback in self._readbacks
             ]
             results.append((self.forward(*groups, qkv=qkv), self._expected()))
@@ -255,7 +261,7 @@ def test_output_is_causal_attention(
 @pytest.mark.parametrize(
     ("kind", "num_nodes"), [("heads", 1), ("blocks", 2)], ids=["one-node", "two-nodes"]
 )
-@pytest.mark.parametrize("name", ["sinks", "window", "shared", "groups"])
+@pytest.mark.parametrize("name", ["sinks", "window", "shared", "groups", "fp8"])
 def test_kinds_of_layers(
     addresses: list[str], kind: PartitionKind, num_nodes: int, pace: Pace, name: str
 ) -> None:
@@ -266,20 +272,22 @@ def test_kinds_of_layers(
         "shared": [{}, {}, {"storage": 0, "stores": False}],
         # Of a chunk with context one group only stores what the other attends with.
         "groups": [{"group": 1}, {"sliding_window": 1}, {"group": 1}],
+        "fp8": [{}, {}, {"storage": 0, "stores": False}],
     }[name]
     layers = [
         msgspec.structs.replace(layer, **change)
         for layer, change in zip(GEOMETRY.layers, changes, strict=True)
     ]
+    geometry = msgspec.structs.replace(
+        GEOMETRY,
+        layers=layers,
+        groups=GEOMETRY.groups * (2 if name == "groups" else 1),
+    )
     worker = DeviceWorker(
         addresses[:num_nodes],
         DeferredDevice(pace),
         kind,
-        geometry=msgspec.structs.replace(
-            GEOMETRY,
-            layers=layers,
-            groups=GEOMETRY.groups * (2 if name == "groups" else 1),
-        ),
+        geometry=with_fp8(geometry) if name == "fp8" else geometry,
         sinks=torch.linspace(-1, 2, LAYER.num_query_heads) if name == "sinks" else None,
     )
     assert worker.run(STEPS) < 1e-5
@@ -347,6 +355,21 @@ def test_rows_in_device_memory(
     num_decodes = sum(max(step) == 1 for step in STEPS)
     assert attention.num_calls == num_decodes * NUM_LAYERS
     worker.close()
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_verification_of_drafts(
+    sharing: tuple[str, LaggingAttention], addresses: list[str], pace: Pace
+) -> None:
+    """Several rows of a request are a decode; beside chunks they have no local part."""
+    address, attention = sharing
+    steps = [*STEPS, [4, 1, 3], [4, 4, 4], [2, 17, 4], [0, 4, 0]]
+    for nodes, kind in (([address], "heads"), (addresses, "blocks")):
+        worker = DeviceWorker(nodes, DeferredDevice(pace), kind, HostDevice())
+        assert worker.run(steps, decode_threshold=4) < 1e-5
+        worker.close()
+    num_decodes = sum(max(step) <= 4 for step in steps)
+    assert attention.num_calls == num_decodes * NUM_LAYERS
 
 
 def test_rows_in_device_memory_need_the_order(

@@ -83,6 +83,17 @@ def test_moe_streams_touched_experts(shapes: dict[str, ModelShape]) -> None:
     assert shape.weight_bytes / 1e9 == pytest.approx(13.8, rel=0.02)
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8", "fp8_e4m3"])
+def test_fp8_kv_cache_halves_what_nodes_hold(
+    shapes: dict[str, ModelShape], kv_dtype: str
+) -> None:
+    """What travels stays as it is."""
+    whole = shapes["llama-3-8b"]
+    shape = read_model_shape(str(CONFIGS / "llama-3-8b"), kv_dtype)
+    assert shape.kv_bytes_per_token == whole.kv_bytes_per_token / 2
+    assert shape.activation_bytes == whole.activation_bytes
+
+
 def test_read_model_shape_from_directory(shapes: dict[str, ModelShape]) -> None:
     name = "llama-3-8b"
     assert read_model_shape(str(CONFIGS / name)) == shapes[name]

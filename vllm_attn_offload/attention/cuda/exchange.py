@@ -106,8 +106,8 @@ class CudaExchange(LayerExchange):
             return
         source = metadata.source
         assert isinstance(source, CudaStep)
-        if len(parts) == len(local):
-            self._stores.post(step, layer, local)
+        if len(parts) == _NUM_PARTS:
+            self._stores.post(step, layer, (parts[0], parts[1], parts[2]))
         lse = self._attention.attend(local, output, source, attention)
         if attention.sinks is not None:
             self._attention.add_sinks(output, lse, attention.sinks)

@@ -48,7 +48,8 @@ class LocalAttention(Protocol):
         """Causal attention of every request over its own rows of this step.
 
         Args:
-            qkv: ``[num_tokens, heads, head_size]`` each.
+            qkv: ``[num_tokens, heads, head_size]`` each; k and v in units of the
+                layer's scales.
             output: ``[num_tokens, num_heads, head_size]``, filled.
             step: Says which rows are of one request.
             attention: Attributes of the layer.
@@ -149,7 +150,7 @@ class FlashPrefill:
             cu_seqlens_k=step.query_start_loc,
             max_seqlen_q=step.max_query_len,
             max_seqlen_k=step.max_query_len,
-            softmax_scale=attention.softmax_scale,
+            softmax_scale=attention.score_scale,
             causal=True,
             # The row's own token does not count.
             window_size=[window - 1, 0] if window else None,
@@ -158,6 +159,8 @@ class FlashPrefill:
             return_softmax_lse=True,
             fa_version=self.version(query.shape[2], attention),
         )
+        if attention.v_scale != 1.0:
+            output.mul_(attention.v_scale)
         return lse
 
     def merge(

@@ -28,7 +28,7 @@ class BlockLayout(ABC):
 
     @abstractmethod
     def block_bytes(self, layer: LayerGeometry, block_size: int, dtype: str) -> int:
-        """Bytes of K and V of one block of ``layer``."""
+        """Bytes of K and V of one block of ``layer``, of elements of ``dtype``."""
 
 
 class Region(Protocol):

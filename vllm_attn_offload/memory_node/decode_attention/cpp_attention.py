@@ -98,6 +98,8 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
             address=addressof(c_char.from_buffer(region)),
             softmax_scale=layer.softmax_scale,
             soft_cap=layer.soft_cap,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
             slopes=slopes,
             slopes_address=slopes.ctypes.data if slopes.size else None,
         )
@@ -133,6 +135,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         store.key_stride, store.value_stride = key.stride, value.stride
         store.slot_mapping = plan.slots_address + first * _SLOT_BYTES
         store.num_tokens = last - first
+        store.k_scale, store.v_scale = pool.k_scale, pool.v_scale
         self._library.store(self._threads, calls.cache, store)
 
     def attend(
@@ -146,6 +149,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         attend.out = addressof(c_char.from_buffer(call.out))
         attend.lse = None if lse is None else addressof(c_char.from_buffer(lse))
         attend.softmax_scale, attend.soft_cap = pool.softmax_scale, pool.soft_cap
+        attend.k_scale, attend.v_scale = pool.k_scale, pool.v_scale
         attend.alibi_slopes = pool.slopes_address
         return self._library.attend(
             self._threads, calls.plan, attend, int(slice_s * 1e6)
@@ -161,12 +165,17 @@ class _Pool:
     address: int
     softmax_scale: float
     soft_cap: float
+    k_scale: float
+    v_scale: float
     slopes: npt.NDArray[np.float32]
     slopes_address: int | None
 
 
 class _LayerKind:
-    """Layers of a group that can share a plan, and their cache geometry."""
+    """Layers of a group that can share a plan, and their cache geometry.
+
+    ``dtype`` is that of payloads and results; blocks may be of fp8 instead.
+    """
 
     def __init__(
         self,
@@ -192,7 +201,7 @@ class _KindCalls:
         self.kind = kind
         self.cache = kind.cache
         self.plan = library.create_plan(kind.cache)
-        self.store = StoreInput()
+        self.store = StoreInput(source_dtype=dtype)
         self.attend = AttendInput(
             out_stride=kind.rows.out * item_bytes,
             query_dtype=dtype,
@@ -256,11 +265,15 @@ class _SessionKinds:
         key = (TokenLayout.of(layer), *heads, *blocks, layer.sliding_window)
         if key not in kinds:
             block_size = self._geometry.groups[layer.group].block_size
-            dtype = self._geometry.dtype
             cache = _create_cache(
-                self._library, layer, num_blocks, block_size, dtype, block_stride
+                self._library,
+                layer,
+                num_blocks,
+                block_size,
+                self._geometry.block_dtype,
+                block_stride,
             )
-            kinds[key] = _LayerKind(self._library, layer, cache, dtype)
+            kinds[key] = _LayerKind(self._library, layer, cache, self._geometry.dtype)
         return list(kinds).index(key)
 
     def create_plan(self, group: int) -> _KernelPlan:

@@ -232,4 +232,4 @@ def _results(
 
 
 def _elements(data: torch.Tensor, pool: Pool) -> torch.Tensor:
-    return data.view(pool.key.dtype)
+    return data.view(pool.dtype)

@@ -18,6 +18,7 @@ TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
 }
 #: The kernels are made for this many query rows per request; prefill chunks are cut.
 MAX_QUERY_LEN = 16
@@ -80,6 +81,7 @@ class KernelPlan:
     ) -> None:
         self._max_scores = max_scores
         self._dtype = TORCH_DTYPES[geometry.dtype]
+        self._block_dtype = TORCH_DTYPES[geometry.block_dtype]
         self._block_size = geometry.groups[group].block_size
         self._device = device
         self._shapes = {
@@ -174,7 +176,7 @@ class KernelPlan:
                 block_size=self._block_size,
                 sliding_window=shape.sliding_window or None,
                 query_dtype=self._dtype,
-                kv_cache_dtype=self._dtype,
+                kv_cache_dtype=self._block_dtype,
                 device=self._device,
             )
         return plan

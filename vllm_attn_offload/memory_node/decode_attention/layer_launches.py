@@ -62,14 +62,15 @@ class LayerLaunches:
             "value_ptr": begin + layout.value.offset,
             "key_cache_ptr": pool.key.data_ptr(),
             "value_cache_ptr": pool.value.data_ptr(),
+            **_scale_pointers(pool),
         }
         kind = (pool.shape, pool.key.stride(0), layout)
         prepared = self._stores.get(kind)
         if prepared is None or not prepared.again(pointers, stream):
-            elements = rows.view(pool.key.dtype)
+            elements = rows.view(pool.dtype)
             _, key, value = payload_views(elements, layout, pool.layer, elements.dtype)
             self._stores[kind] = prepare_store_kv(
-                key, value, pool.key, pool.value, plan.slot_mapping
+                key, value, pool.key, pool.value, plan.slot_mapping, **pool.scales
             )
 
     def attend(
@@ -96,7 +97,7 @@ class LayerLaunches:
         """
         if plan.num_parts > 1 or pool.slopes is not None:
             results = _results(pool, plan, out, lse)
-            attend_rows(pool, plan, rows.view(pool.key.dtype), layout, *results)
+            attend_rows(pool, plan, rows.view(pool.dtype), layout, *results)
             return
         pointers = {
             "query_ptr": rows.data_ptr() + layout.query.offset,
@@ -104,6 +105,7 @@ class LayerLaunches:
             "value_cache_ptr": pool.value.data_ptr(),
             "out_ptr": out.data_ptr(),
             "lse_ptr": lse.data_ptr(),
+            **_scale_pointers(pool),
         }
         layer = pool.layer
         scores = (layer.softmax_scale, layer.soft_cap)
@@ -112,7 +114,7 @@ class LayerLaunches:
         if prepared is None or not all(
             launch.again(pointers, stream) for launch in prepared
         ):
-            elements = rows.view(pool.key.dtype)
+            elements = rows.view(pool.dtype)
             query, _, _ = payload_views(elements, layout, layer, elements.dtype)
             out, lse = _results(pool, plan, out, lse)
             self._attends[kind] = prepare_decode_attention(
@@ -124,9 +126,16 @@ class LayerLaunches:
                 block_positions=plan.block_positions,
                 softmax_scale=layer.softmax_scale,
                 soft_cap=layer.soft_cap or None,
+                **pool.scales,
                 out=out,
                 lse=lse,
             )
+
+
+def _scale_pointers(pool: Pool) -> dict[str, int]:
+    """Addresses of the scales by the kernels' names, where blocks are of fp8."""
+    scales = pool.scales.items()
+    return {f"{name}_ptr": x.data_ptr() for name, x in scales if x is not None}
 
 
 def _results(
@@ -135,8 +144,8 @@ def _results(
     """Bytes as ``[num_query_rows, num_query_heads, v_head_size]`` and without sizes."""
     shape = (plan.num_query_rows, pool.shape.num_query_heads, pool.shape.v_head_size)
     num_rows = shape[0] * shape[1]
-    out_bytes = num_rows * shape[2] * pool.key.element_size()
+    out_bytes = num_rows * shape[2] * pool.dtype.itemsize
     return (
-        out[:out_bytes].view(pool.key.dtype).view(shape),
+        out[:out_bytes].view(pool.dtype).view(shape),
         lse[: 4 * num_rows].view(torch.float32).view(shape[:2]),
     )

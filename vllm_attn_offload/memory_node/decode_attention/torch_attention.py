@@ -25,14 +25,15 @@ from vllm_attn_offload.memory_node.decode_attention.request_parts import (
     parts_of,
     requests_of,
 )
+from vllm_attn_offload.protocol.e4m3 import to_e4m3
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
 }
 
 
@@ -40,7 +41,8 @@ _TORCH_DTYPES = {
 class _Pool:
     """K is [num_blocks, block_size, num_kv_heads, head_size], V has v_head_size.
 
-    ``slopes`` is fp32 ``[num_kv_heads, group, 1, 1]``, if there are any.
+    ``dtype`` is that of payloads; blocks may be of fp8 instead. ``slopes`` is fp32
+    ``[num_kv_heads, group, 1, 1]``, if there are any.
     """
 
     layer: LayerGeometry
@@ -75,7 +77,7 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
 
     def block_bytes(self, layer: LayerGeometry, block_size: int, dtype: str) -> int:
         row = layer.num_kv_heads * (layer.head_size + layer.v_head_size)
-        return block_size * row * DTYPE_BYTES[dtype]
+        return block_size * row * _TORCH_DTYPES[dtype].itemsize
 
     def bind(
         self,
@@ -84,9 +86,8 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         region: mmap.mmap,
         block_stride: int,
     ) -> _Pool:
-        dtype = _TORCH_DTYPES[geometry.dtype]
-        elements = torch.frombuffer(region, dtype=dtype)
-        stride, heads = block_stride // dtype.itemsize, layer.num_kv_heads
+        elements = torch.frombuffer(region, dtype=_TORCH_DTYPES[geometry.block_dtype])
+        stride, heads = block_stride // elements.itemsize, layer.num_kv_heads
         shape = (len(region) // block_stride, geometry.groups[layer.group].block_size)
         parts, offset = [], 0
         for size in (layer.head_size, layer.v_head_size):
@@ -96,7 +97,7 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         slopes = torch.tensor(layer.alibi_slopes).view(-1, 1, 1)
         return _Pool(
             layer=layer,
-            dtype=dtype,
+            dtype=_TORCH_DTYPES[geometry.dtype],
             key=parts[0],
             value=parts[1],
             slopes=slopes.unflatten(0, (heads, -1)) if layer.alibi_slopes else None,
@@ -127,8 +128,9 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         begin, end = torch.searchsorted(plan.stored_rows, torch.tensor([first, last]))
         rows = plan.stored_rows[begin:end]
         slots = (plan.stored_blocks[begin:end], plan.stored_offsets[begin:end])
-        pool.key[slots] = key[rows]
-        pool.value[slots] = value[rows]
+        layer = pool.layer
+        pool.key[slots] = _stored(key[rows], pool.key.dtype, layer.k_scale)
+        pool.value[slots] = _stored(value[rows], pool.key.dtype, layer.v_scale)
 
     def attend(
         self, pool: _Pool, plan: _KernelPlan, call: LayerCall, slice_s: float = 0.0
@@ -159,6 +161,11 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         return True
 
 
+def _stored(rows: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Rows of k or v as blocks hold them."""
+    return to_e4m3(rows, scale) if dtype == torch.float8_e4m3fn else rows
+
+
 def _attend_part(
     pool: _Pool, part: RequestPart, query: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +188,9 @@ def _attend_part(
     # Heads [num_kv_heads, group] of a row, by rows.
     folded = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).float()
     scores = folded.flatten(1, 2) @ key.transpose(1, 2)
-    scores = scores.unflatten(1, (-1, num_rows)).mul_(layer.softmax_scale)
+    # The scales of fp8 blocks are 1 in others.
+    scores = scores.unflatten(1, (-1, num_rows))
+    scores = scores.mul_(layer.softmax_scale * layer.k_scale)
     if layer.soft_cap:
         scores = scores.div_(layer.soft_cap).tanh_().mul_(layer.soft_cap)
     rows = torch.arange(part.position, part.position + num_rows)
@@ -196,7 +205,7 @@ def _attend_part(
     lse = scores.logsumexp(-1)
     weights = scores.sub_(_finite(lse)[..., None]).exp_()
     out = (weights.flatten(1, 2) @ value).unflatten(1, (-1, num_rows))
-    out = out.permute(2, 0, 1, 3).reshape(num_rows, num_heads, -1)
+    out = out.mul_(layer.v_scale).permute(2, 0, 1, 3).reshape(num_rows, num_heads, -1)
     return out, lse.permute(2, 0, 1).reshape(num_rows, num_heads)
 
 

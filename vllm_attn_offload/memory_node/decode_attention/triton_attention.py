@@ -24,7 +24,7 @@ from vllm_attn_offload.memory_node.decode_attention.kernel_plan import (
 )
 from vllm_attn_offload.memory_node.decode_attention.payload_views import payload_views
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout
+from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.step import StepMetadata
 from vllm_attn_offload.triton_kernels import paged_decode_attention, store_kv
 from vllm_attn_offload.triton_kernels.tiles import split_head_size
@@ -34,14 +34,18 @@ from vllm_attn_offload.triton_kernels.tiles import split_head_size
 class Pool:
     """Blocks of one layer.
 
-    ``key`` is ``[num_blocks, num_kv_heads, block_size, head_size]``, ``value`` likewise
-    with ``v_head_size``. ``slopes`` are fp32 ``[num_query_heads]``, if there are any.
+    ``dtype`` is that of payloads and results. ``key`` is ``[num_blocks, num_kv_heads,
+    block_size, head_size]``, ``value`` likewise with ``v_head_size``. ``scales``, by
+    the kernels' argument, are fp32 ``[1]`` where blocks are of fp8, else None.
+    ``slopes`` are fp32 ``[num_query_heads]``, if there are any.
     """
 
     layer: LayerGeometry
     shape: HeadShape
+    dtype: torch.dtype
     key: torch.Tensor
     value: torch.Tensor
+    scales: dict[str, torch.Tensor | None]
     slopes: torch.Tensor | None
 
 
@@ -62,7 +66,7 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
         for size in (layer.head_size, layer.v_head_size):
             split_head_size(size)
         row = layer.num_kv_heads * (layer.head_size + layer.v_head_size)
-        return block_size * row * DTYPE_BYTES[dtype]
+        return block_size * row * TORCH_DTYPES[dtype].itemsize
 
     def bind(
         self,
@@ -71,7 +75,7 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
         region: Any,
         block_stride: int,
     ) -> Pool:
-        elements = self.view(region, geometry.dtype)
+        elements = self.view(region, geometry.block_dtype)
         block_size = geometry.groups[layer.group].block_size
         num_blocks, stride = (
             len(region) // block_stride,
@@ -84,11 +88,30 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
                 elements.as_strided((num_blocks, *shape, size), strides, offset)
             )
             offset += math.prod(shape) * size
-        key, value = parts
         slopes = None
         if layer.alibi_slopes:
             slopes = torch.tensor(layer.alibi_slopes, device=self.device)
-        return Pool(layer, HeadShape.of(layer), key, value, slopes)
+        return Pool(
+            layer=layer,
+            shape=HeadShape.of(layer),
+            dtype=TORCH_DTYPES[geometry.dtype],
+            key=parts[0],
+            value=parts[1],
+            scales=self._scales(geometry, layer),
+            slopes=slopes,
+        )
+
+    def _scales(
+        self, geometry: SessionGeometry, layer: LayerGeometry
+    ) -> dict[str, torch.Tensor | None]:
+        """The kernels' arguments for them."""
+        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+        if geometry.kv_dtype is None:
+            return dict.fromkeys(scales)
+        return {
+            name: torch.tensor([scale], dtype=torch.float32, device=self.device)
+            for name, scale in scales.items()
+        }
 
     def view(self, region: Any, dtype: str) -> torch.Tensor:
         """A region's elements, flat."""
@@ -126,7 +149,7 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
             plan,
             call.payload,
             call.layout,
-            torch.frombuffer(call.out, dtype=pool.key.dtype).view(*heads, -1),
+            torch.frombuffer(call.out, dtype=pool.dtype).view(*heads, -1),
             torch.empty(heads)
             if call.lse is None
             else torch.frombuffer(call.lse, dtype=torch.float32).view(heads),
@@ -143,9 +166,9 @@ def store_rows(
 ) -> None:
     """Write rows of k and v of the payload, uint8 ``[num_bytes]``, into the pool."""
     if layout.num_tokens:
-        _, key, value = payload_views(payload, layout, pool.layer, pool.key.dtype)
+        _, key, value = payload_views(payload, layout, pool.layer, pool.dtype)
         slots = plan.slot_mapping[rows]
-        store_kv(key[rows], value[rows], pool.key, pool.value, slots)
+        store_kv(key[rows], value[rows], pool.key, pool.value, slots, **pool.scales)
 
 
 def attend_rows(
@@ -161,12 +184,12 @@ def attend_rows(
     Args:
         pool: Blocks of the layer.
         plan: Planned step.
-        payload: ``[num_bytes]``, or ``[num_elements]`` of the pool's dtype.
+        payload: ``[num_bytes]``, or ``[num_elements]`` of the payloads' dtype.
         layout: Where q, k and v lie in it.
         out: ``[num_query_rows, num_query_heads, v_head_size]``; filled.
         lse: ``[num_query_rows, num_query_heads]`` float32; filled.
     """
-    query, _, _ = payload_views(payload, layout, pool.layer, pool.key.dtype)
+    query, _, _ = payload_views(payload, layout, pool.layer, pool.dtype)
     if plan.num_parts > 1:
         rows = plan.fill_part()
         query, out, lse = query[rows], out[rows], lse[rows]
@@ -181,6 +204,7 @@ def attend_rows(
         softmax_scale=pool.layer.softmax_scale,
         soft_cap=pool.layer.soft_cap or None,
         alibi_slopes=pool.slopes,
+        **pool.scales,
         out=out,
         lse=lse,
     )

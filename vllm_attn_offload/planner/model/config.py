@@ -22,7 +22,13 @@ DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 # MXFP4 packs 32 4-bit values with one 8-bit scale.
 QUANT_BITS = {"mxfp4": 4.25, "fp8": 8.0}
-KV_DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0}
+KV_DTYPE_BYTES = {
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "float32": 4.0,
+    "fp8": 1.0,
+    "fp8_e4m3": 1.0,
+}
 
 
 def find_config(model: str) -> Path:
