@@ -7,18 +7,17 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.unsupported import DROP, Unsupported, is_set, not_in
+from vllm_attn_offload.unsupported_kv_dtype import UNSUPPORTED_KV_DTYPE
 from vllm_attn_offload.unsupported_models import UNSUPPORTED_MODELS
 from vllm_attn_offload.unsupported_parallel import UNSUPPORTED_PARALLEL
+from vllm_attn_offload.unsupported_speculative import UNSUPPORTED_SPECULATIVE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _ATTENTION_OP = "vllm::unified_attention_with_output"
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
-#: Not ``auto``, which takes what the checkpoint asks for.
-_OWN_KV_DTYPE = "Pass the model's own: --kv-cache-dtype bfloat16, or float16."
 
 
 def check_arguments(engine_args: EngineArgs) -> None:
@@ -62,22 +61,6 @@ def check_layers(problems: Iterable[str]) -> None:
         )
 
 
-def _checkpoint_kv_dtype(config: VllmConfig) -> str:
-    """Find what vLLM applies only when it builds the layers."""
-    quantisation = getattr(config.model_config.hf_config, "quantization_config", None)
-    scheme = (quantisation or {}).get("kv_cache_scheme")
-    if not scheme or config.cache_config.cache_dtype != "auto":
-        return ""
-    return "the KV cache that the checkpoint quantises (kv_cache_scheme)"
-
-
-def _mixed_kv_dtype(config: VllmConfig) -> str:
-    dtype = config.cache_config.cache_dtype
-    model = str(config.model_config.dtype).removeprefix("torch.")
-    differs = dtype in _KV_CACHE_DTYPES[1:] and dtype != model
-    return f"kv_cache_dtype={dtype!r} with dtype={model!r}" if differs else ""
-
-
 def _batch_invariant(_: VllmConfig) -> str:
     from vllm import envs
 
@@ -101,40 +84,18 @@ def _attention_in_graphs(config: VllmConfig) -> str:
 
 UNSUPPORTED_CONFIG = (
     *UNSUPPORTED_MODELS,
+    *UNSUPPORTED_KV_DTYPE,
+    *UNSUPPORTED_SPECULATIVE,
     Unsupported(
         "Pooling models",
         not_in(("generate",), "model_config.runner_type", "runner={!r}"),
         "runner='generate'",
     ),
     Unsupported(
-        "Quantised KV cache",
-        not_in(_KV_CACHE_DTYPES, "cache_config.cache_dtype", "kv_cache_dtype={!r}"),
-        f"kv_cache_dtype in {', '.join(_KV_CACHE_DTYPES)}",
-        _OWN_KV_DTYPE,
-    ),
-    Unsupported(
-        "KV cache quantised by the checkpoint",
-        _checkpoint_kv_dtype,
-        "a KV cache of the model's dtype",
-        _OWN_KV_DTYPE,
-    ),
-    Unsupported(
-        "KV cache dtype other than the model's",
-        _mixed_kv_dtype,
-        "the dtype of the model",
-        "Leave --kv-cache-dtype out, or pass the model's dtype.",
-    ),
-    Unsupported(
         "Model dtypes",
         not_in(_DTYPES, "model_config.dtype", "dtype={}"),
         ", ".join(_DTYPES),
         "Pass --dtype bfloat16 or float32.",
-    ),
-    Unsupported(
-        "Speculative decoding",
-        is_set("speculative_config", "speculative decoding ({.method})"),
-        "plain decoding",
-        DROP,
     ),
     Unsupported(
         "KV connectors, disaggregated prefill",

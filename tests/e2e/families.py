@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def run(model: str, case: dict[str, Any], addresses: list[str]) -> dict[str, Any
     options = ENGINE | MODELS.get(case["model"], {}) | case.get("engine", {})
     llm: Any = LLM(model, **(options | memory(case, addresses)))
     first, second = prompts()
-    outputs = generate(llm, first, is_killing=case.get("kill", False))
+    kill = kill_memory_node if case.get("kill") else None
+    outputs = generate(llm, first, kill=kill)
     outputs += generate(llm, second)
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     cache = llm.llm_engine.vllm_config.cache_config
@@ -208,14 +210,18 @@ def load_class(model: str) -> None:
 
 
 def generate(
-    llm: Any, token_ids: list[list[int]], *, is_killing: bool = False
+    llm: Any,
+    token_ids: list[list[int]],
+    *,
+    num_tokens: int = NUM_TOKENS,
+    kill: Callable[[], object] | None = None,
 ) -> list[dict[str, list[Any]]]:
     """Tokens, their log-probabilities, and how far the best is from the second."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0,
-        max_tokens=NUM_TOKENS,
+        max_tokens=num_tokens,
         ignore_eos=True,
         logprobs=2,
         detokenize=False,
@@ -229,8 +235,8 @@ def generate(
             if output.finished:
                 done[int(output.request_id)] = output.outputs[0]
         num_steps += 1
-        if is_killing and num_steps == KILL_AFTER_STEPS:
-            kill_memory_node()
+        if kill is not None and num_steps == KILL_AFTER_STEPS:
+            kill()
     return [_completion(answer) for _, answer in sorted(done.items())]
 
 

@@ -25,7 +25,11 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
 )
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    DraftTokenIds,
+    ModelRunnerOutput,
+)
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -65,6 +69,7 @@ def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
     options = tiny_llama.engine_options() | {
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
     }
     config = EngineArgs(str(model), **options).create_engine_config()
     config.cache_config.num_gpu_blocks = 64
@@ -114,11 +119,16 @@ def decode(scheduler: AttentionOffloadScheduler) -> tuple[Request, SchedulerOutp
     return request, scheduler.schedule()
 
 
-def sample(step: SchedulerOutput, token: int) -> ModelRunnerOutput:
+def sample(step: SchedulerOutput, *new_tokens: int) -> ModelRunnerOutput:
     ids = list(step.num_scheduled_tokens)
     assert ids
     index = {request_id: index for index, request_id in enumerate(ids)}
-    return ModelRunnerOutput(ids, index, [[token] for _ in ids])
+    return ModelRunnerOutput(ids, index, [list(new_tokens) for _ in ids])
+
+
+def draft(scheduler: AttentionOffloadScheduler, *drafts: int) -> None:
+    """Give drafts of the only request to the scheduler, as after every step."""
+    scheduler.update_draft_token_ids(DraftTokenIds(["r"], [list(drafts)]))
 
 
 def tokens(outputs: dict[int, EngineCoreOutputs]) -> list[int]:
@@ -230,10 +240,60 @@ def test_prefills_are_no_progress(
 def test_a_decoded_token_is_progress(
     scheduler: AttentionOffloadScheduler, recovery: Recovery
 ) -> None:
+    """Also one that comes of a verification, of several rows."""
     add(scheduler)
-    for _ in range(8):
+    for num_drafts in (0, 3) * 4:
         recovery.report_loss(LOSS)
-        for _ in range(2):
-            step = scheduler.schedule()
-            scheduler.update_from_output(step, sample(step, 11))
+        step = scheduler.schedule()
+        scheduler.update_from_output(step, sample(step, 11))
+        assert recovery.is_on_trial
+        draft(scheduler, *range(num_drafts))
+        step = scheduler.schedule()
+        assert step.num_scheduled_tokens == {"r": 1 + num_drafts}
+        scheduler.update_from_output(step, sample(step, 11))
         assert not recovery.is_on_trial
+
+
+def verify(scheduler: AttentionOffloadScheduler) -> tuple[Request, SchedulerOutput]:
+    """A request with its first token, 11, and the step that verifies two drafts."""
+    request = add(scheduler)
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, sample(step, 11))
+    draft(scheduler, 12, 13)
+    step = scheduler.schedule()
+    assert step.num_scheduled_tokens == {"r": 3}
+    assert step.scheduled_spec_decode_tokens == {"r": [12, 13]}
+    return request, step
+
+
+def test_drafts_of_a_lost_step_are_dropped(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """The worker still has those of the step before: they follow other tokens."""
+    request, step = verify(scheduler)
+    recovery.report_loss(LOSS, 0)
+    assert tokens(scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)) == []
+    draft(scheduler, 12, 13)
+    step = scheduler.schedule()
+    assert step.num_scheduled_tokens == {"r": 6}
+    assert not step.scheduled_spec_decode_tokens
+    assert tokens(scheduler.update_from_output(step, sample(step, 12))) == [12]
+    draft(scheduler, 13)
+    assert scheduler.schedule().scheduled_spec_decode_tokens == {"r": [13]}
+    assert list(request.output_token_ids) == [11, 12]
+
+
+def test_verified_tokens_are_delivered_though_the_drafter_lost_its_node(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery
+) -> None:
+    """One draft was wrong; those that the drafter then made follow nothing."""
+    request, step = verify(scheduler)
+    recovery.report_loss(LOSS, 0)
+    outputs = scheduler.update_from_output(step, sample(step, 12, 14))
+    assert tokens(outputs) == [12, 14]
+    draft(scheduler, 15)
+    step = scheduler.schedule()
+    assert step.num_scheduled_tokens == {"r": 8}
+    assert not step.scheduled_spec_decode_tokens
+    assert tokens(scheduler.update_from_output(step, sample(step, 15))) == [15]
+    assert list(request.output_token_ids) == [11, 12, 14, 15]

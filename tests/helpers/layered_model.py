@@ -32,6 +32,8 @@ from vllm_attn_offload.client.remote_attention import RemoteAttention
 
 NUM_BLOCKS, BLOCK_SIZE, HIDDEN, VOCABULARY = 200, 16, 96, 50
 GEOMETRY = make_geometry(num_layers=3)
+#: Three drafts and the token before them.
+DECODE_THRESHOLD = 4
 
 
 class LayeredModel(torch.nn.Module):
@@ -134,7 +136,9 @@ class Engine:
             num_padding: Rows that fill the batch to the size of a captured graph.
         """
         batch, _ = self._requests.grow(num_new)
-        metadata = AttentionOffloadMetadata(HostStep(batch), BLOCK_SIZE)
+        metadata = AttentionOffloadMetadata(
+            HostStep(batch), BLOCK_SIZE, decode_threshold=DECODE_THRESHOLD
+        )
         slots = torch.nn.functional.pad(
             torch.as_tensor(batch.slot_mapping), (0, num_padding)
         )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from exact_attention import exact_attention
 from paged_batch import Qkv, random_tokens
+from stored_kv import stored_kv
 
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
@@ -42,6 +43,7 @@ class WorkerBatch:
         group: int = 0,
     ) -> None:
         self._generator = torch.Generator().manual_seed(num_reqs)
+        self._geometry = geometry
         self._layer = geometry.layers[0]
         self._block_size = geometry.groups[group].block_size
         self._dtype = getattr(torch, geometry.dtype)
@@ -91,11 +93,23 @@ class WorkerBatch:
             num_tokens = request.q.shape[0]
             positions = torch.arange(num_tokens - count, num_tokens)
             query = request.q[-count:].repeat(1, copies, 1)
-            out, lse = exact_attention(layer, query, request.k, request.v, positions)
+            kv = stored_kv(self._geometry, layer, request.k, request.v)
+            out, lse = exact_attention(layer, query, *kv, positions)
             if sinks is not None:
                 out = out * torch.sigmoid(lse - sinks.double())[..., None]
             outs.append(out)
         return torch.cat(outs)
+
+    def reject(self, num_last: list[int]) -> None:
+        """Take back the last tokens of every request, as of drafts that were wrong.
+
+        Their blocks stay: the tokens that come next overwrite them.
+        """
+        for request, count in zip(self._requests, num_last, strict=True):
+            if count:
+                request.q, request.k, request.v = (
+                    part[:-count] for part in (request.q, request.k, request.v)
+                )
 
     def release(self, window: int) -> list[int]:
         """Give up the blocks that no later row sees, as vLLM does between steps.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
@@ -98,21 +99,18 @@ def child_processes() -> set[psutil.Process]:
     ("arguments", "given"),
     [
         ({"runner": "pooling"}, "runner='pooling'"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2'"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype='fp8_per_"),
+        ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype='nvfp4'"),
+        ({"kv_cache_dtype": "turboquant_k8v4"}, "kv_cache_dtype='turboquant_k8v4'"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "kv_cache_dtype_skip_layers=['0']",
+        ),
         (
             {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
             "kv_cache_dtype='bfloat16' with dtype='float32'",
-        ),
-        (
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 2,
-                }
-            },
-            "speculative decoding (ngram)",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
         (
@@ -240,9 +238,72 @@ def load_class(module: str, architecture: str) -> None:
     ModelRegistry.register_model(architecture, getattr(loaded, architecture))
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 15, "prompt_lookup_max": 2}
+
+
+@pytest.mark.parametrize(
+    ("speculation", "given"),
+    [
+        (NGRAM, ""),
+        ({"method": "draft_model", "num_speculative_tokens": 3}, ""),
+        (NGRAM | {"num_speculative_tokens": 16}, "num_speculative_tokens=16. Allowed"),
+        (NGRAM | {"method": "ngram_gpu"}, "speculative decoding by ngram_gpu"),
+        (
+            {"method": "custom_class", "model": "a.B", "num_speculative_tokens": 3},
+            "speculative decoding by custom_class",
+        ),
+        (
+            {"method": "extract_hidden_states", "num_speculative_tokens": 1},
+            "speculative decoding by extract_hidden_states",
+        ),
+        (
+            {"method": "draft_model", "num_speculative_tokens": 3}
+            | {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "fp8"},
+            "TRITON_ATTN and kv_cache_dtype=fp8 in a draft model",
+        ),
+    ],
+    ids=lambda value: value.get("method") if isinstance(value, dict) else "",
+)
+def test_speculation(smollm2: str, speculation: dict[str, Any], given: str) -> None:
+    """Drafts of the target itself, where a method needs a model."""
+    is_drafted = speculation["method"] == "draft_model"
+    options = speculation | ({"model": smollm2} if is_drafted else {})
+    if not given:
+        create(smollm2, speculative_config=options)
+        return
+    assert given in refusal(smollm2, speculative_config=options)
+
+
+def test_refused_drafts(smollm2: str) -> None:
+    """Set on a finished configuration: vLLM has them for other models."""
+    config = create(smollm2, speculative_config=NGRAM)
+    speculation = config.speculative_config
+    assert speculation is not None
+    for method in ("dflash", "dspark", "medusa", "mlp_speculator"):
+        speculation.method = method
+        with pytest.raises(ValueError, match=f"decoding by {method}. Allowed: the me"):
+            check_supported(config)
+    speculation.method = "mtp"
+    check_supported(config)
+    speculation.draft_model_config = copy.deepcopy(speculation.draft_model_config)
+    speculation.draft_model_config.hf_config.model_type = "gemma4_mtp"
+    with pytest.raises(ValueError, match="decoding by gemma4_mtp. Allowed: the meth"):
+        check_supported(config)
+    speculation.method = "ngram"
+    check_supported(config)
+    speculation.enable_adaptive_verification = True
+    with pytest.raises(ValueError, match="does not support enable_adaptive_verif"):
+        check_supported(config)
+
+
 @pytest.mark.parametrize(
     ("offload", "arguments", "given"),
     [
+        (
+            {},
+            {"speculative_config": NGRAM},
+            "speculative decoding with recurrent states",
+        ),
         ({"num_microbatches": 2}, {}, "num_microbatches=2 for a hybrid model"),
         ({}, {"prefix_match_unit": 16}, "prefix_match_unit=16 for a hybrid model"),
         ({"num_microbatches": "auto"}, {}, ""),
@@ -304,16 +365,48 @@ def test_accepted_model_configs(model_dir: ModelDir, changes: dict[str, Any]) ->
 def test_checkpoint_with_fp8_kv_cache(
     model_dir: ModelDir, quantisation: dict[str, Any]
 ) -> None:
-    """Refused from the configuration, with advice that works."""
+    """Taken as it is, and with the model's own dtype."""
     model = model_dir(quantization_config=quantisation)
+    create(model, dtype="bfloat16")
+    create(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kv_dtype", ["fp8", "fp8_e4m3"])
+def test_fp8_kv_cache(smollm2: str, dtype: str, kv_dtype: str) -> None:
+    config = create(smollm2, dtype=dtype, kv_cache_dtype=kv_dtype)
+    assert config.cache_config.cache_dtype == kv_dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"strategy": "attn_head"}, "KV cache of 8 bits of type float by attn_head"),
+        ({"type": "int"}, "KV cache of 8 bits of type int by tensor"),
+        ({"num_bits": 4}, "KV cache of 4 bits of type float by tensor"),
+    ],
+)
+def test_checkpoint_with_another_kv_cache(
+    model_dir: ModelDir, changes: dict[str, Any], given: str
+) -> None:
+    """Refused from the configuration, with advice that works."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} | changes
+    model = model_dir(
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {},
+            "kv_cache_scheme": scheme,
+        }
+    )
     message = refusal(model, dtype="bfloat16")
+    assert given in message
     assert "--kv-cache-dtype bfloat16" in message
-    assert "kv-cache-dtype auto" not in message
     create(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
 def test_every_problem_is_named(model_dir: ModelDir) -> None:
-    message = refusal(model_dir(v_head_dim=32), kv_cache_dtype="fp8")
+    message = refusal(model_dir(v_head_dim=32), kv_cache_dtype="fp8_e5m2")
     assert len(message.splitlines()) == 2
 
 
@@ -335,8 +428,8 @@ def test_refused_classes(smollm2: str, name: str, value: str, ours: str) -> None
 
 def test_llm_refuses_before_any_process(smollm2: str) -> None:
     before = child_processes()
-    with pytest.raises(ValueError, match="does not support kv_cache_dtype='fp8'"):
-        LLM(smollm2, attention_offload=True, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="not support kv_cache_dtype='fp8_e5m2'"):
+        LLM(smollm2, attention_offload=True, kv_cache_dtype="fp8_e5m2")
     with pytest.raises(ValueError, match="no option kv_cache_gb. Did you mean kv"):
         LLM(smollm2, attention_offload_config={"kv_cache_gb": 1})
     assert child_processes() <= before

@@ -20,6 +20,7 @@ from vllm_attn_offload.attention.micro_batch.baton import Baton
 from vllm_attn_offload.attention.readback import HostReadback, Readback, StepSource
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.sent_step import SentStep
+from vllm_attn_offload.client.step_partition import MAX_DECODE_ROWS
 from vllm_attn_offload.protocol.step import StepMetadata
 
 
@@ -32,6 +33,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
     computes in turns with this one. ``kept`` are k and v, by their storage, of layers
     whose KV others share: ``[num_tokens, num_kv_heads, size]`` each. ``layer_name`` is
     one of the group's layers, ``later`` the same step of the group that comes next.
+    Requests of up to ``decode_threshold`` rows decode: nodes attend for all of these.
     """
 
     source: StepSource
@@ -42,6 +44,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     layer_name: str = ""
     later: AttentionOffloadMetadata | None = None
+    decode_threshold: int = 1
 
     @property
     def batch(self) -> StepMetadata:
@@ -60,7 +63,9 @@ class AttentionOffloadMetadata(AttentionMetadata):
         """
         if self.step is None:
             group = nodes.geometry.layers[layer].group
-            self.step = nodes.begin_step(self.batch, self.micro_batch, group)
+            self.step = nodes.begin_step(
+                self.batch, self.micro_batch, group, self.decode_threshold
+            )
         return self.step
 
     def send_later(self, nodes: RemoteAttention) -> None:
@@ -85,11 +90,13 @@ class AttentionOffloadMetadataBuilder(
 
     vLLM makes a builder for every backend, spec and number of query heads in a KV
     group, and asks one after another about the same batch: they share its metadata,
-    because a step is sent once for all layers of a group.
+    because a step is sent once for all layers of a group. Each pass of a drafter is a
+    step of its own.
     """
 
     _latest: ClassVar[tuple[CommonAttentionMetadata, AttentionOffloadMetadata] | None]
     _latest = None
+    _draft_pass: ClassVar[tuple[CommonAttentionMetadata, int] | None] = None
     # Attention leaves the device, so it runs between captured graphs (PIECEWISE).
     _cudagraph_support = AttentionCGSupport.NEVER
 
@@ -104,6 +111,7 @@ class AttentionOffloadMetadataBuilder(
         self._layer_name = layer_names[0]
         self._block_size = kv_cache_spec.block_size
         self._readback = _readback(device, self._block_size)
+        self._decode_threshold = _decode_threshold(vllm_config)
 
     def build(
         self,
@@ -126,7 +134,10 @@ class AttentionOffloadMetadataBuilder(
             return latest[1]
         source = self._readback.begin(common_attn_metadata)
         metadata = AttentionOffloadMetadata(
-            source, self._block_size, layer_name=self._layer_name
+            source,
+            self._block_size,
+            layer_name=self._layer_name,
+            decode_threshold=self._decode_threshold,
         )
         # Groups of one step share all but their tables and slots.
         starts = common_attn_metadata.query_start_loc_cpu
@@ -134,6 +145,32 @@ class AttentionOffloadMetadataBuilder(
             latest[1].later = metadata
         AttentionOffloadMetadataBuilder._latest = (common_attn_metadata, metadata)
         return metadata
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> AttentionOffloadMetadata:
+        """Describe a pass of the drafter.
+
+        Its first one gets the object that described the target's step, and later ones
+        the same object, changed in place: identity alone does not tell them apart.
+        """
+        described, index = self._draft_pass or (None, 0)
+        if described is not common_attn_metadata or index != draft_index:
+            builder = AttentionOffloadMetadataBuilder
+            builder._draft_pass = (common_attn_metadata, draft_index)
+            builder._latest = None
+        return super().build_for_drafting(common_attn_metadata, draft_index)
+
+
+def _decode_threshold(vllm_config: VllmConfig) -> int:
+    """Most rows of a request in a step that verifies drafts, or makes them."""
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        return 1
+    num_verified = 1 + speculation.num_speculative_tokens
+    # Some drafters append rows of their own to those.
+    num_rows = num_verified + speculation.max_num_new_slots_for_drafting
+    return min(num_rows, MAX_DECODE_ROWS)
 
 
 def _readback(device: torch.device, block_size: int) -> Readback:

@@ -77,14 +77,17 @@ class RemoteAttention:
         return self._guard.loss
 
     def begin_step(
-        self, batch: StepMetadata, micro_batch: int = 0, group: int = 0
+        self,
+        batch: StepMetadata,
+        micro_batch: int = 0,
+        group: int = 0,
+        decode_threshold: int = 1,
     ) -> SentStep:
         """Divide a step of a KV group between the nodes and send each its share."""
         self._step += 1
         self._times.num_steps += 1
-        block_size = self.geometry.groups[group].block_size
-        window = self._windows[group]
-        partition = partition_step(batch, self._partition, block_size, window)
+        sizes = self.geometry.groups[group].block_size, self._windows[group]
+        partition = partition_step(batch, self._partition, *sizes, decode_threshold)
         rows = partition.remote_rows
         remote_rows = None if rows is None else torch.from_numpy(rows)
         is_plain = len(self._clients) == 1 and not partition.needs_merge
@@ -278,9 +281,7 @@ class RemoteAttention:
 
 def widest_window(geometry: SessionGeometry, group: int) -> int:
     """Most tokens that a row sees in any layer of a KV group; 0: all."""
-    windows = [
-        layer.sliding_window for layer in geometry.layers if layer.group == group
-    ]
+    windows = [each.sliding_window for each in geometry.layers if each.group == group]
     return 0 if 0 in windows else max(windows, default=0)
 
 

@@ -17,6 +17,9 @@ from vllm_attn_offload.protocol.step import Int32Array, Int64Array, StepMetadata
 
 BoolArray = npt.NDArray[np.bool_]
 
+#: Rows of a request that kernels of memory nodes attend for together.
+MAX_DECODE_ROWS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class NodeShare:
@@ -65,12 +68,17 @@ class StepPartition:
 
 
 def partition_step(
-    batch: StepMetadata, partition: Partition, block_size: int, window: int = 0
+    batch: StepMetadata,
+    partition: Partition,
+    block_size: int,
+    window: int = 0,
+    decode_threshold: int = 1,
 ) -> StepPartition:
     """Divide a step between the compute node and the memory nodes.
 
-    A row of a decoding request sees all of its request's tokens on the nodes, its own
-    included. Rows of a longer chunk see the tokens that were cached before the step.
+    Rows of a decoding request, several where drafts are verified, see their request's
+    tokens on the nodes up to their own, which is stored first. Rows of a longer chunk
+    see there the tokens that were cached before the step.
 
     Args:
         batch: The step of one KV group.
@@ -78,18 +86,22 @@ def partition_step(
         block_size: Tokens of a block.
         window: Most tokens that a row sees in any layer of the group, its own
             included; 0: all. Rows and blocks that it hides are not sent.
+        decode_threshold: Most rows of a request that decodes, at least 1.
     """
     starts = batch.query_start_loc.astype(np.int64)
     query_lens = starts[1:] - starts[:-1]
-    if (query_lens == 1).all():
-        whole = _decode_step(batch, block_size, window)
+    is_decode = (query_lens > 0) & (query_lens <= decode_threshold)
+    if decode_threshold > 1 and (batch.slot_mapping < 0).any():
+        batch = replace(batch, seq_lens=_stored_lens(batch, starts))
+    if is_decode.all():
+        whole = _decode_step(batch, query_lens, block_size, window)
         return _between_nodes(batch, whole, None, (), partition, block_size)
-    visible = np.where(query_lens == 1, batch.seq_lens, batch.query_positions)
-    remote_lens = _remote_lens(query_lens, visible, window)
+    visible = np.where(is_decode, batch.seq_lens, batch.query_positions)
+    remote_lens = _remote_lens(query_lens, is_decode, visible, window)
     is_remote = remote_lens > 0
     prefills = tuple(
         Prefill(int(starts[index]), int(starts[index + 1]), bool(is_remote[index]))
-        for index in np.flatnonzero(query_lens > 1)
+        for index in np.flatnonzero(query_lens > decode_threshold)
     )
     lens = remote_lens[is_remote]
     rows = None
@@ -118,23 +130,38 @@ def _between_nodes(
     return StepPartition(batch.num_tokens, rows, prefills, shares, needs_merge)
 
 
+def _stored_lens(batch: StepMetadata, starts: Int64Array) -> Int32Array:
+    """Each request's tokens up to the last row that is stored.
+
+    A drafter pads requests by rows of rejected tokens, which get no slot: what lies
+    there was never written, and no row whose output is used sees it.
+    """
+    rows = np.flatnonzero(batch.slot_mapping >= 0)
+    request = np.searchsorted(starts, rows, side="right") - 1
+    num_stored = np.zeros(batch.num_reqs, np.int64)
+    np.maximum.at(num_stored, request, rows - starts[request] + 1)
+    lens = np.where(num_stored, batch.query_positions + num_stored, batch.seq_lens)
+    return lens.astype(np.int32)
+
+
 def _remote_lens(
-    query_lens: Int64Array, visible: Int64Array, window: int
+    query_lens: Int64Array, is_decode: BoolArray, visible: Int64Array, window: int
 ) -> Int64Array:
     """Rows of each request that see tokens on the nodes: its first ones."""
     lens = np.where(visible > 0, query_lens, 0)
     if window:
         # A chunk's row i sees cached tokens only while i < window - 1.
-        lens = np.where(query_lens > 1, np.minimum(lens, window - 1), lens)
+        lens = np.where(is_decode, lens, np.minimum(lens, window - 1))
     return lens
 
 
-def _decode_step(batch: StepMetadata, block_size: int, window: int) -> StepMetadata:
-    """The step of all nodes where every request has one row."""
+def _decode_step(
+    batch: StepMetadata, query_lens: Int64Array, block_size: int, window: int
+) -> StepMetadata:
+    """The step of all nodes where every request decodes."""
     if window:
-        is_remote = np.ones(batch.num_reqs, np.bool_)
-        lens = is_remote.astype(np.int64)
-        return _remote_step(batch, is_remote, lens, batch.seq_lens, block_size, window)
+        all_of_them, visible = np.ones(batch.num_reqs, np.bool_), batch.seq_lens
+        return _remote_step(batch, all_of_them, query_lens, visible, block_size, window)
     width = max(1, -(-int(batch.seq_lens.max(initial=1)) // block_size))
     if width == batch.block_table.shape[1]:
         return batch

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
 
     _SchedulerBase = Scheduler
@@ -85,6 +85,15 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
             self._recovery.note_progress()
         return outputs
 
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take drafts for the next step, unless all requests are computed again.
+
+        A worker that lost a step, or a node while it drafted, has none that follow a
+        request's tokens.
+        """
+        if not self._recovery.is_pending:
+            super().update_draft_token_ids(draft_token_ids)
+
     def _interrupted_in_queue(self) -> list[Request]:
         return [r for r in self.waiting if r.request_id in self._interrupted]
 
@@ -131,12 +140,18 @@ def _has_decoded(
     nothing about the step that failed.
     """
     cached = scheduler_output.scheduled_cached_reqs
+    num_drafts = {
+        request_id: len(drafts)
+        for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items()
+    }
     decoding = {
         request_id
         for request_id, num_computed in zip(
             cached.req_ids, cached.num_computed_tokens, strict=True
         )
-        if num_computed and scheduler_output.num_scheduled_tokens[request_id] == 1
+        if num_computed
+        and scheduler_output.num_scheduled_tokens[request_id]
+        == 1 + num_drafts.get(request_id, 0)
     }
     return any(
         output.new_token_ids and output.request_id in decoding

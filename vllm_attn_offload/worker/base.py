@@ -155,8 +155,11 @@ class AttentionOffloadWorker(_WorkerBase):
         return self._with_loss(super().execute_model(scheduler_output))
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Sample the step's tokens."""
-        return self._with_loss(super().sample_tokens(grammar_output))
+        """Sample the step's tokens, and draft those that may follow."""
+        # A loss that only a drafter meets leaves the sampled tokens right.
+        was_whole = self._nodes is None or self._nodes.loss is None
+        output = super().sample_tokens(grammar_output)
+        return self._with_loss(output, is_whole=was_whole)
 
     def discard_step(self) -> None:
         """Forget a step that was executed, so that nothing is sampled from it."""
@@ -180,7 +183,10 @@ class AttentionOffloadWorker(_WorkerBase):
             self._exchange.close()
         self._exchange = None if nodes is None else self._make_exchange(nodes)
         for index, layer in enumerate(attention_layers(self.vllm_config).values()):
-            cast(AttentionOffloadImpl, layer.impl).connect(self._exchange, index)
+            shape = self._geometry.layers[index]
+            cast(AttentionOffloadImpl, layer.impl).connect(
+                self._exchange, index, shape.k_scale, shape.v_scale
+            )
         if self._micro_batches is not None:
             self._micro_batches.connect(nodes)
 
@@ -188,13 +194,13 @@ class AttentionOffloadWorker(_WorkerBase):
         """Return what moves layers between this worker's device and the nodes."""
         raise NotImplementedError
 
-    def _with_loss(self, output: Any) -> Any:
+    def _with_loss(self, output: Any, *, is_whole: bool = False) -> Any:
         loss = None if self._nodes is None else self._nodes.loss
         if loss is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             output = output.get_output()
-        return LostStep(output, self._generation, loss)
+        return LostStep(output, self._generation, loss, is_whole)
 
     def _register_backend(self) -> None:
         """Make vLLM's selector return the offloading backend in this process."""

@@ -16,12 +16,14 @@ from vllm_attn_offload.errors import MemoryNodeError
 class LostStep:
     """Takes the place of a step's output; what it holds is wrong.
 
-    ``generation`` names the sessions that were in use.
+    ``generation`` names the sessions that were in use. ``is_whole``: the step's tokens
+    are right, because they were drawn before the loss; only drafts came after it.
     """
 
     output: Any
     generation: int
     error: MemoryNodeError
+    is_whole: bool = False
 
 
 class LossReader:
@@ -38,11 +40,15 @@ class LossReader:
         self._report = report
 
     def aggregate(self, outputs: list[Any], output_rank: int = 0) -> Any:
-        """The output of one rank; an empty one where any rank lost the step."""
+        """The output of one rank; an empty one where any rank lost the step.
+
+        Tokens that were drawn are kept: dropped, a seeded request would draw others.
+        """
         lost = [output for output in outputs if isinstance(output, LostStep)]
         for step in lost:
             self._report(step)
         output = outputs[output_rank]
         if isinstance(output, LostStep):
             output = output.output
-        return EMPTY_MODEL_RUNNER_OUTPUT if lost and output is not None else output
+        is_wrong = not all(step.is_whole for step in lost)
+        return EMPTY_MODEL_RUNNER_OUTPUT if is_wrong and output is not None else output

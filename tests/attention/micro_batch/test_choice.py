@@ -22,7 +22,7 @@ def run(
     whole_s: float,
     cut_s: float,
     wait_s: float,
-    size: tuple[int, int] = (16, 16384),
+    size: tuple[int, int, int] = (16, 16, 16384),
 ) -> list[bool]:
     """Which of the steps were cut."""
     decisions = []
@@ -78,13 +78,13 @@ def test_auto_follows_a_change_and_not_noise() -> None:
 def test_auto_decides_by_size() -> None:
     """A small batch stays whole beside a large one that is cut."""
     choice = MicroBatchChoice("auto")
-    small, large = (2, 256), (32, 65536)
+    small, large = (2, 2, 256), (32, 32, 65536)
     for _ in range(2):
         run(choice, 10, whole_s=0.02, cut_s=0.03, wait_s=0.01, size=small)
         run(choice, 10, whole_s=0.30, cut_s=0.16, wait_s=0.15, size=large)
     assert not choice.wants_cut(*small)
     assert choice.wants_cut(*large)
-    assert not choice.wants_cut(1, 65536)
+    assert not choice.wants_cut(1, 4, 65536)
 
 
 def test_ranks_do_what_the_first_one_measured() -> None:
@@ -99,8 +99,8 @@ def test_ranks_do_what_the_first_one_measured() -> None:
     other = MicroBatchChoice("auto", agree=lambda values: told.pop())
     cuts = []
     for _ in range(2 * NUM_STEPS_DECIDED):
-        is_cut = first.wants_cut(16, 16384)
-        assert other.wants_cut(16, 16384) == is_cut
+        is_cut = first.wants_cut(16, 16, 16384)
+        assert other.wants_cut(16, 16, 16384) == is_cut
         first.record(is_cut, 0.075 if is_cut else 0.130, 0.0 if is_cut else 0.080)
         other.record(is_cut, 0.900 if is_cut else 0.130, 0.001)
         assert not told

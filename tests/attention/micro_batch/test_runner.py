@@ -17,7 +17,9 @@ from vllm_attn_offload.errors import MemoryNodeError
 
 #: Prefills, then decodes of fewer and fewer requests; a mixed step between them.
 STEPS = [[40, 3, 17, 1, 90], [1] * 5, [1] * 5, [1, 1, 20, 1, 1], [1, 0, 1, 1, 0]]
-NUM_DECODE_STEPS, NUM_CUT_STEPS = 4, 3
+#: That verify drafts: of some requests, of all, of one request alone.
+STEPS += [[4, 1, 3, 1, 2], [4] * 5, [1, 4, 17, 1, 1], [0, 4, 0, 0, 0], [4, 4, 1, 0, 2]]
+NUM_CUT_STEPS = 6
 
 
 def test_cut_steps_equal_whole_steps(node: NodeProcess) -> None:

@@ -11,6 +11,7 @@ from vllm_attn_offload.attention.micro_batch.split import (
     StepCosts,
     choose_cut,
     cut_batch,
+    is_decode_step,
     shares_written,
 )
 from vllm_attn_offload.protocol.step import StepMetadata
@@ -18,68 +19,116 @@ from vllm_attn_offload.protocol.step import StepMetadata
 BLOCK = 16
 
 
-def decode_step(seq_lens: list[int]) -> StepMetadata:
-    """A decode step of requests with blocks of their own; 0 pads the block table."""
+def decode_step(
+    seq_lens: list[int], query_lens: list[int] | None = None
+) -> StepMetadata:
+    """A decode step of requests with blocks of their own; 0 pads the block table.
+
+    Args:
+        seq_lens: Tokens of each request, its rows included.
+        query_lens: Rows of each; None: one.
+    """
     lens = np.array(seq_lens, np.int32)
+    rows = np.array(query_lens or [1] * len(lens), np.int32)
     counts = -(-lens // BLOCK)
     table = np.zeros((len(lens), counts.max()), np.int32)
     ends = counts.cumsum()
     for row, count, end in zip(table, counts, ends, strict=True):
         row[:count] = np.arange(end - count, end) + 1
-    last = table[np.arange(len(lens)), counts - 1].astype(np.int64)
+    slots = [
+        int(its_own[position // BLOCK]) * BLOCK + position % BLOCK
+        for its_own, length, count in zip(table, lens, rows, strict=True)
+        for position in range(length - count, length)
+    ]
     return StepMetadata.whole(
-        query_start_loc=np.arange(len(lens) + 1, dtype=np.int32),
+        query_start_loc=np.array([0, *rows.cumsum()], np.int32),
         seq_lens=lens,
-        slot_mapping=last * BLOCK + (lens - 1) % BLOCK,
+        slot_mapping=np.array(slots, np.int64),
         block_table=table,
     )
 
 
-def step_time(seq_lens: list[int], cut: int, costs: StepCosts) -> float:
-    """Of two micro-batches in turns."""
-    halves = (seq_lens[:cut], seq_lens[cut:])
-    compute = [costs.row * len(half) for half in halves]
-    attention = [costs.token * sum(half) for half in halves]
+def step_time(
+    seq_lens: list[int], query_lens: list[int], cut: int, costs: StepCosts
+) -> float:
+    """Of two micro-batches in turns, the first of ``cut`` requests."""
+    parts = (slice(0, cut), slice(cut, None))
+    compute = [costs.row * sum(query_lens[part]) for part in parts]
+    attention = [costs.token * sum(seq_lens[part]) for part in parts]
     return max(compute[0], attention[1]) + max(compute[1], attention[0])
 
 
 @given(
-    st.lists(st.integers(1, 5000), min_size=2, max_size=40),
+    st.lists(
+        st.tuples(st.integers(1, 16), st.integers(0, 5000)), min_size=2, max_size=40
+    ),
+    st.booleans(),
     st.sampled_from([0.1, 30.0, 512.0, 1e5]),
 )
-@settings(deadline=None, max_examples=60)
-def test_choose_cut_is_the_best(seq_lens: list[int], row: float) -> None:
+@settings(deadline=None, max_examples=100)
+def test_choose_cut_is_the_best(
+    requests: list[tuple[int, int]], is_verifying: bool, row: float
+) -> None:
     """No other cut is predicted to be faster; no request is in both or in neither."""
     costs = StepCosts(row=row, token=1.0)
-    batch = decode_step(seq_lens)
-    cut = choose_cut(batch, costs)
-    assert cut is not None
-    best = min(step_time(seq_lens, at, costs) for at in range(1, len(seq_lens)))
-    assert step_time(seq_lens, cut, costs) <= best * (1 + 1e-6)
+    query_lens = [count if is_verifying else 1 for count, _ in requests]
+    seq_lens = [
+        count + cached for count, (_, cached) in zip(query_lens, requests, strict=True)
+    ]
+    batch = decode_step(seq_lens, query_lens)
+    cut = choose_cut([batch], costs)
+    assert cut in batch.query_start_loc[1:-1]
     first, second = cut_batch(batch, cut)
-    for name in ("seq_lens", "slot_mapping", "block_table"):
+    num_first = first.num_reqs
+    best = min(
+        step_time(seq_lens, query_lens, at, costs) for at in range(1, len(seq_lens))
+    )
+    assert step_time(seq_lens, query_lens, num_first, costs) <= best * (1 + 1e-6)
+    for name in ("seq_lens", "slot_mapping", "block_table", "query_positions"):
         parts = [getattr(first, name), getattr(second, name)]
         assert (np.concatenate(parts) == getattr(batch, name)).all()
-    assert first.query_start_loc.tolist() == list(range(cut + 1))
-    assert second.query_start_loc.tolist() == list(range(len(seq_lens) - cut + 1))
+    assert first.num_tokens == cut == first.num_query_rows
+    rows = [*np.diff(first.query_start_loc), *np.diff(second.query_start_loc)]
+    assert rows == query_lens
+    assert first.query_start_loc[0] == second.query_start_loc[0] == 0
 
 
 def test_choose_cut_balances_what_is_alike() -> None:
-    assert choose_cut(decode_step([1000] * 8), StepCosts()) == 4
+    assert choose_cut([decode_step([1000] * 8)], StepCosts()) == 4
     # One long request weighs as much as the others together, where attention counts.
     longs = decode_step([7000] + [1000] * 7)
-    assert choose_cut(longs, StepCosts(row=1000.0)) == 2
-    assert choose_cut(longs, StepCosts(row=1e6)) == 4
+    assert choose_cut([longs], StepCosts(row=1000.0)) == 2
+    assert choose_cut([longs], StepCosts(row=1e6)) == 4
+    # One that verifies drafts computes as much as the others together.
+    wide = decode_step([1000] * 5, [4, 1, 1, 1, 1])
+    assert choose_cut([wide], StepCosts(row=1e6)) == 4
+    assert cut_batch(wide, 4)[0].num_reqs == 1
 
 
-def test_choose_cut_leaves_other_steps_whole() -> None:
-    """One request, and a step in which two tokens of a request are computed."""
-    assert choose_cut(decode_step([100]), StepCosts()) is None
+def test_choose_cut_agrees_with_virtual_requests() -> None:
+    """Layers with chunked local attention have more requests: none is cut in two."""
+    whole = decode_step([1000, 130, 1000], [1, 4, 1])
+    virtual = decode_step([40, 64, 2, 40], [1, 2, 2, 1])
+    for groups in ([whole, virtual], [virtual, whole]):
+        assert choose_cut(groups, StepCosts(row=1e6)) in (1, 5)
+        first, second = cut_batch(virtual, 5)
+        assert (first.num_reqs, second.num_reqs) == (3, 1)
+    assert choose_cut([decode_step([100], [4]), virtual], StepCosts()) is None
+
+
+def test_other_steps_stay_whole() -> None:
+    """One request, a chunk, and requests that only fill a batch."""
+    assert choose_cut([decode_step([100])], StepCosts()) is None
+    assert choose_cut([decode_step([100], [3])], StepCosts()) is None
+    verification = decode_step([100, 40, 9], [4, 1, 3])
+    assert is_decode_step(verification, 4)
+    assert not is_decode_step(verification, 3)
+    assert is_decode_step(decode_step([100, 40]), 1)
     two = decode_step([100, 40])
-    chunk = StepMetadata.whole(
+    padded = StepMetadata.whole(
         np.array([0, 0, 2], np.int32), two.seq_lens, two.slot_mapping, two.block_table
     )
-    assert choose_cut(chunk, StepCosts()) is None
+    assert not is_decode_step(padded, 4)
 
 
 def test_choose_cut_keeps_a_reader_with_its_writer() -> None:
@@ -93,6 +142,19 @@ def test_choose_cut_keeps_a_reader_with_its_writer() -> None:
     later = decode_step([writer_len + 1, writer_len + 1])
     later.block_table[1, :3] = later.block_table[0, :3]
     assert not shares_written(later, BLOCK)
+
+
+def test_shares_written_sees_every_block_of_a_verification() -> None:
+    """Sixteen rows may complete two blocks, and their last rows lie in a third."""
+    writer = decode_step([3 * BLOCK + 4, 2 * BLOCK + 7], [16, 1])
+    assert not shares_written(writer, BLOCK)
+    reader = decode_step([3 * BLOCK + 4, 3 * BLOCK + 1], [16, 1])
+    reader.block_table[1, :3] = reader.block_table[0, :3]
+    assert shares_written(reader, BLOCK)
+    # All of its rows are behind what the reader shares.
+    earlier = decode_step([3 * BLOCK + 4, 2 * BLOCK + 7], [4, 1])
+    earlier.block_table[1, :2] = earlier.block_table[0, :2]
+    assert not shares_written(earlier, BLOCK)
 
 
 def test_shares_written_ignores_what_lies_behind_a_request() -> None:

@@ -138,7 +138,7 @@ class MicroBatchChoice:
         self._option = option
         self._agree = agree
         self._regimes: dict[tuple[int, int], _Regime] = {}
-        self._size = (0, 0)
+        self._size = (0, 0, 0)
         self._regime = _Regime(False)
         self._times = _DecodeTimes(is_cut=option == 2)
 
@@ -147,17 +147,18 @@ class MicroBatchChoice:
         """True if any step may be split."""
         return self._option != 1
 
-    def wants_cut(self, num_rows: int, num_tokens: int) -> bool:
+    def wants_cut(self, num_reqs: int, num_rows: int, num_tokens: int) -> bool:
         """Return True if a decode step should be split.
 
         Args:
-            num_rows: Requests of the step.
+            num_reqs: Requests of the step.
+            num_rows: Rows of all its requests, which verify drafts by several.
             num_tokens: Cached tokens of all its requests.
         """
-        self._size = (num_rows, num_tokens)
+        self._size = (num_reqs, num_rows, num_tokens)
         if self._option != "auto":
             return self._option == 2
-        if num_rows < 2:
+        if num_reqs < 2:
             return False
         key = (int(2 * math.log2(num_rows)), int(2 * math.log2(num_tokens)))
         if key not in self._regimes:
@@ -190,7 +191,7 @@ class MicroBatchChoice:
         return {name: float(value) for name, value in asdict(self._times).items()}
 
     def _adopt(self, regime: _Regime) -> None:
-        times, (num_rows, num_tokens) = self._times, self._size
+        times, (_, num_rows, num_tokens) = self._times, self._size
         times.whole_step_s, times.cut_step_s = regime.whole_step_s, regime.cut_step_s
         times.wait_share = regime.wait_share
         wait_s = times.wait_share * times.whole_step_s
@@ -202,7 +203,7 @@ class MicroBatchChoice:
         times.is_cut = regime.is_cut
         times.num_micro_batch_changes += 1
         logger.info(
-            "Decode steps of about %d requests and %s cached tokens now run as %s: "
+            "Decode steps of about %d rows and %s cached tokens now run as %s: "
             "whole %.1f ms, of which %.0f %% wait for attention; in two micro-batches "
             "%.1f ms.",
             num_rows,

@@ -35,6 +35,7 @@ from vllm_attn_offload.attention.micro_batch.model_inputs import (
 from vllm_attn_offload.attention.micro_batch.split import (
     choose_cut,
     cut_batch,
+    is_decode_step,
     shares_written,
 )
 from vllm_attn_offload.attention.readback import HostStep
@@ -93,13 +94,14 @@ class MicroBatchRunner:
         nodes = self._nodes
         if groups is None or nodes is None or not self._is_looked_at(groups):
             return self._forward(*args, **inputs)
-        batch = groups[0].batch
-        num_rows, num_tokens = batch.num_tokens, int(batch.seq_lens.sum())
+        batches = [group.batch for group in groups]
+        first = batches[0]
+        sizes = first.num_reqs, first.num_tokens, int(first.seq_lens.sum())
         cut = None
-        if self._choice.wants_cut(num_rows, num_tokens) and not any(
+        if self._choice.wants_cut(*sizes) and not any(
             shares_written(each.batch, each.block_size) for each in groups
         ):
-            cut = choose_cut(batch, self._choice.costs)
+            cut = choose_cut(batches, self._choice.costs)
         started, waited = time.perf_counter(), nodes.wait_s
         output = (
             self._forward(**inputs)
@@ -116,7 +118,7 @@ class MicroBatchRunner:
         """Return True if the step only decodes and its lengths need no wait."""
         if not (self._choice.may_cut or all(each.source.is_on_host for each in groups)):
             return False
-        return groups[0].batch.seq_lens.shape[0] == groups[0].num_tokens
+        return all(is_decode_step(g.batch, g.decode_threshold) for g in groups)
 
     def _run_cut(
         self, inputs: Inputs, groups: list[AttentionOffloadMetadata], cut: int
@@ -246,7 +248,11 @@ def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
 def _cut(metadata: AttentionOffloadMetadata, cut: int) -> AttentionOffloadParts:
     first, second = (
         AttentionOffloadMetadata(
-            HostStep(part), metadata.block_size, index, layer_name=metadata.layer_name
+            HostStep(part),
+            metadata.block_size,
+            index,
+            layer_name=metadata.layer_name,
+            decode_threshold=metadata.decode_threshold,
         )
         for index, part in enumerate(cut_batch(metadata.batch, cut))
     )
