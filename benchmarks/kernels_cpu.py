@@ -11,13 +11,13 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from decode_kernels.cpu_result import HEADER, Result
 from decode_kernels.cpu_sides import Batch, Ours, Shape, Vllm
 from harness.environment import describe
 from vllm.platforms import current_platform
@@ -30,14 +30,18 @@ from vllm_attn_offload.native.attention import (
 
 FILL_TOKENS = 8192
 
+BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("gqa-32-8-128-bf16", 32, 8, 128, torch.bfloat16),
-        Shape("mha-32-32-128-bf16", 32, 32, 128, torch.bfloat16),
-        Shape("gqa-64-8-128-bf16", 64, 8, 128, torch.bfloat16),
-        Shape("smollm2-9-3-64-bf16", 9, 3, 64, torch.bfloat16),
-        Shape("gqa-32-8-128-fp32", 32, 8, 128, torch.float32),
+        Shape("gqa-32-8-128-bf16", 32, 8, 128, BF16, BF16),
+        Shape("mha-32-32-128-bf16", 32, 32, 128, BF16, BF16),
+        Shape("gqa-64-8-128-bf16", 64, 8, 128, BF16, BF16),
+        Shape("smollm2-9-3-64-bf16", 9, 3, 64, BF16, BF16),
+        Shape("gqa-32-8-128-fp32", 32, 8, 128, FP32, FP32),
+        Shape("gqa-32-8-128-fp8", 32, 8, 128, BF16, FP8),
+        Shape("mha-32-32-128-fp8", 32, 32, 128, BF16, FP8),
+        Shape("smollm2-9-3-64-fp8", 9, 3, 64, BF16, FP8),
     )
 }
 # Per shape, then the sweep over batch and context of the first one.
@@ -47,6 +51,9 @@ MAIN_CASES = {
     "gqa-64-8-128-bf16": (8, 4096),
     "smollm2-9-3-64-bf16": (64, 4096),
     "gqa-32-8-128-fp32": (8, 2048),
+    "gqa-32-8-128-fp8": (8, 4096),
+    "mha-32-32-128-fp8": (4, 2048),
+    "smollm2-9-3-64-fp8": (64, 4096),
 }
 SWEEP = [(1, 128), (1, 1024), (1, 16384), (4, 512), (8, 128), (8, 1024), (16, 4096)]
 SWEEP += [(64, 128), (64, 1024)]
@@ -79,26 +86,28 @@ class Bench:
                 side.store(pool, self.key[:count], self.value[:count], slots)
         self.library.destroy_pool(pool)
 
-    def reference(self, batch: Batch, sequence: int) -> torch.Tensor:
-        """Float64 ``[num_query_heads, head_size]`` of one sequence of layer 0."""
-        position = torch.arange(batch.lens[sequence])
+    def reference(self, batch: Batch, row: int, side: Ours | Vllm) -> torch.Tensor:
+        """Float64 ``[num_query_heads, head_size]`` of one row of layer 0."""
+        sequence = row // batch.rows
+        later = batch.rows - 1 - row % batch.rows
+        position = torch.arange(batch.lens[sequence] - later)
         block = batch.tables[0, sequence][position // self.block_size].long()
         token = (block * self.block_size + position % self.block_size) % FILL_TOKENS
         group = self.shape.num_query_heads // self.shape.num_kv_heads
         key, value = (
-            x[token].double().repeat_interleave(group, dim=1)
+            side.cached(x[token]).double().repeat_interleave(group, dim=1)
             for x in (self.key, self.value)
         )
-        scores = torch.einsum("hd,nhd->hn", batch.query[sequence].double(), key)
+        scores = torch.einsum("hd,nhd->hn", batch.query[row].double(), key)
         probabilities = (scores * batch.scale).softmax(-1)
         return torch.einsum("hn,nhd->hd", probabilities, value)
 
-    def check(self, batch: Batch, out: torch.Tensor, name: str) -> float:
-        """Largest error of two sequences; raises RuntimeError if it is not rounding."""
-        sequences = {0, batch.batch - 1}
+    def check(self, batch: Batch, side: Ours | Vllm, name: str) -> float:
+        """Largest error of two rows; raises RuntimeError if it is not rounding."""
+        out = side.out
         error = max(
-            (out[i].double() - self.reference(batch, i)).abs().max().item()
-            for i in sequences
+            (out[row].double() - self.reference(batch, row, side)).abs().max().item()
+            for row in {0, len(out) - 1}
         )
         limit = 1e-5 if self.shape.dtype == torch.float32 else 1e-2
         if not error <= limit:
@@ -108,19 +117,21 @@ class Bench:
             )
         return error
 
-    def run(self, case: tuple[int, int], num_threads: int, repeats: int) -> Result:
-        """Check, then time interleaved runs of one batch and context."""
+    def run(
+        self, case: tuple[int, int], rows: int, num_threads: int, repeats: int
+    ) -> Result:
+        """Check, then time interleaved runs of one batch, context and rows."""
         cpu_ids = sorted(os.sched_getaffinity(0))[:num_threads]
         pool = self.library.create_pool(num_threads, cpu_ids)
         torch.set_num_threads(num_threads)
-        batch = Batch(self.shape, *case, self.num_blocks, self.block_size)
+        batch = Batch(self.shape, *case, rows, self.num_blocks, self.block_size)
         ours = self.ours.prepare(batch, pool)
         vllm = self.vllm.prepare(batch, pool)
         ours(0)
         vllm(0)
         errors = [
-            self.check(batch, self.ours.out, "ours"),
-            self.check(batch, self.vllm.out, "vLLM"),
+            self.check(batch, self.ours, "ours"),
+            self.check(batch, self.vllm, "vLLM"),
         ]
         layers = len(batch.tables)
         size = self.ours.memory.nbytes
@@ -163,87 +174,38 @@ def seconds_per_layer(attend: Callable[[int], None], layers: int) -> float:
             return elapsed / calls
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Medians of one batch; rates in GB/s of keys and values."""
-
-    shape: str
-    batch: int
-    context: int
-    num_threads: int
-    read_gbps: float
-    ours_gbps: float
-    vllm_gbps: float
-    ours_us: list[float]
-    vllm_us: list[float]
-    ours_error: float
-    vllm_error: float
-
-    @classmethod
-    def of(
-        cls,
-        batch: Batch,
-        num_threads: int,
-        samples: dict[str, list[float]],
-        errors: list[float],
-    ) -> Result:
-        """Summarise seconds per layer; the ``_us`` lists are p20, median and p80."""
-        read, ours, vllm = (
-            batch.kv_bytes / statistics.median(samples[name]) / 1e9
-            for name in ("read", "ours", "vllm")
-        )
-        return cls(
-            shape=batch.shape.name,
-            batch=batch.batch,
-            context=batch.context,
-            num_threads=num_threads,
-            read_gbps=read,
-            ours_gbps=ours,
-            vllm_gbps=vllm,
-            ours_us=[1e6 * x for x in percentiles(samples["ours"])],
-            vllm_us=[1e6 * x for x in percentiles(samples["vllm"])],
-            ours_error=errors[0],
-            vllm_error=errors[1],
-        )
-
-    def row(self) -> str:
-        return (
-            f"{self.shape:20} {self.batch:3} x {self.context:<6} {self.num_threads:2} "
-            f"{self.read_gbps:7.1f} {self.ours_gbps:7.1f} {self.vllm_gbps:7.1f} "
-            f"{self.ours_gbps / self.vllm_gbps:6.2f}x "
-            f"{100 * self.ours_gbps / self.read_gbps:5.0f}% "
-            f"{self.ours_us[1]:10.1f} {self.vllm_us[1]:10.1f} "
-            f"{self.ours_error:8.1e} {self.vllm_error:8.1e}"
-        )
-
-
-HEADER = (
-    "shape                batch x ctx  thr    read    ours    vLLM  ratio of read    "
-    "ours us    vLLM us  err ours err vLLM"
-)
-
-
-def percentiles(samples: list[float]) -> list[float]:
-    """p20, median and p80."""
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return [deciles[1], deciles[4], deciles[7]]
-
-
 def make_parser() -> FlexibleArgumentParser:
     parser = FlexibleArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="query rows of each request: 1 + k where k drafted tokens are verified",
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7, help="at least 5")
     parser.add_argument("--arena-mib", type=int, default=512, help="per cache")
     parser.add_argument("--block-size", type=int, default=32, help="multiple of 32")
     parser.add_argument("--isa", help="one of the library's; default: the best")
     parser.add_argument("--no-sweep", action="store_true", help="main cases only")
+    parser.add_argument(
+        "--case",
+        nargs=2,
+        type=int,
+        metavar=("BATCH", "CONTEXT"),
+        help="this one instead of the main cases and the sweep",
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser
 
 
 def cases_of(name: str, args: argparse.Namespace) -> list[tuple[int, int]]:
     """Batch and context of every case of one shape."""
+    if args.case:
+        batch, context = args.case
+        return [(batch, context)]
     is_swept = name in (next(iter(SHAPES)), "smollm2-9-3-64-bf16")
     return [MAIN_CASES[name], *(SWEEP if is_swept and not args.no_sweep else ())]
 
@@ -282,8 +244,9 @@ def main() -> None:
         bench = Bench(library, SHAPES[name], args)
         for num_threads in args.threads:
             for case in cases_of(name, args):
-                results.append(bench.run(case, num_threads, args.repeats))
-                print(results[-1].row(), flush=True)
+                for rows in args.rows:
+                    results.append(bench.run(case, rows, num_threads, args.repeats))
+                    print(results[-1].line(), flush=True)
     about["load_average_after"] = os.getloadavg()
     print(f"load average after: {about['load_average_after']}")
     if args.output:

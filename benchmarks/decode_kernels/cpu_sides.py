@@ -23,17 +23,23 @@ from vllm_attn_offload.native.kernel_inputs import (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Heads, head size and dtype of one benchmarked layer."""
+    """Heads, head size and dtypes of one benchmarked layer."""
 
     name: str
     num_query_heads: int
     num_kv_heads: int
     head_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of queries, and of keys and values before they are stored
+    cache_dtype: torch.dtype
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        return 2 * self.num_kv_heads * self.head_size * self.cache_dtype.itemsize
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """vLLM's name of the cache's dtype."""
+        return "fp8_e4m3" if self.cache_dtype == torch.float8_e4m3fn else "auto"
 
 
 def huge_buffer(num_bytes: int) -> torch.Tensor:
@@ -46,23 +52,35 @@ def huge_buffer(num_bytes: int) -> torch.Tensor:
 
 
 class Batch:
-    """Shuffled blocks of one arena, shared out to layers that are used in turn."""
+    """Shuffled blocks of one arena, shared out to layers that are used in turn.
+
+    The last ``rows`` tokens of each sequence are query rows.
+    """
 
     def __init__(
-        self, shape: Shape, batch: int, context: int, num_blocks: int, block_size: int
+        self,
+        shape: Shape,
+        batch: int,
+        context: int,
+        rows: int,
+        num_blocks: int,
+        block_size: int,
     ) -> None:
         per_sequence = -(-context // block_size)
         per_layer = batch * per_sequence
         self.shape, self.batch, self.context = shape, batch, context
+        self.rows = rows
         # Lengths differ a little, as in a served batch.
-        self.lens = [max(1, context - 3 * i % (context // 4 + 1)) for i in range(batch)]
+        self.lens = [
+            max(rows, context - 3 * i % (context // 4 + 1)) for i in range(batch)
+        ]
         self.kv_bytes = sum(self.lens) * shape.token_bytes
         num_layers = min(64, num_blocks // per_layer)
         order = torch.randperm(num_blocks)[: num_layers * per_layer].int()
         self.tables = order.view(num_layers, batch, per_sequence)
         self.seq_lens = torch.tensor(self.lens, dtype=torch.int32)
-        self.query_start_loc = torch.arange(batch + 1, dtype=torch.int32)
-        size = (batch, shape.num_query_heads, shape.head_size)
+        self.query_start_loc = rows * torch.arange(batch + 1, dtype=torch.int32)
+        size = (rows * batch, shape.num_query_heads, shape.head_size)
         self.query = torch.randn(size).to(shape.dtype)
         self.scale = shape.head_size**-0.5
 
@@ -85,7 +103,7 @@ class Ours:
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
             v_head_size=shape.head_size,
-            dtype=_name(shape.dtype),
+            dtype=_name(shape.cache_dtype),
             isa=isa,
         )
         self.memory = huge_buffer(num_blocks * self.cache.block_bytes)
@@ -96,9 +114,14 @@ class Ours:
     ) -> None:
         call = StoreInput(cache=self.memory.data_ptr())
         call.key, call.value = key.data_ptr(), value.data_ptr()
-        call.key_stride = call.value_stride = self.shape.token_bytes // 2
+        call.key_stride = call.value_stride = key[0].nbytes
+        call.source_dtype = DTYPES[_name(key.dtype)]
         call.slot_mapping, call.num_tokens = slots.data_ptr(), len(slots)
         self.library.store(pool, self.cache, call)
+
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """What the cache holds of keys or values."""
+        return x.to(self.shape.cache_dtype)
 
     def prepare(self, batch: Batch, pool: int) -> Callable[[int], None]:
         """Return a function that attends in one layer."""
@@ -142,9 +165,13 @@ class Vllm:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         self.ops, self.shape = ops, shape
-        self.isa = _get_attn_isa(shape.dtype, block_size, shape.head_size)
+        self.isa = _get_attn_isa(
+            shape.dtype, block_size, shape.head_size, shape.kv_cache_dtype
+        )
         memory = huge_buffer(num_blocks * block_size * shape.token_bytes)
-        cache = memory.view(shape.dtype).view(
+        # vLLM keeps fp8 as bytes.
+        is_fp8 = shape.kv_cache_dtype != "auto"
+        cache = memory.view(torch.uint8 if is_fp8 else shape.cache_dtype).view(
             num_blocks, shape.num_kv_heads, 2 * block_size, shape.head_size
         )
         self.k, self.v = cache.chunk(2, dim=2)
@@ -153,8 +180,23 @@ class Vllm:
         self, pool: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
         self.ops.cpu_attn_reshape_and_cache(
-            key, value, self.k, self.v, slots, self.isa, kv_cache_dtype="auto"
+            key,
+            value,
+            self.k,
+            self.v,
+            slots,
+            self.isa,
+            kv_cache_dtype=self.shape.kv_cache_dtype,
         )
+
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """What the cache holds of keys or values."""
+        nearest = x.to(self.shape.cache_dtype)
+        if self.shape.kv_cache_dtype == "auto":
+            return nearest
+        # vLLM 0.32's CPU kernels cut fp8 off instead of rounding it.
+        is_up = nearest.float().abs() > x.float().abs()
+        return (nearest.view(torch.uint8) - is_up.byte()).view(nearest.dtype)
 
     def prepare(self, batch: Batch, pool: int) -> Callable[[int], None]:
         """Return a function that attends in one layer."""
@@ -172,6 +214,7 @@ class Vllm:
             sliding_window_size=window,
             isa=self.isa,
             enable_kv_split=True,
+            kv_cache_dtype=shape.kv_cache_dtype,
         )
         return lambda layer: self.ops.cpu_attention_with_kv_cache(
             query=batch.query,
@@ -188,8 +231,10 @@ class Vllm:
             softcap=0.0,
             scheduler_metadata=metadata,
             s_aux=None,
+            kv_cache_dtype=shape.kv_cache_dtype,
         )
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    return "fp8_e4m3" if name == "float8_e4m3fn" else name

@@ -14,7 +14,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.greedy import Answer
 
 VOCABULARY = range(1000, 40000)
 WARM_UP_STEPS, MAX_QUEUED = 3, 512
@@ -46,6 +49,7 @@ class Engine:
         from vllm_attn_offload import LLM
 
         self._llm = LLM(**options)
+        self._model: str = options["model"]
         self._is_offload = bool(options.get("attention_offload"))
         if self._is_offload:
             from engines import layer_clock
@@ -55,17 +59,20 @@ class Engine:
         self._num_requests = 0
         self._step_s = 0.0
 
-    def check(self, num_prompts: int, num_tokens: int) -> list[list[int]]:
-        """Greedy tokens of fixed prompts, to compare both engines before timing."""
+    def check(self, num_prompts: int, num_tokens: int) -> list[Answer]:
+        """Greedy answers to fixed prompts, to compare engines before timing."""
+        from engines.greedy import answer_of
         from vllm import SamplingParams, TokensPrompt
 
         prompts = _prompts(Point(num_prompts, 48, num_tokens))
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True),
+            SamplingParams(
+                temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2
+            ),
             use_tqdm=False,
         )
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return [answer_of(output.outputs[0]) for output in outputs]
 
     def capacity(self) -> int:
         """Tokens of the KV pool that the scheduler sees."""
@@ -111,6 +118,12 @@ class Engine:
             "cached_s": cached_s,
             "tokens": [cold_token, cached_token],
         }
+
+    def repetitive(self, *options: Any) -> dict[str, Any]:
+        """Answers to repetitive prompts; see ``repetitive.py``."""
+        from engines import repetitive
+
+        return repetitive.answer(self._llm, self._model, *options)
 
     def _time_first_token(self, prompt: list[int]) -> tuple[float, int]:
         from vllm import SamplingParams, TokensPrompt
@@ -254,6 +267,8 @@ def main() -> None:
         answer: Any
         if "first_token" in request:
             answer = engine.first_token(*request["first_token"])
+        elif "repetitive" in request:
+            answer = engine.repetitive(*request["repetitive"])
         elif "check" in request:
             answer = engine.check(*request["check"])
         elif "capacity" in request:

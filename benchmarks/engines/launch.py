@@ -110,7 +110,7 @@ def stock_engine(
 
 
 def engine_options(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Options of every engine."""
+    """Options of every engine, and those that a benchmark sets as ``engine``."""
     return {
         "model": model,
         "dtype": arguments.dtype,
@@ -118,6 +118,7 @@ def engine_options(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "max_model_len": _longest(arguments),
         "max_num_seqs": max(arguments.batch),
         "max_num_batched_tokens": 2048,
+        **vars(arguments).get("engine", {}),
     }
 
 
