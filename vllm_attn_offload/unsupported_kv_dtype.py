@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_attn_offload.unsupported import Unsupported, is_set, not_in
 
@@ -16,10 +16,23 @@ _FP8_DTYPES = ("fp8", "fp8_e4m3")
 _OWN = "the model's own: --kv-cache-dtype bfloat16, or float16"
 
 
+def _quantisation(hf_config: Any) -> dict[str, Any]:
+    """Of the places where vLLM looks, what the first has."""
+    text_config = getattr(hf_config, "text_config", None)
+    for place, name in (
+        (hf_config, "quantization_config"),
+        (text_config, "quantization_config"),
+        (hf_config, "compression_config"),
+    ):
+        found = getattr(place, name, None)
+        if found is not None:
+            return cast(dict[str, Any], found)
+    return {}
+
+
 def _checkpoint_scheme(config: VllmConfig) -> str:
     """Find what vLLM applies only when it builds the layers."""
-    quantisation = getattr(config.model_config.hf_config, "quantization_config", None)
-    scheme = (quantisation or {}).get("kv_cache_scheme")
+    scheme = _quantisation(config.model_config.hf_config).get("kv_cache_scheme")
     is_used = config.cache_config.cache_dtype in ("auto", *_FP8_DTYPES)
     if not is_used or not isinstance(scheme, dict):
         return ""

@@ -177,7 +177,7 @@ def test_logits_are_those_of_rounded_kv(
 def test_bf16_costs_no_more_than_it_must(
     results: dict[str, Result], models: Path
 ) -> None:
-    """Divergence from an unquantised cache: that of rounding in transformers."""
+    """Divergence from stock's unquantised cache: that of rounding in transformers."""
     model = models / "plain"
     plain, quantised = (
         reference_distribution(model, PROMPT, torch.bfloat16, scales)

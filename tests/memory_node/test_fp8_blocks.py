@@ -27,7 +27,7 @@ from vllm_attn_offload.memory_node.decode_attention import create_decode_attenti
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.native.attention import load_cpu_library
-from vllm_attn_offload.protocol.e4m3 import to_e4m3
+from vllm_attn_offload.protocol.e4m3 import round_to_e4m3, to_e4m3
 from vllm_attn_offload.protocol.geometry import Dtype, SessionGeometry
 
 NUM_BLOCKS = 16
@@ -81,6 +81,12 @@ def test_rounding() -> None:
     torch.testing.assert_close(
         kept.float(), every.float(), rtol=0, atol=0, equal_nan=True
     )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        out = torch.empty(4, 64, dtype=dtype)
+        round_to_e4m3(every.view(4, 64).float(), 1.0, out)
+        torch.testing.assert_close(
+            out.flatten(), every.to(dtype), rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,10 +128,11 @@ def changed(index: int, **changes: float) -> Callable[[SessionGeometry], Any]:
         (changed(1, k_scale=float("inf")), "has k_scale=inf. Allowed"),
         (changed(1, v_scale=-1.0), "has v_scale=-1.0. Allowed"),
         (changed(1, v_scale=1e-300), "has v_scale=1e-300. Allowed"),
+        (changed(1, k_scale=2.0**120), "has k_scale=1.3.*e.36. Allowed"),
         (changed(2, k_scale=0.5), "reads fp8 with the scales"),
         (lambda x: msgspec.structs.replace(x, kv_dtype=None), "without a kv_dtype"),
     ],
-    ids=["nan", "zero", "inf", "negative", "tiny", "reader", "no dtype"],
+    ids=["nan", "zero", "inf", "negative", "tiny", "large", "reader", "no dtype"],
 )
 def test_wrong_scales_are_refused(
     node: NodeProcess, change: Callable[[SessionGeometry], Any], problem: str

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from harness import tiny_llama
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -176,6 +177,19 @@ def test_kv_caches_of_several_dtypes_are_refused(model: str) -> None:
     layers = config.compilation_config.static_forward_context
     layers["layers.1"].kv_cache_dtype = "auto"
     with pytest.raises(ValueError, match=r"layers\.0 has fp8, layers\.1 has auto. All"):
+        session_geometry(config, planned)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_scales_per_head_are_refused(model: str, name: str) -> None:
+    """Wherever the checkpoint asked for them; vLLM's one number is the largest."""
+    config = configure(model, kv_cache_dtype="fp8")
+    make_layers(config, [{"heads": 4, "kv_heads": 2, "size": 64, "window": None}])
+    layers = config.compilation_config.static_forward_context
+    setattr(layers["layers.0"], f"_{name}_scale", torch.tensor([0.5, 2.0]))
+    planned = group(config)
+    message = rf"layers\.0 has 2 {name} scales of its KV cache. Allowed: one per"
+    with pytest.raises(ValueError, match=message):
         session_geometry(config, planned)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from vllm_attn_offload.attention.layer_exchange import Qkv
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
-from vllm_attn_offload.protocol.e4m3 import to_e4m3
+from vllm_attn_offload.protocol.e4m3 import round_to_e4m3
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 
 
@@ -73,6 +73,9 @@ class KeptKV:
 
     def _copy(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
         """Copy k or v, rounded as in blocks; any dtype has every number of fp8."""
-        copy, rounds = torch.empty_like(rows), self._rounds
-        self._launch(lambda: copy.copy_(to_e4m3(rows, scale) if rounds else rows))
+        copy = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        if self._rounds:
+            self._launch(lambda: round_to_e4m3(rows, scale, copy))
+        else:
+            self._launch(lambda: copy.copy_(rows))
         return copy

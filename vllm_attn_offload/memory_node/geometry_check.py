@@ -8,8 +8,9 @@ import math
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 
 _SAME_MODEL = "Use the same version of vllm-attn-offload on both sides."
-#: Normal numbers of fp32, in which the kernels compute.
-_MIN_SCALE, _MAX_SCALE = 2.0**-126, 2.0**127
+#: Kernels multiply them by the softmax scale, and by 256 where they read fp8 as its
+#: 256th part, in fp32; so far from the ends of its range the products stay normal.
+_MIN_SCALE, _MAX_SCALE = 2.0**-100, 2.0**100
 
 
 def check_geometry(geometry: SessionGeometry) -> None:

@@ -199,8 +199,9 @@ class CpuKernelLibrary:
 
         Query ``[num_tokens, num_query_heads, head_size]`` to output ``[num_tokens,
         num_query_heads, v_head_size]`` and LSE, as `AttendInput` says. Rows without a
-        visible key get 0 and an LSE of -inf, rows that see a NaN get NaN in both. The
-        result does not depend on the slices. `plan_step` and `destroy_plan` abandon an
+        visible key get 0 and an LSE of -inf, rows that see a NaN get NaN in both, but
+        one stored as fp8 may read as 480 times the scale (csrc/README.md). The result
+        does not depend on the slices. `plan_step` and `destroy_plan` abandon an
         unfinished layer.
 
         Args:

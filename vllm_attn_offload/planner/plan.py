@@ -120,8 +120,9 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add(
         *("--kv-dtype", "--kv-cache-dtype"),
         default="auto",
-        help="auto (like --dtype) or fp8, which memory nodes hold; q, k, v and output "
-        "travel in --dtype",
+        help="as the engine has it: auto (fp8 where the checkpoint's config.json asks "
+        "for it, else like --dtype), or fp8; q, k, v and output travel in --dtype; "
+        "the time of attention with fp8 is extrapolated from bytes",
     )
     add("--weight-bits", type=positive(float), help="instead of the config's dtype")
 

@@ -41,7 +41,8 @@ def session_geometry(
         kv_cache_config: How vLLM groups them.
 
     Raises:
-        ValueError: Only some layers have a quantised KV cache.
+        ValueError: Only some layers have a quantised KV cache, or one has several
+            scales.
     """
     places = {
         name: (group, index)
@@ -86,6 +87,18 @@ def _kv_dtype(layers: dict[str, Attention]) -> KVDtype | None:
     return kinds.pop()
 
 
+def _check_scales(layer: Attention) -> None:
+    """Refuse scales per head, of which vLLM's one number is the largest."""
+    for name in ("k", "v"):
+        num_scales = getattr(layer, f"_{name}_scale").numel()
+        if num_scales > 1:
+            raise ValueError(
+                f"Layer {layer.layer_name} has {num_scales} {name} scales of its KV "
+                "cache. Allowed: one per layer. Pass --kv-cache-dtype bfloat16, or "
+                "float16."
+            )
+
+
 def _chunk_size(layer: Attention) -> int:
     """Tokens of a chunk that a row does not see past; 0: there are no chunks."""
     return getattr(layer, "attention_chunk_size", 0)
@@ -104,6 +117,7 @@ def _layer_geometry(
     k_scale = v_scale = 1.0
     if owner.kv_cache_dtype in _KV_DTYPES:
         # Those of the layer that stores: they are the units of what is stored.
+        _check_scales(owner)
         k_scale = cast(float, owner._k_scale_float)
         v_scale = cast(float, owner._v_scale_float)
     return LayerGeometry(

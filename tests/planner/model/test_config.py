@@ -94,6 +94,46 @@ def test_fp8_kv_cache_halves_what_nodes_hold(
     assert shape.activation_bytes == whole.activation_bytes
 
 
+@pytest.mark.parametrize(
+    ("quantization", "kv_bytes"),
+    [
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+            },
+            1,
+        ),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, 2),
+        (
+            {
+                "quant_method": "modelopt",
+                "quantization": {"kv_cache_quant_algo": "FP8"},
+            },
+            1,
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False},
+            },
+            1,
+        ),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": None}, 2),
+    ],
+    ids=["scheme", "no scheme", "modelopt", "modelopt scheme", "modelopt without"],
+)
+def test_auto_is_what_the_checkpoint_asks_for(
+    tmp_path: Path, quantization: dict[str, object], kv_bytes: int
+) -> None:
+    config = json.loads((CONFIGS / "llama-3-8b" / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"quantization_config": quantization}))
+    assert read_model_shape(str(path), weight_bits=16).kv_element_bytes == kv_bytes
+    shape = read_model_shape(str(path), "bfloat16", weight_bits=16)
+    assert shape.kv_element_bytes == 2
+
+
 def test_read_model_shape_from_directory(shapes: dict[str, ModelShape]) -> None:
     name = "llama-3-8b"
     assert read_model_shape(str(CONFIGS / name)) == shapes[name]

@@ -25,7 +25,6 @@ from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.sent_step import SentStep
 
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: q, k and v.
 _NUM_PARTS = 3
 
@@ -90,25 +89,20 @@ class CudaExchange(LayerExchange):
             self._stores.finish()
         step = metadata.ensure_sent(self._nodes, layer)
         partition = step.partition
-        parts = tuple(part for part in qkv if part is not None)
         if not partition.prefills and attention.sinks is None:
             self._stores.finish()
-            self._attend_remotely(metadata, step, layer, parts, output)
+            self._attend_remotely(metadata, step, layer, _given(qkv), output)
             return
-        local = None
-        if partition.prefills:
-            local = (qkv[0], *self._kept.local_kv(metadata, layer, qkv))
         remote_rows = partition.remote_rows
-        if local is None or remote_rows is None or remote_rows.size:
+        if not partition.prefills or remote_rows is None or remote_rows.size:
             # Another group's layers may only have been stored in this step.
             self._stores.finish()
-            self._attend_both(metadata, step, layer, parts, local, output, attention)
+            self._attend_both(metadata, step, layer, qkv, output, attention)
             return
-        source = metadata.source
-        assert isinstance(source, CudaStep)
+        parts = _given(qkv)
         if len(parts) == _NUM_PARTS:
             self._stores.post(step, layer, (parts[0], parts[1], parts[2]))
-        lse = self._attention.attend(local, output, source, attention)
+        lse = self._attend_here(metadata, step, layer, qkv, output, attention)
         if attention.sinks is not None:
             self._attention.add_sinks(output, lse, attention.sinks)
 
@@ -145,8 +139,7 @@ class CudaExchange(LayerExchange):
         metadata: AttentionOffloadMetadata,
         step: SentStep,
         layer: int,
-        parts: tuple[torch.Tensor, ...],
-        local: Rows | None,
+        qkv: Qkv,
         output: torch.Tensor,
         attention: LayerAttention,
     ) -> None:
@@ -155,8 +148,8 @@ class CudaExchange(LayerExchange):
         Without a local part only to have the log-sum-exp that sinks need.
         """
         buffers, sinks = self._of(metadata.micro_batch), attention.sinks
-        rows, mark = buffers.rows.copy_out(parts, may_read_in_place=True)
-        lse = self._attend_here(metadata, local, output, attention)
+        rows, mark = buffers.rows.copy_out(_given(qkv), may_read_in_place=True)
+        lse = self._attend_here(metadata, step, layer, qkv, output, attention)
         metadata.let_others_compute()
         mark.wait()
         with_lse = sinks is not None
@@ -174,24 +167,35 @@ class CudaExchange(LayerExchange):
     def _attend_here(
         self,
         metadata: AttentionOffloadMetadata,
-        local: Rows | None,
+        step: SentStep,
+        layer: int,
+        qkv: Qkv,
         output: torch.Tensor,
         attention: LayerAttention,
     ) -> torch.Tensor:
-        """Log-sum-exp ``[num_heads, num_tokens]`` of the local part, -inf: none."""
-        if local is None:
+        """Log-sum-exp ``[num_heads, num_tokens]`` of the local part, -inf: none.
+
+        Once rows are on their way out, so that nodes do not wait for the rounding.
+        """
+        if not step.partition.prefills:
             streams = self._of(metadata.micro_batch).streams
             streams.launch(output.zero_)
             shape = (output.shape[1], output.shape[0])
             return torch.full(shape, -torch.inf, device=output.device)
         source = metadata.source
         assert isinstance(source, CudaStep)
+        local = (qkv[0], *self._kept.local_kv(metadata, layer, qkv))
         return self._attention.attend(local, output, source, attention)
 
     def _of(self, micro_batch: int) -> _MicroBatchBuffers:
         while len(self._buffers) <= micro_batch:
             self._buffers.append(_MicroBatchBuffers(self._nodes, self._make_streams()))
         return self._buffers[micro_batch]
+
+
+def _given(qkv: Qkv) -> tuple[torch.Tensor, ...]:
+    """All three, or q alone where the layer shares k and v of another."""
+    return tuple(part for part in qkv if part is not None)
 
 
 def _padded(

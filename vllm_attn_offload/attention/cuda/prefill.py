@@ -133,7 +133,8 @@ class FlashPrefill:
     ) -> torch.Tensor:
         """Attend as `LocalAttention.attend`; shapes ``[num_tokens, heads, size]``.
 
-        Requests with one row come along: leaving them out costs more than they do.
+        Requests that decode, of up to 16 rows, come along: leaving them out costs more
+        than they do.
         """
         query, key, value = qkv
         window = attention.sliding_window

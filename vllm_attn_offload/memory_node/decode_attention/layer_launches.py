@@ -62,7 +62,7 @@ class LayerLaunches:
             "value_ptr": begin + layout.value.offset,
             "key_cache_ptr": pool.key.data_ptr(),
             "value_cache_ptr": pool.value.data_ptr(),
-            **_scale_pointers(pool),
+            **pool.scale_pointers,
         }
         kind = (pool.shape, pool.key.stride(0), layout)
         prepared = self._stores.get(kind)
@@ -105,7 +105,7 @@ class LayerLaunches:
             "value_cache_ptr": pool.value.data_ptr(),
             "out_ptr": out.data_ptr(),
             "lse_ptr": lse.data_ptr(),
-            **_scale_pointers(pool),
+            **pool.scale_pointers,
         }
         layer = pool.layer
         scores = (layer.softmax_scale, layer.soft_cap)
@@ -130,12 +130,6 @@ class LayerLaunches:
                 out=out,
                 lse=lse,
             )
-
-
-def _scale_pointers(pool: Pool) -> dict[str, int]:
-    """Addresses of the scales by the kernels' names, where blocks are of fp8."""
-    scales = pool.scales.items()
-    return {f"{name}_ptr": x.data_ptr() for name, x in scales if x is not None}
 
 
 def _results(

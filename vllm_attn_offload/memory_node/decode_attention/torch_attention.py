@@ -205,7 +205,9 @@ def _attend_part(
     lse = scores.logsumexp(-1)
     weights = scores.sub_(_finite(lse)[..., None]).exp_()
     out = (weights.flatten(1, 2) @ value).unflatten(1, (-1, num_rows))
-    out = out.mul_(layer.v_scale).permute(2, 0, 1, 3).reshape(num_rows, num_heads, -1)
+    if layer.v_scale != 1.0:
+        out = out.mul_(layer.v_scale)
+    out = out.permute(2, 0, 1, 3).reshape(num_rows, num_heads, -1)
     return out, lse.permute(2, 0, 1).reshape(num_rows, num_heads)
 
 

@@ -36,8 +36,9 @@ class Pool:
 
     ``dtype`` is that of payloads and results. ``key`` is ``[num_blocks, num_kv_heads,
     block_size, head_size]``, ``value`` likewise with ``v_head_size``. ``scales``, by
-    the kernels' argument, are fp32 ``[1]`` where blocks are of fp8, else None.
-    ``slopes`` are fp32 ``[num_query_heads]``, if there are any.
+    the kernels' argument, are fp32 ``[1]`` where blocks are of fp8, else None;
+    ``scale_pointers`` are their addresses, by the kernels' parameter. ``slopes`` are
+    fp32 ``[num_query_heads]``, if there are any.
     """
 
     layer: LayerGeometry
@@ -46,6 +47,7 @@ class Pool:
     key: torch.Tensor
     value: torch.Tensor
     scales: dict[str, torch.Tensor | None]
+    scale_pointers: dict[str, int]
     slopes: torch.Tensor | None
 
 
@@ -91,13 +93,19 @@ class TritonKernels(DecodeAttention[Pool, PlanT]):
         slopes = None
         if layer.alibi_slopes:
             slopes = torch.tensor(layer.alibi_slopes, device=self.device)
+        scales = self._scales(geometry, layer)
         return Pool(
             layer=layer,
             shape=HeadShape.of(layer),
             dtype=TORCH_DTYPES[geometry.dtype],
             key=parts[0],
             value=parts[1],
-            scales=self._scales(geometry, layer),
+            scales=scales,
+            scale_pointers={
+                f"{name}_ptr": scale.data_ptr()
+                for name, scale in scales.items()
+                if scale is not None
+            },
             slopes=slopes,
         )
 

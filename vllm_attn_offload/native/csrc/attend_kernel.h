@@ -98,7 +98,7 @@ class AttendKernel {
   }
 
   // Points the tiles' keys or values to their halves in the scratch.
-  void expand(const char* Tile::*panels, int64_t tile_bytes, MacroTile* macro) {
+  void expand(const char* Tile::* panels, int64_t tile_bytes, MacroTile* macro) {
     char* target = reinterpret_cast<char*>(scratch_->halves);
     for (int t = 0; t < macro->count; ++t, target += 2 * tile_bytes) {
       const char* source = macro->tiles[t].*panels;

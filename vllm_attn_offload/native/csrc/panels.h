@@ -137,8 +137,8 @@ static inline __attribute__((always_inline)) void multiply_pair(
   for (int m = 0; m < M; ++m) factor[m] = I::broadcast_pair(left[m * stride]);
 #pragma GCC unroll 16
   for (int v = 0; v < P * kVectors; ++v) {
-    auto right = F::template load_pair<I>(panels[v / kVectors] + offset, pair,
-                                          v % kVectors);
+    auto right =
+        F::template load_pair<I>(panels[v / kVectors] + offset, pair, v % kVectors);
     if (mask != 0xffffffffu) right = I::mask_pair(right, mask);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sum[m][v] = I::pair_dot(sum[m][v], factor[m], right);

@@ -84,7 +84,8 @@ int32_t AoPlan::read_blocks(const AoPlanInput& input, int32_t sequence) {
   const int64_t end = (seen.end + block_size - 1) / block_size - first;
   if (first < 0 || end > input.max_blocks) return AO_BAD_LENGTH;
   const int32_t* const table = input.block_table + sequence * input.table_stride;
-  for (int64_t i = std::max<int64_t>(seen.begin / block_size - first, 0); i < end; ++i) {
+  for (int64_t i = std::max<int64_t>(seen.begin / block_size - first, 0); i < end;
+       ++i) {
     const int32_t status = add_block(table[i], (first + i) * block_size, seen);
     if (status != AO_OK) return status;
   }

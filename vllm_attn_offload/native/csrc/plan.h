@@ -66,7 +66,7 @@ struct AoPlan {
   int32_t group_ = 1;
   int32_t sliding_window_ = 0;
   std::vector<attn_offload::SequenceRef> sequences_;
-  std::vector<int32_t> block_begin_;  // of each sequence, and the end
+  std::vector<int32_t> block_begin_;            // of each sequence, and the end
   std::vector<attn_offload::BlockRef> blocks_;  // positions rise within a sequence
   std::vector<TileWork> tiles_;                 // each tile of rows
   std::vector<attn_offload::Piece> pieces_;

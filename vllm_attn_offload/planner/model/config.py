@@ -152,7 +152,8 @@ def read_model_shape(
     """Shape of `model` (path, directory or hub id).
 
     Args:
-        kv_dtype: "auto" (like `dtype`), or one of KV_DTYPE_BYTES.
+        kv_dtype: One of KV_DTYPE_BYTES, or "auto": fp8 where the checkpoint asks for
+            it, else like `dtype`.
         weight_bits: Bits per weight, instead of what the config says.
         dtype: Type of unquantized weights and of activations; "auto": the config's for
             weights, 16 bit for activations, as vLLM does.
@@ -176,8 +177,28 @@ def read_model_shape(
     if dtype != "auto":
         config |= {"dtype": dtype}
     element_bytes = 2.0 if dtype == "auto" else DTYPE_BITS[dtype] / 8
+    if kv_dtype == "auto" and _stores_fp8(config):
+        kv_dtype = "fp8"
     kv_bytes = KV_DTYPE_BYTES.get(kv_dtype, element_bytes)
     return shape_from_config(config, name, kv_bytes, weight_bits, element_bytes)
+
+
+def _stores_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint asks for a KV cache of fp8, in ways that vLLM heeds."""
+    quantization = config.get("quantization_config") or {}
+    method = str(quantization.get("quant_method"))
+    if method == "compressed-tensors":
+        return quantization.get("kv_cache_scheme") is not None
+    if not method.startswith("modelopt"):
+        return False
+    places = (quantization.get("quantization") or quantization, quantization)
+    names = ("kv_cache_scheme", "kv_cache_quant_algo")
+    asked = [place.get(name) for name in names for place in places]
+    scheme = next(filter(None, asked), None)
+    if isinstance(scheme, Mapping):
+        kind = [scheme.get(name) for name in ("num_bits", "type", "dynamic")]
+        return kind == [8, "float", False]
+    return str(scheme).lower() == "fp8"
 
 
 def shape_from_config(

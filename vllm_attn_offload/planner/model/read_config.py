@@ -55,7 +55,8 @@ def read(path: str, is_counting: bool) -> dict[str, Any]:
     if rope := raw.get("text_config", raw).get("qk_rope_head_dim"):
         values["qk_rope_head_dim"] = rope
     values["is_encoder_decoder"] = config.is_encoder_decoder
-    values.setdefault("quantization_config", raw.get("quantization_config"))
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    values.setdefault("quantization_config", quantization)
     values["dtype"] = values.get("dtype") or raw.get("torch_dtype") or raw.get("dtype")
     if is_counting:
         try:
