@@ -33,6 +33,13 @@ def _num_tokens(config: VllmConfig) -> str:
     return f"num_speculative_tokens={count}" if count > _MAX_TOKENS else ""
 
 
+def _parallel(config: VllmConfig) -> str:
+    speculation = config.speculative_config
+    is_on = speculation is not None and speculation.parallel_drafting
+    # Of methods that are refused, vLLM sets it itself.
+    return "parallel_drafting" if is_on and not _method(config) else ""
+
+
 def _hybrid(config: VllmConfig) -> str:
     if config.speculative_config is None:
         return ""
@@ -76,7 +83,14 @@ UNSUPPORTED_SPECULATIVE = (
         "More than 15 speculative tokens",
         _num_tokens,
         f"num_speculative_tokens up to {_MAX_TOKENS}",
-        "Lower it in --speculative-config.",
+        "Set it in --speculative-config; without it, suffix decoding takes more.",
+    ),
+    Unsupported(
+        "Parallel drafting",
+        _parallel,
+        "drafts made one after another",
+        "Drop parallel_drafting from --speculative-config, and choose another draft "
+        "model.",
     ),
     Unsupported(
         "Speculative decoding of hybrid models",

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from harness import tiny_llama
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_attn_offload.attention.layers import mark_drafter_layers
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadataBuilder
+from vllm_attn_offload.plugin import BACKEND_PATH
 
 BLOCK_SIZE = 16
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
@@ -24,6 +31,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("model")
     tiny_llama.save(directory)
     return str(directory)
+
+
+@pytest.fixture
+def offloading_backend() -> Iterator[None]:
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+    selector._cached_get_attn_backend.cache_clear()
+    yield
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def config_of(model: str, speculation: dict[str, Any] | None) -> VllmConfig:
@@ -84,6 +100,31 @@ def test_every_pass_is_a_step(model: str) -> None:
     following = target.build(0, description([4, 4], [44, 13]))
     assert following is not passes[-1]
     assert following.batch.seq_lens.tolist() == [44, 13]
+
+
+def test_groups_of_a_drafter_have_no_part_in_the_target_step(
+    model: str, offloading_backend: None
+) -> None:
+    """Wherever they are among the target's, which announce each other."""
+    config = config_of(model, NGRAM)
+    with set_current_vllm_config(config):
+        target = torch.nn.ModuleList(
+            Attention(1, 16, 1.0, prefix=name) for name in ("first", "second")
+        )
+        Attention(1, 16, 1.0, prefix="draft")
+    mark_drafter_layers(config, target)
+    whole = description([4, 1], [40, 9])
+    first, draft, second = (
+        builder(config, name).build(0, copy.copy(whole))
+        for name in ("first", "draft", "second")
+    )
+    assert [each.is_drafter for each in (first, draft, second)] == [False, True, False]
+    assert first.later is second
+    assert draft.later is second.later is None
+    common = copy.copy(whole)
+    shared = builder(config, "draft").build(0, common)
+    assert builder(config, "first").build(0, common) is shared
+    assert not shared.is_drafter
 
 
 @pytest.mark.parametrize(

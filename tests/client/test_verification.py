@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -149,14 +150,14 @@ def test_rows_are_exact(
     data: st.DataObject,
 ) -> None:
     """Beside chunks with and without context; rejected rows leave nothing behind."""
-    worker = Worker(addresses[:num_nodes], geometry_of(WINDOWS[windows]), kind)
     one = st.lists(request_rows(), min_size=NUM_REQS, max_size=NUM_REQS)
-    assert worker.step([40, 3, 20], [0, 0, 0]) < 2e-5
-    for rows in data.draw(st.lists(one, min_size=1, max_size=6)):
-        if any(count for count, _ in rows):
-            num_new, num_rejected = map(list, zip(*rows, strict=True))
-            assert worker.step(num_new, num_rejected) < 2e-5
-    worker.close()
+    used = addresses[:num_nodes]
+    with closing(Worker(used, geometry_of(WINDOWS[windows]), kind)) as worker:
+        assert worker.step([40, 3, 20], [0, 0, 0]) < 2e-5
+        for rows in data.draw(st.lists(one, min_size=1, max_size=6)):
+            if any(count for count, _ in rows):
+                num_new, num_rejected = map(list, zip(*rows, strict=True))
+                assert worker.step(num_new, num_rejected) < 2e-5
 
 
 def decode_step(query_lens: list[int], seq_lens: list[int]) -> StepMetadata:

@@ -254,13 +254,18 @@ def _completion(answer: Any) -> dict[str, list[Any]]:
 
 def kill_memory_node() -> None:
     """Kill the node that this process's engine started."""
+    memory_node().kill()
+
+
+def memory_node() -> psutil.Process:
+    """The node that this process's engine started."""
     nodes = [
         process
         for process in psutil.Process().children(recursive=True)
         if any("memory_node" in part for part in process.cmdline())
     ]
     assert len(nodes) == 1, [process.cmdline() for process in nodes]
-    nodes[0].kill()
+    return nodes[0]
 
 
 if __name__ == "__main__":

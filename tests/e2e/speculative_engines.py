@@ -11,17 +11,16 @@ import importlib.util
 import json
 import os
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import families
+import psutil
 
 NUM_TOKENS = 40
 NUM_DRAFTED = 3
-#: From the start of a step.
-KILL_S = 0.02
 NGRAM = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 #: Prompts grow beyond the blocks that there are, all at once.
 CROWDED = {"max_num_seqs": 6, "max_model_len": 320}
@@ -48,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
         "like": "draft on two ranks",
         "nodes": 0,
         "kill": True,
+        # As many as fit all prompts: nothing but the loss preempts.
+        "pool_blocks": None,
         "ranks": 1,
         "cpus": None,
     },
@@ -133,7 +134,8 @@ def run(models: Path, case: dict[str, Any], addresses: list[str]) -> dict[str, A
         options["speculative_config"] = drafting
     llm: Any = LLM(str(models / case["model"]), **options)
     first, second = prompts()
-    kill = kill_in_a_step if addresses and case.get("kill") else None
+    is_killed = bool(addresses and case.get("kill"))
+    kill = partial(kill_while_drafting, llm) if is_killed else None
     outputs = families.generate(llm, first, num_tokens=NUM_TOKENS, kill=kill)
     outputs += families.generate(llm, second, num_tokens=NUM_TOKENS)
     metrics = {metric.name: metric for metric in llm.get_metrics()}
@@ -146,6 +148,8 @@ def run(models: Path, case: dict[str, Any], addresses: list[str]) -> dict[str, A
     }
     if "speculative" in case:
         result |= {name: metrics[f"vllm:spec_decode_{name}"].value for name in counters}
+    if is_killed:
+        result["kills"] = llm.collective_rpc(num_kills)
     if addresses:
         result["times"] = llm.collective_rpc("exchange_times")
     llm.llm_engine.engine_core.shutdown()
@@ -154,15 +158,32 @@ def run(models: Path, case: dict[str, Any], addresses: list[str]) -> dict[str, A
     return result
 
 
-def kill_in_a_step() -> None:
-    """Kill the node in the next step or soon after, most likely while it drafts."""
-    threading.Timer(KILL_S, families.kill_memory_node).start()
+def kill_while_drafting(llm: Any) -> None:
+    """Let the engine's worker kill its node when it begins to draft."""
+    llm.collective_rpc(kill_at_next_draft, args=(families.memory_node().pid,))
+
+
+def kill_at_next_draft(worker: Any, node: int) -> None:
+    """In a worker: kill a node right before the draft model's next forward pass."""
+
+    def kill(*_: Any) -> None:
+        hook.remove()
+        psutil.Process(node).kill()
+        worker.kills_while_drafting += 1
+
+    worker.kills_while_drafting = 0
+    hook = worker.model_runner.drafter.model.register_forward_pre_hook(kill)
+
+
+def num_kills(worker: Any) -> int:
+    """In a worker."""
+    return worker.kills_while_drafting
 
 
 def memory(case: dict[str, Any], addresses: list[str]) -> dict[str, Any]:
     """Options of the pool: the same bytes for stock vLLM and on nodes."""
     num_bytes = families.POOL_BYTES
-    if "pool_blocks" in case:
+    if case.get("pool_blocks"):
         # Keys and values of 32 tokens and 2 heads of 32 in fp32.
         num_bytes = case["pool_blocks"] * case["num_layers"] * 2 * 32 * 2 * 32 * 4
     if not addresses:

@@ -146,9 +146,8 @@ def test_tokens_that_were_drawn_before_the_loss_are_delivered(
     """The generator of a seeded request has moved; the step itself was whole."""
     request = add(scheduler)
     step = scheduler.schedule()
-    output = sample(step, 11)
     recovery.report_loss(LOSS, 0)
-    assert tokens(scheduler.update_from_output(step, output)) == [11]
+    assert tokens(scheduler.update_from_output(step, sample(step, 11))) == [11]
     step = scheduler.schedule()
     assert not recovery.is_pending
     assert step.num_scheduled_tokens == {"r": 6}
@@ -217,10 +216,11 @@ def test_subscribers_learn_of_a_loss_at_once(
     assert [type(event) for event in batch.events] == [AllBlocksCleared]
 
 
-def test_prefills_are_no_progress(
-    scheduler: AttentionOffloadScheduler, recovery: Recovery
+@pytest.mark.parametrize("drawn", [0, 1], ids=["step lost", "drafts lost"])
+def test_what_a_loss_leaves_is_no_progress(
+    scheduler: AttentionOffloadScheduler, recovery: Recovery, drawn: int
 ) -> None:
-    """Each recovery yields one token, and the next decode step loses the node again."""
+    """A prefill yields a token, and the next decode step loses the node again."""
     add(scheduler)
     for _ in range(5):
         step = scheduler.schedule()
@@ -228,7 +228,8 @@ def test_prefills_are_no_progress(
         step = scheduler.schedule()
         assert step.num_scheduled_tokens == {"r": 1}
         recovery.report_loss(LOSS)
-        scheduler.update_from_output(step, EMPTY_MODEL_RUNNER_OUTPUT)
+        output = sample(step, 11) if drawn else EMPTY_MODEL_RUNNER_OUTPUT
+        assert len(tokens(scheduler.update_from_output(step, output))) == drawn
     step = scheduler.schedule()
     scheduler.update_from_output(step, sample(step, 11))
     assert recovery.is_on_trial

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import Gemma3Config
 from vllm import ModelRegistry
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -247,6 +248,11 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 15, "prompt_lookup_max": 2
         (NGRAM, ""),
         ({"method": "draft_model", "num_speculative_tokens": 3}, ""),
         (NGRAM | {"num_speculative_tokens": 16}, "num_speculative_tokens=16. Allowed"),
+        (
+            {"method": "draft_model", "num_speculative_tokens": 3}
+            | {"parallel_drafting": True},
+            "parallel_drafting. Allowed: drafts made one after another. Drop",
+        ),
         (NGRAM | {"method": "ngram_gpu"}, "speculative decoding by ngram_gpu"),
         (
             {"method": "custom_class", "model": "a.B", "num_speculative_tokens": 3},
@@ -279,6 +285,14 @@ def test_refused_drafts(smollm2: str) -> None:
     config = create(smollm2, speculative_config=NGRAM)
     speculation = config.speculative_config
     assert speculation is not None
+    # What suffix decoding takes by default; its package is not needed to refuse it.
+    speculation.method = "suffix"
+    speculation.num_speculative_tokens = speculation.suffix_decoding_max_tree_depth
+    message = "num_speculative_tokens=24. Allowed: num_speculative_tokens up to 15. Set"
+    with pytest.raises(ValueError, match=message):
+        check_supported(config)
+    speculation.num_speculative_tokens = 15
+    check_supported(config)
     for method in ("dflash", "dspark", "medusa", "mlp_speculator"):
         speculation.method = method
         with pytest.raises(ValueError, match=f"decoding by {method}. Allowed: the me"):
@@ -386,23 +400,33 @@ def test_fp8_kv_cache(smollm2: str, dtype: str, kv_dtype: str) -> None:
         ({"num_bits": 4}, "KV cache of 4 bits of type float by tensor"),
     ],
 )
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config"])
 def test_checkpoint_with_another_kv_cache(
-    model_dir: ModelDir, changes: dict[str, Any], given: str
+    model_dir: ModelDir, changes: dict[str, Any], given: str, place: str
 ) -> None:
     """Refused from the configuration, with advice that works."""
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} | changes
-    model = model_dir(
-        quantization_config={
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "config_groups": {},
-            "kv_cache_scheme": scheme,
-        }
-    )
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {},
+        "kv_cache_scheme": scheme,
+    }
+    model = model_dir(**{place: quantisation})
     message = refusal(model, dtype="bfloat16")
     assert given in message
     assert "--kv-cache-dtype bfloat16" in message
     create(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+def test_scheme_of_a_text_config_is_found(smollm2: str) -> None:
+    config = create(smollm2, dtype="bfloat16")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head"}
+    config.model_config.hf_config = Gemma3Config(
+        text_config={"quantization_config": {"kv_cache_scheme": scheme}}
+    )
+    with pytest.raises(ValueError, match="8 bits of type float by attn_head"):
+        check_supported(config)
 
 
 def test_every_problem_is_named(model_dir: ModelDir) -> None:

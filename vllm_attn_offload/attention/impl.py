@@ -26,6 +26,9 @@ class AttentionOffloadImpl(AttentionImpl[AttentionOffloadMetadata]):
         ValueError: The layer needs a feature that this release refuses.
     """
 
+    #: The target model does not run this layer.
+    is_drafter = False
+
     def __init__(
         self,
         num_heads: int,

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -21,6 +22,21 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
     return {
         name: layer for name, layer in context.items() if isinstance(layer, Attention)
     }
+
+
+def mark_drafter_layers(vllm_config: VllmConfig, target: torch.nn.Module) -> None:
+    """Tell apart the layers that are not the target's: a drafter's.
+
+    vLLM's two model runners keep their names in different places, and neither prefix
+    nor number of a layer says it for every kind of drafter.
+
+    Args:
+        vllm_config: With all layers that were loaded.
+        target: The target model.
+    """
+    own = {id(module) for module in target.modules()}
+    for layer in attention_layers(vllm_config).values():
+        cast(AttentionOffloadImpl, layer.impl).is_drafter = id(layer) not in own
 
 
 def layer_problems(vllm_config: VllmConfig) -> list[str]:

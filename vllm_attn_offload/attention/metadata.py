@@ -34,6 +34,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
     whose KV others share: ``[num_tokens, num_kv_heads, size]`` each. ``layer_name`` is
     one of the group's layers, ``later`` the same step of the group that comes next.
     Requests of up to ``decode_threshold`` rows decode: nodes attend for all of these.
+    ``is_drafter`` where no layer of the target model is in the group.
     """
 
     source: StepSource
@@ -45,6 +46,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
     layer_name: str = ""
     later: AttentionOffloadMetadata | None = None
     decode_threshold: int = 1
+    is_drafter: bool = False
 
     @property
     def batch(self) -> StepMetadata:
@@ -91,11 +93,15 @@ class AttentionOffloadMetadataBuilder(
     vLLM makes a builder for every backend, spec and number of query heads in a KV
     group, and asks one after another about the same batch: they share its metadata,
     because a step is sent once for all layers of a group. Each pass of a drafter is a
-    step of its own.
+    step of its own; a group of its layers alone has no part in the target's.
     """
 
     _latest: ClassVar[tuple[CommonAttentionMetadata, AttentionOffloadMetadata] | None]
     _latest = None
+    # Of the target's groups.
+    _last_of_target: ClassVar[
+        tuple[CommonAttentionMetadata, AttentionOffloadMetadata] | None
+    ] = None
     _draft_pass: ClassVar[tuple[CommonAttentionMetadata, int] | None] = None
     # Attention leaves the device, so it runs between captured graphs (PIECEWISE).
     _cudagraph_support = AttentionCGSupport.NEVER
@@ -112,6 +118,7 @@ class AttentionOffloadMetadataBuilder(
         self._block_size = kv_cache_spec.block_size
         self._readback = _readback(device, self._block_size)
         self._decode_threshold = _decode_threshold(vllm_config)
+        self._is_drafter = _are_drafters(layer_names, vllm_config)
 
     def build(
         self,
@@ -131,6 +138,7 @@ class AttentionOffloadMetadataBuilder(
             )
         latest = AttentionOffloadMetadataBuilder._latest
         if latest is not None and latest[0] is common_attn_metadata:
+            latest[1].is_drafter &= self._is_drafter
             return latest[1]
         source = self._readback.begin(common_attn_metadata)
         metadata = AttentionOffloadMetadata(
@@ -138,12 +146,17 @@ class AttentionOffloadMetadataBuilder(
             self._block_size,
             layer_name=self._layer_name,
             decode_threshold=self._decode_threshold,
+            is_drafter=self._is_drafter,
         )
-        # Groups of one step share all but their tables and slots.
-        starts = common_attn_metadata.query_start_loc_cpu
-        if latest is not None and latest[0].query_start_loc_cpu is starts:
-            latest[1].later = metadata
-        AttentionOffloadMetadataBuilder._latest = (common_attn_metadata, metadata)
+        described = (common_attn_metadata, metadata)
+        AttentionOffloadMetadataBuilder._latest = described
+        if not self._is_drafter:
+            # Groups of one step share all but their tables and slots.
+            starts = common_attn_metadata.query_start_loc_cpu
+            before = self._last_of_target
+            if before is not None and before[0].query_start_loc_cpu is starts:
+                before[1].later = metadata
+            AttentionOffloadMetadataBuilder._last_of_target = described
         return metadata
 
     def build_for_drafting(
@@ -158,8 +171,14 @@ class AttentionOffloadMetadataBuilder(
         if described is not common_attn_metadata or index != draft_index:
             builder = AttentionOffloadMetadataBuilder
             builder._draft_pass = (common_attn_metadata, draft_index)
-            builder._latest = None
+            builder._latest = builder._last_of_target = None
         return super().build_for_drafting(common_attn_metadata, draft_index)
+
+
+def _are_drafters(layer_names: list[str], vllm_config: VllmConfig) -> bool:
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in layer_names if name in context]
+    return bool(layers) and all(layer.impl.is_drafter for layer in layers)
 
 
 def _decode_threshold(vllm_config: VllmConfig) -> int:

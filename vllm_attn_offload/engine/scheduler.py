@@ -81,7 +81,12 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
             # Before the base class sees the output: steps in flight become stale.
             self._drop_computed()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._recovery.is_on_trial and _has_decoded(scheduler_output, outputs):
+        if (
+            self._recovery.is_on_trial
+            # Tokens of a step whose drafter lost a node say nothing of the next try.
+            and not self._recovery.is_pending
+            and _has_decoded(scheduler_output, outputs)
+        ):
             self._recovery.note_progress()
         return outputs
 

@@ -9,7 +9,11 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.layer_exchange import LayerExchange
-from vllm_attn_offload.attention.layers import attention_layers, layer_problems
+from vllm_attn_offload.attention.layers import (
+    attention_layers,
+    layer_problems,
+    mark_drafter_layers,
+)
 from vllm_attn_offload.attention.micro_batch.runner import (
     MicroBatchRunner,
     wrap_model,
@@ -25,6 +29,7 @@ from vllm_attn_offload.protocol.geometry import (
     SessionGeometry,
 )
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
+from vllm_attn_offload.worker.draft_groups import check_draft_groups
 from vllm_attn_offload.worker.failure_note import noted_failure
 from vllm_attn_offload.worker.geometry import session_geometry
 from vllm_attn_offload.worker.local_kv_cache import LocalKVCacheConfig
@@ -61,6 +66,7 @@ class AttentionOffloadWorker(_WorkerBase):
         self._register_backend()
         super().load_model(*args, **kwargs)
         check_layers(layer_problems(self.vllm_config))
+        mark_drafter_layers(self.vllm_config, self.model_runner.get_model())
 
     @noted_failure()
     def session_geometry(self, planned: list[KVCacheConfig]) -> SessionGeometry:
@@ -68,7 +74,11 @@ class AttentionOffloadWorker(_WorkerBase):
 
         Args:
             planned: How vLLM groups the layers of each rank.
+
+        Raises:
+            ValueError: Layers of a draft model are not in the first KV group.
         """
+        check_draft_groups(self.vllm_config, planned[self.rank])
         self._geometry = session_geometry(self.vllm_config, planned[self.rank])
         return self._geometry
 

@@ -225,11 +225,18 @@ def _agree_with_first(values: list[float]) -> list[float]:
 
 
 def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:
-    """The step's metadata by KV group, or None where what it needs cannot be cut."""
+    """The step's metadata by KV group, or None where what it needs cannot be cut.
+
+    Without that of groups whose layers only draft: the step does not run them.
+    """
     context = forward_context._forward_context
     if context is None or not isinstance(context.attn_metadata, dict):
         return None
-    distinct = {id(each): each for each in context.attn_metadata.values()}
+    distinct = {
+        id(each): each
+        for each in context.attn_metadata.values()
+        if not getattr(each, "is_drafter", False)
+    }
     groups = [
         each for each in distinct.values() if isinstance(each, AttentionOffloadMetadata)
     ]
@@ -269,7 +276,9 @@ def _context_of(
     return replace(
         whole,
         attn_metadata={
-            name: parts[id(metadata)] for name, metadata in whole.attn_metadata.items()
+            name: parts[id(metadata)]
+            for name, metadata in whole.attn_metadata.items()
+            if id(metadata) in parts
         },
         slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
