@@ -53,12 +53,11 @@ struct AoStoreInput {
 struct AoPlanInput {
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* seq_lens;         // [num_seqs]: tokens that may be read
-  const int32_t*
-      query_positions;           // [num_seqs], of first rows, or null: the last tokens
-  const int32_t* block_table;    // [num_seqs, max_blocks]
-  const int32_t* block_indices;  // like block_table: rising, then -1; or null:
-  const int32_t* first_block;    // [num_seqs], index of column 0, or null: 0
-  int64_t table_stride;          // elements between rows of the tables
+  const int32_t* query_positions;  // [num_seqs], of first rows; null: the last tokens
+  const int32_t* block_table;      // [num_seqs, max_blocks]
+  const int32_t* block_indices;    // like block_table: rising, then -1; or null:
+  const int32_t* first_block;      // [num_seqs], index of column 0, or null: 0
+  int64_t table_stride;            // elements between rows of the tables
   int32_t num_seqs;
   int32_t max_blocks;
   int32_t num_query_heads;
