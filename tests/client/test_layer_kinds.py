@@ -7,14 +7,11 @@ Blocks that fell out of a window, and the null block, hold NaN before the next s
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from node_process import running_nodes
 from raw_session import attach_request, reservation, session_of
 from stored_kv import with_fp8
 from worker_batch import WorkerBatch
@@ -89,7 +86,10 @@ class Worker:
     """Requests in the KV groups of a worker, over sessions on several nodes."""
 
     def __init__(
-        self, addresses: list[str], geometry: SessionGeometry, kind: PartitionKind
+        self,
+        addresses: list[str],
+        geometry: SessionGeometry,
+        kind: PartitionKind,
     ) -> None:
         self._geometry = geometry
         num_nodes, num_groups = len(addresses), len(geometry.groups)
@@ -182,29 +182,16 @@ class Worker:
             control.close()
 
 
-@pytest.fixture(scope="module")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Three nodes, whose unwritten blocks hold NaN."""
-    directories = [tmp_path_factory.mktemp("node") for _ in range(3)]
-    options = ("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0))))
-    with running_nodes(
-        directories,
-        *options,
-        ATTN_OFFLOAD_POISON_KV="1",
-    ) as running:
-        yield running
-
-
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     ("kind", "num_nodes"), [("heads", 1), ("heads", 2), ("blocks", 2), ("blocks", 3)]
 )
 def test_output_is_exact(
-    addresses: list[str], kind: PartitionKind, num_nodes: int, name: str
+    poisoned_addresses: list[str], kind: PartitionKind, num_nodes: int, name: str
 ) -> None:
     """With sinks in every other step, though what is stored does not depend on them."""
     geometry = KINDS[name]
-    worker = Worker(addresses[:num_nodes], geometry, kind)
+    worker = Worker(poisoned_addresses[:num_nodes], geometry, kind)
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
     has_sinks = all(each.num_query_heads == HEADS for each in geometry.layers)
     for index, num_new in enumerate(STEPS):

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -15,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from node_process import running_nodes
 from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
@@ -60,7 +57,10 @@ class Worker:
     """Requests whose last tokens may be taken back, over sessions on several nodes."""
 
     def __init__(
-        self, addresses: list[str], geometry: SessionGeometry, kind: PartitionKind
+        self,
+        addresses: list[str],
+        geometry: SessionGeometry,
+        kind: PartitionKind,
     ) -> None:
         self._geometry = geometry
         self.batch = WorkerBatch(geometry, NUM_BLOCKS, NUM_REQS)
@@ -117,15 +117,6 @@ class Worker:
             control.close()
 
 
-@pytest.fixture(scope="module")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Three nodes, whose unwritten blocks hold NaN."""
-    directories = [tmp_path_factory.mktemp("node") for _ in range(3)]
-    options = ("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0))))
-    with running_nodes(directories, *options, ATTN_OFFLOAD_POISON_KV="1") as running:
-        yield running
-
-
 #: New rows of each request, and how many of them were rejected drafts.
 Steps = list[list[tuple[int, int]]]
 
@@ -143,7 +134,7 @@ def request_rows(draw: st.DrawFn) -> tuple[int, int]:
 @given(data=st.data())
 @settings(deadline=None, max_examples=6)
 def test_rows_are_exact(
-    addresses: list[str],
+    poisoned_addresses: list[str],
     kind: PartitionKind,
     num_nodes: int,
     windows: str,
@@ -151,7 +142,7 @@ def test_rows_are_exact(
 ) -> None:
     """Beside chunks with and without context; rejected rows leave nothing behind."""
     one = st.lists(request_rows(), min_size=NUM_REQS, max_size=NUM_REQS)
-    used = addresses[:num_nodes]
+    used = poisoned_addresses[:num_nodes]
     with closing(Worker(used, geometry_of(WINDOWS[windows]), kind)) as worker:
         assert worker.step([40, 3, 20], [0, 0, 0]) < 2e-5
         for rows in data.draw(st.lists(one, min_size=1, max_size=6)):

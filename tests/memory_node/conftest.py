@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One memory node for all tests that leave it running."""
+"""One memory node for all tests that leave it running, and the kernels of nodes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 from node_process import NodeProcess, running_node
+
+from vllm_attn_offload.memory_node.decode_attention import create_decode_attention
+from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.native.attention import load_cpu_library
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +25,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
         *("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0)))),
     ) as process:
         yield process
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch", "triton"])
+def attention(request: pytest.FixtureRequest) -> DecodeAttention[Any, Any]:
+    """Each kernel in turn, in this process."""
+    if request.param == "cpp" and load_cpu_library() is None:
+        pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
+    threads = torch.get_num_threads()
+    created = create_decode_attention(request.param, "cpu")
+    torch.set_num_threads(threads)
+    return created

@@ -23,10 +23,8 @@ from stored_kv import with_fp8
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.decode_attention import create_decode_attention
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
-from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.e4m3 import round_to_e4m3, to_e4m3
 from vllm_attn_offload.protocol.geometry import Dtype, SessionGeometry
 
@@ -34,16 +32,6 @@ NUM_BLOCKS = 16
 STEPS = [[17, 1], [1, 15], [33, 2]]
 #: The interpreter is slow.
 NUM_SEEDS = {"triton": 4}
-
-
-@pytest.fixture(scope="module", params=["cpp", "torch", "triton"])
-def attention(request: pytest.FixtureRequest) -> DecodeAttention[Any, Any]:
-    if request.param == "cpp" and load_cpu_library() is None:
-        pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
-    threads = torch.get_num_threads()
-    created = create_decode_attention(request.param, "cpu")
-    torch.set_num_threads(threads)
-    return created
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

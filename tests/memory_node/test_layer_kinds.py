@@ -9,28 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from random_step import RandomStep
 
-from vllm_attn_offload.memory_node.decode_attention import create_decode_attention
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
-from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.geometry import Dtype
 
 ROUNDS = 3
 PER_ROUND = 16
 #: The interpreter is slow: of every round so many.
 PER_ROUND_OF_TRITON = 5
-
-
-@pytest.fixture(scope="module", params=["cpp", "torch", "triton"])
-def attention(request: pytest.FixtureRequest) -> DecodeAttention[Any, Any]:
-    if request.param == "cpp" and load_cpu_library() is None:
-        pytest.skip("the CPU kernel library is not built: no C++ compiler at install")
-    threads = torch.get_num_threads()
-    created = create_decode_attention(request.param, "cpu")
-    torch.set_num_threads(threads)
-    return created
 
 
 def num_steps(attention: DecodeAttention[Any, Any]) -> int:
