@@ -83,6 +83,8 @@ setup(
             "rich",
         ],
         "plots": ["matplotlib"],
+        # Places memory nodes, or an engine's workers, on the hosts of a Ray cluster.
+        "ray": ["ray>=2.48"],
     },
     entry_points={
         "console_scripts": [
