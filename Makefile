@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint clean
+.PHONY: help install demo test test-quick lint dist clean
 
 BIN := .venv/bin
 PARALLEL := $(BIN)/pytest tests -n 2 --dist loadfile --no-loadscope-reorder
@@ -33,6 +33,9 @@ lint: install ## Check style (ruff) and types (mypy)
 	@rm -rf build/typed
 	@$(BIN)/python setup.py --quiet build_py --build-lib build/typed
 	$(BIN)/mypy build/typed/vllm_attn_offload benchmarks
+
+dist: install ## Build the sdist and the manylinux wheel into dist/, and check both
+	@.ci/dist
 
 clean: ## Remove what builds and tests leave; the virtual environment stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 
 from vllm_attn_offload.memory_node.capacity import CapacityError, available_host_bytes
+from vllm_attn_offload.memory_node.extras import check_extra
 from vllm_attn_offload.memory_node.promises import Promises
 from vllm_attn_offload.protocol.byte_size import byte_size
 from vllm_attn_offload.protocol.messages import GIB
@@ -122,6 +123,10 @@ def _memory(device: str) -> tuple[int, int, str]:
     if device == "cpu":
         available = available_host_bytes()
         return available, available, device
+    try:
+        check_extra("gpu-node", f"--device {device}", "--device cpu")
+    except ValueError as error:
+        raise CapacityError(str(error)) from error
     import torch
 
     present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]

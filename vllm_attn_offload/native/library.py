@@ -28,5 +28,5 @@ def check_version(library: ctypes.CDLL, path: Path) -> None:
     if found != ABI_VERSION:
         raise RuntimeError(
             f"{path} has interface version {found}; this package needs {ABI_VERSION}. "
-            "Reinstall it with `pip install -e .`."
+            "Install the package again; in a checkout: `pip install -e .`."
         )

@@ -7,17 +7,22 @@ imported only where it attends.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from typing import Any
 
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
+from vllm_attn_offload.memory_node.extras import (
+    check_extra,
+    install_command,
+    missing_modules,
+)
 
 logger = logging.getLogger(__name__)
 
 #: Names that ``--attention-kernel`` takes.
 KERNELS = ("auto", "cpp", "torch", "triton")
+_IN_BASE_INSTALL = "--attention-kernel auto and cpp, with --device cpu"
 
 
 def create_decode_attention(kernel: str, device: str) -> DecodeAttention[Any, Any]:
@@ -33,12 +38,18 @@ def create_decode_attention(kernel: str, device: str) -> DecodeAttention[Any, An
     if kernel == "triton" or device != "cpu":
         return _create_triton(kernel, device)
     if kernel == "torch":
+        check_extra("torch", "--attention-kernel torch", _IN_BASE_INSTALL)
         return _create_torch()
     try:
         return _create_cpp()
     except ValueError as error:
         if kernel == "cpp":
             raise
+        if missing_modules("torch"):
+            raise ValueError(
+                f"{error} Or attend with torch, which is slower and not installed "
+                f"here: {install_command('torch')}"
+            ) from error
         logger.warning("attending with torch, which is slower: %s", error)
         return _create_torch()
 
@@ -70,8 +81,8 @@ def _create_cpp() -> DecodeAttention[Any, Any]:
     if library is None:
         raise ValueError(
             "the compiled CPU kernel is missing: there was no C++17 compiler when this "
-            "package was installed. Install one (Debian: apt install g++) and install "
-            "the package again."
+            "package was installed. Install the wheel for Linux on x86-64, or a "
+            "compiler (Debian: apt install g++), and install the package again."
         )
     return CppDecodeAttention(library, sorted(os.sched_getaffinity(0)))
 
@@ -82,11 +93,8 @@ def _create_triton(kernel: str, device: str) -> DecodeAttention[Any, Any]:
             f"--attention-kernel {kernel} does not run on {device}. Allowed there: "
             'auto and triton. Leave the option out, or use "--device cpu".'
         )
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            f"--attention-kernel triton on {device}: triton is not installed. Run "
-            "'pip install triton', or use another kernel with --device cpu."
-        )
+    given = "--attention-kernel triton" if device == "cpu" else f"--device {device}"
+    check_extra("gpu-node", given, _IN_BASE_INSTALL)
     if device == "cpu":
         # Read when the kernels are defined, so before their first import.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "pool.h"
@@ -127,13 +126,16 @@ const char* ao_error_text(int32_t status) {
 }
 
 const char* ao_isa_names() {
-  static const std::string names = [] {
-    std::string list;
-    for (const KernelTable* table : runnable_kernels())
-      list += (list.empty() ? "" : " ") + std::string(table->name);
+  // No std::string: newer compilers call parts of it that older C++ runtimes lack.
+  static const std::vector<char> names = [] {
+    std::vector<char> list;
+    for (const KernelTable* table : runnable_kernels()) {
+      if (!list.empty()) list.back() = ' ';
+      list.insert(list.end(), table->name, table->name + strlen(table->name) + 1);
+    }
     return list;
   }();
-  return names.c_str();
+  return names.data();
 }
 
 int32_t ao_cache_create(const AoGeometryInput* input, const char* isa,

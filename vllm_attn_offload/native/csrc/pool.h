@@ -3,8 +3,9 @@
 #ifndef ATTN_OFFLOAD_POOL_H_
 #define ATTN_OFFLOAD_POOL_H_
 
+#include <pthread.h>
+
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,30 @@
 #include <vector>
 
 #include "types.h"
+
+namespace attn_offload {
+
+// std::condition_variable as far as the pool uses it. Since GCC 12 that one waits with
+// a symbol that C++ runtimes of manylinux_2_28 lack.
+class Condition {
+ public:
+  Condition() = default;
+  ~Condition() { pthread_cond_destroy(&condition_); }
+  Condition(const Condition&) = delete;
+  Condition& operator=(const Condition&) = delete;
+
+  template <class Predicate>
+  void wait(std::unique_lock<std::mutex>& lock, Predicate is_done) {
+    while (!is_done()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+  }
+  void notify_one() { pthread_cond_signal(&condition_); }
+  void notify_all() { pthread_cond_broadcast(&condition_); }
+
+ private:
+  pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
+
+}  // namespace attn_offload
 
 // The calling thread is thread 0 of its own job, so a pool of one starts no thread. A
 // worker that wakes up late is not waited for: the others take its share.
@@ -38,8 +63,8 @@ struct AoPool {
   const int64_t spin_ns_;
   std::mutex callers_;  // held for the length of a job
   std::mutex mutex_;    // guards what follows
-  std::condition_variable job_started_;
-  std::condition_variable worker_left_;
+  attn_offload::Condition job_started_;
+  attn_offload::Condition worker_left_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> active_{0};  // workers inside body
   bool is_open_ = false;        // whether workers may still join

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wheel holds, and that vLLM's own imports do not notice the package."""
+"""What a release holds, and that vLLM's own imports do not notice the package."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from vllm_attn_offload import __version__
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_attn_offload"
-SOURCES = (PACKAGE, "triton_kernels", "patches", "setup.py", "pyproject.toml")
+EXTRAS = {"cpu", "cuda", "gpu-node", "torch", "test", "plots", "ray"}
 SITE_PACKAGES = sysconfig.get_path("purelib")
 
 HAS_TRITON_KERNELS = """
@@ -38,24 +39,9 @@ for name in ("memory_node", "transport", "triton_kernels"):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: an in-tree build packs what older ones left."""
-    checkout = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for name in (*SOURCES, "README.md", "LICENSE"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, checkout / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index"]
-    result = subprocess.run(
-        [*command, "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return next((checkout / "dist").glob("*.whl"))
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +81,6 @@ def answer_without_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    assert wheel.name.startswith(f"{PACKAGE}-{__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {PACKAGE}
@@ -103,7 +88,46 @@ def test_wheel_contents(wheel: Path) -> None:
         prefix = "" if source == PACKAGE else f"{PACKAGE}/"
         for module in (ROOT / source).rglob("*.py"):
             assert f"{prefix}{module.relative_to(ROOT)}" in names
-    assert f"{PACKAGE}/py.typed" in names
+    for suffix in ("toml", "txt", "typed"):
+        for data in (ROOT / PACKAGE).rglob(f"*.{suffix}"):
+            assert f"{data.relative_to(ROOT)}" in names
+    assert f"{PACKAGE}/native/_native.lib.so" in names
+
+
+def test_wheel_is_for_any_python(wheel: Path, dist: Path) -> None:
+    """And for glibc of 2018 and newer; auditwheel and twine have looked at it."""
+    machine = os.uname().machine
+    tag = f"py3-none-manylinux_2_28_{machine}"
+    assert wheel.name == f"{PACKAGE}-{__version__}-{tag}.whl"
+    log = " ".join((dist / "log").read_text().split())
+    found = re.search(rf'platform tag: "manylinux_2_(\d+)_{machine}"', log)
+    assert found is not None, log
+    assert int(found[1]) <= 28
+    assert log.count("PASSED") == 2
+
+
+def test_sdist_contents(dist: Path) -> None:
+    """The wheel was built from it; people read the rest."""
+    (sdist,) = dist.glob("*.tar.gz")
+    top = f"{PACKAGE}-{__version__}"
+    assert sdist.name == f"{top}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = set(archive.getnames())
+    assert {name.split("/")[0] for name in names} == {top}
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md"):
+        assert f"{top}/{name}" in names
+    sources = ROOT / PACKAGE / "native" / "csrc"
+    for path in sources.iterdir():
+        assert f"{top}/{path.relative_to(ROOT)}" in names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_one_version() -> None:
+    """What cannot read it from the package says the same."""
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [__version__]
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## \[(.+?)\]", changes, re.M)[0] == __version__
 
 
 def test_wheel_entry_points(installed: Path) -> None:
@@ -117,13 +141,21 @@ def test_wheel_entry_points(installed: Path) -> None:
     )
 
 
-def test_base_install_does_not_require_vllm(installed: Path) -> None:
+def test_base_install_is_small(installed: Path) -> None:
+    """vLLM, torch and Triton come with extras."""
     metadata = next(installed.glob("*.dist-info/METADATA")).read_text()
-    requirements = [
-        line for line in metadata.splitlines() if line.startswith("Requires-Dist:")
-    ]
-    assert requirements
-    assert not [line for line in requirements if "vllm" in line and "extra" not in line]
+    fields = [line.partition(": ")[::2] for line in metadata.splitlines()]
+    assert {text for name, text in fields if name == "Provides-Extra"} == EXTRAS
+    requirements = [text for name, text in fields if name == "Requires-Dist"]
+    base = {re.split(r"\W", each)[0] for each in requirements if "extra" not in each}
+    assert base == {
+        "numpy",
+        "msgspec",
+        "pydantic",
+        "prometheus_client",
+        "psutil",
+        "rich",
+    }
 
 
 def test_memory_node_imports_without_vllm(installed: Path) -> None:
