@@ -104,6 +104,12 @@ UNSUPPORTED_CONFIG = (
         DROP,
     ),
     Unsupported(
+        "Encoder-cache connectors",
+        is_set("ec_transfer_config", "an encoder-cache connector (ec_transfer_config)"),
+        "no encoder-cache connector: it cannot read a step that lost a memory node",
+        DROP,
+    ),
+    Unsupported(
         "KV offloading to host memory",
         is_set("cache_config.kv_offloading_size", "kv_offloading_size={}"),
         "kv_offloading_size unset: memory nodes hold the KV cache",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM versions that this release was tested with."""
+"""vLLM versions that this release was checked with; the README says how."""
 
 from __future__ import annotations
 
-TESTED_VLLM = "0.32"
+TESTED_VLLM = ("0.32", "0.33")
 
 
 def vllm_version() -> str:
@@ -19,12 +19,13 @@ def vllm_version() -> str:
 
 def is_tested(version: str) -> bool:
     """Return True for a vLLM release of ``TESTED_VLLM``."""
-    return version.split("+")[0].split(".")[:2] == TESTED_VLLM.split(".")
+    return ".".join(version.split("+")[0].split(".")[:2]) in TESTED_VLLM
 
 
 def untested_message(version: str) -> str:
     """Return the message for users of an untested vLLM."""
+    supported = " and ".join(f"{each}.x" for each in TESTED_VLLM)
     return (
-        f"vllm-attn-offload supports vLLM {TESTED_VLLM}.x; found {version}. Install "
-        f"vLLM {TESTED_VLLM}, or run without attention offloading."
+        f"vllm-attn-offload supports vLLM {supported}; found {version}. Install vLLM "
+        f"{' or '.join(TESTED_VLLM)}, or run without attention offloading."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.executor.abstract import Executor
 
 import vllm_attn_offload
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
@@ -27,6 +29,7 @@ from vllm_attn_offload.attention.cuda.prefill import RemotePart
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.micro_batch.runner import wrap_model
 from vllm_attn_offload.engine.placement import local_devices
+from vllm_attn_offload.hooks.hook_table import HookTable
 from vllm_attn_offload.plugin import register
 
 OFFLOAD = {"attention_offload": {}}
@@ -161,6 +164,32 @@ def _end_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def ray_executor(model: str) -> dict[str, Any]:
+    """The executor of an engine on Ray's hosts, which reaches workers by pickle."""
+    offload = {"attention_offload": {"memory_nodes": ["10.0.0.7:7600"]}}
+    config = engine_config(
+        model, additional_config=offload, distributed_executor_backend="ray"
+    )
+    executor = Executor.get_class(config)
+    sent = pickle.loads(pickle.dumps(config))
+    worker = resolve_obj_by_qualname(sent.parallel_config.worker_cls)
+    is_same = Executor.get_class(sent) is executor
+    worker(sent, 0, 0, "tcp://127.0.0.1:1", True)
+    return {
+        "executor": [each.__name__ for each in executor.__mro__[:4]],
+        "is_async": config.scheduler_config.async_scheduling,
+        "is_same_when_sent": is_same,
+        "worker_knows": sent.parallel_config.distributed_executor_backend,
+    }
+
+
+def changed_hooks() -> list[str]:
+    """Of those that the table of this release has, and of others."""
+    table = HookTable.of_source()
+    written_for = HookTable.of_release(table.release)
+    return [each.name for each in table.differences(written_for)]
+
+
 def model_runners() -> list[str]:
     """Classes of both model runners import beside our worker."""
     return [
@@ -182,6 +211,8 @@ def main() -> None:
         "refusals": refusals(model),
         "kernels": kernels(),
         "model_runners": model_runners(),
+        "ray_executor": ray_executor(model),
+        "changed_hooks": changed_hooks(),
         "local_devices": local_devices(1, 1, 0, 1),
     }
     sys.stdout.write(f"{json.dumps(found)}\n")

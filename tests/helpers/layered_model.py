@@ -71,6 +71,7 @@ class LayeredModel(torch.nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states ``[num_tokens, HIDDEN]``, and those before the last layer."""
         assert get_forward_context().is_padding.shape == input_ids.shape
+        assert get_forward_context().batch_descriptor.num_tokens == len(input_ids)
         self.graph_modes.append(get_forward_context().cudagraph_runtime_mode)
         hidden = self.embed(input_ids) + positions.sum(0)[:, None] / 100
         before = hidden
@@ -148,10 +149,10 @@ class Engine:
             "attn_metadata": {layer.name: metadata for layer in GEOMETRY.layers},
             "slot_mapping": {},
             "is_padding": torch.arange(slots.shape[0]) >= batch.num_tokens,
+            "batch_descriptor": BatchDescriptor(slots.shape[0]),
         }
         if num_padding:
             context["cudagraph_runtime_mode"] = CUDAGraphMode.PIECEWISE
-            context["batch_descriptor"] = BatchDescriptor(slots.shape[0])
         whole = ForwardContext(**context)
         with override_forward_context(whole):
             output = self.model(

@@ -25,8 +25,11 @@ def build_parser() -> FlexibleArgumentParser:
     """The parser of ``vllm``, as its main function makes it."""
     import vllm.entrypoints.cli.benchmark.main as benchmark
     import vllm.entrypoints.cli.serve as serve
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     cli_env_setup()
     parser = FlexibleArgumentParser()
     subparsers = parser.add_subparsers(required=False, dest="subparser")
@@ -101,7 +104,7 @@ def probe_untested_version(model: str) -> dict[str, Any]:
     from vllm_attn_offload.plugin import register
 
     revert_patches()
-    vllm.__version__ = "0.33.0"
+    vllm.__version__ = "0.34.0"
     register()
     register()
     applied = any(patch.is_applied() for patch in PATCHES)

@@ -25,7 +25,8 @@ from vllm_attn_offload.patches import (
 )
 from vllm_attn_offload.patches.patch import PATCH_FREE
 
-from vllm_attn_offload.engine import args
+from vllm_attn_offload.engine import args, executor_choice
+from vllm_attn_offload.versions import vllm_version
 
 OWNERS = [(resolve_obj_by_qualname(f"{p.module}.{p.owner}"), p) for p in PATCHES]
 COMMAND_LINES = [
@@ -105,7 +106,7 @@ def test_another_signature_is_refused() -> None:
         other.apply()
     expected = (
         "Patch 'engine_args.from_cli_args' expects vllm.engine.arg_utils.EngineArgs."
-        "from_cli_args(cls, args, env), found (cls, args) in vLLM 0.32"
+        "from_cli_args(cls, args, env), found (cls, args) in vLLM " + vllm_version()
     )
     assert str(error.value).startswith(expected)
     for option in ("--distributed-executor-backend", "--worker-cls"):
@@ -150,10 +151,13 @@ def test_readme_lists_the_patches(root: Path) -> None:
 
 def test_class_paths(root: Path) -> None:
     """What names a class by its path, in options and in prose, names one that is."""
-    paths = {path for name, path in vars(args).items() if name.endswith("_CLS")}
-    assert len(paths) == 5
+    names = vars(args) | vars(executor_choice)
+    paths = {path for name, path in names.items() if name.endswith("_CLS")}
+    assert len(paths) == 6
     for path in paths:
         assert isinstance(resolve_obj_by_qualname(path), type)
     for text in (PATCH_FREE, (root / "README.md").read_text()):
         named = re.findall(r"vllm_attn_offload\.[a-z_.]+\.[A-Z]\w+", text)
-        assert {args.EXECUTOR_CLS, args.CPU_WORKER_CLS} <= set(named) <= paths
+        assert (
+            {executor_choice.EXECUTOR_CLS, args.CPU_WORKER_CLS} <= set(named) <= paths
+        )

@@ -78,10 +78,13 @@ def test_untested_version(installed: dict[str, Any]) -> None:
     untested = installed["untested"]
     assert not untested["is_applied"]
     assert untested["error"].startswith("PatchError: vllm-attn-offload supports vLLM ")
-    assert "0.32.x; found 0.33.0" in untested["error"]
+    assert "0.32.x and 0.33.x; found 0.34.0" in untested["error"]
     assert "--distributed-executor-backend" in untested["error"]
-    warning = "found 0.33.0. Install vLLM 0.32, or run without attention offloading. "
-    assert installed["log"].count(f"{warning}vLLM itself is not touched.") == 1
+    warning = (
+        "found 0.34.0. Install vLLM 0.32 or 0.33, or run without attention "
+        "offloading. vLLM itself is not touched."
+    )
+    assert installed["log"].count(warning) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,10 @@ def test_untested_version(installed: dict[str, Any]) -> None:
         ("0.32.0", True),
         ("0.32.4+cpu", True),
         ("0.32.1rc1", True),
+        ("0.33.0", True),
+        ("0.33.1+cpu", True),
         ("0.31.9", False),
+        ("0.34.0", False),
         ("0.320.0", False),
         ("1.32.0", False),
         ("dev", False),

@@ -8,13 +8,13 @@ import torch
 from harness import tiny_llama
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     SlidingWindowSpec,
 )
 
+from vllm_attn_offload.engine.kv_cache_plan import plan_kv_cache
 from vllm_attn_offload.worker.draft_groups import check_draft_groups
 
 FULL, LOCAL = "full", "local"
@@ -57,7 +57,7 @@ def group(config: VllmConfig, kinds: dict[str, str]) -> KVCacheConfig:
         else SlidingWindowSpec(**shape, dtype=torch.float32, sliding_window=64)
         for name, kind in kinds.items()
     }
-    (planned,) = get_kv_cache_configs(config, [specs], [1 << 24])
+    (planned,) = plan_kv_cache(config, [specs], [1 << 24])
     return planned
 
 

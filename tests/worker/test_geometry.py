@@ -16,9 +16,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from vllm_attn_offload.engine.kv_cache_plan import plan_kv_cache
 from vllm_attn_offload.memory_node.decode_attention.torch_attention import (
     TorchDecodeAttention,
 )
@@ -76,7 +76,7 @@ def group(config: VllmConfig) -> KVCacheConfig:
     """As the executor does."""
     layers = config.compilation_config.static_forward_context
     specs = {name: each.get_kv_cache_spec(config) for name, each in layers.items()}
-    (planned,) = get_kv_cache_configs(config, [copy.deepcopy(specs)], [POOL_BYTES])
+    (planned,) = plan_kv_cache(config, [copy.deepcopy(specs)], [POOL_BYTES])
     return planned
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
@@ -40,8 +40,13 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu_worker import Worker as _WorkerBase
+    from vllm.v1.worker.worker_base import CompilationTimes
 else:
     _WorkerBase = object
+
+#: A KV cache size in bytes that is given so that vLLM asks for none. Large, because
+#: vLLM takes what its frontends decode images and videos in from it.
+UNUSED_KV_CACHE_BYTES: Final = 1 << 50
 
 
 class AttentionOffloadWorker(_WorkerBase):
@@ -88,6 +93,22 @@ class AttentionOffloadWorker(_WorkerBase):
         super().initialize_from_config(self._local_kv_cache)
         self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         self.model_runner.kv_cache_config.num_blocks = kv_cache_config.num_blocks
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Compile, capture and warm up; attention returns zeros meanwhile."""
+        # Dummy steps of the second model runner look real but are not, and graphs are
+        # captured of whole steps.
+        self._connect_layers(None)
+        config = self.model_runner.kv_cache_config
+        num_blocks = config.num_blocks
+        # Dummy requests take one id after another for all KV groups, and layers with
+        # states, whose pools are smaller, write there.
+        config.num_blocks = self._local_kv_cache.smallest_pool(num_blocks)
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            config.num_blocks = num_blocks
+            self._connect_layers(self._nodes)
 
     def attach_memory_nodes(
         self, attachments: list[list[Attachment]], kind: PartitionKind
@@ -205,7 +226,10 @@ class AttentionOffloadWorker(_WorkerBase):
         raise NotImplementedError
 
     def _with_loss(self, output: Any, *, is_whole: bool = False) -> Any:
-        loss = None if self._nodes is None else self._nodes.loss
+        # A dummy step, during which layers are not connected, loses nothing.
+        if self._nodes is None or self._exchange is None:
+            return output
+        loss = self._nodes.loss
         if loss is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):

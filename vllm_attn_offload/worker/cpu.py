@@ -11,7 +11,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_attn_offload.attention.cpu_exchange import CpuExchange
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
-from vllm_attn_offload.worker.base import AttentionOffloadWorker
+from vllm_attn_offload.worker.base import (
+    UNUSED_KV_CACHE_BYTES,
+    AttentionOffloadWorker,
+)
 
 
 class CpuAttentionOffloadWorker(AttentionOffloadWorker, CPUWorker):
@@ -20,7 +23,7 @@ class CpuAttentionOffloadWorker(AttentionOffloadWorker, CPUWorker):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         # The base class refuses to start where memory is short for a local KV cache.
         # With an explicit size it does not look; the size itself is never used.
-        vllm_config.cache_config.kv_cache_memory_bytes = 1
+        vllm_config.cache_config.kv_cache_memory_bytes = UNUSED_KV_CACHE_BYTES
         super().__init__(vllm_config, *args, **kwargs)
 
     def determine_available_memory(self) -> int:

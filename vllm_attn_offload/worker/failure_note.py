@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 NOTE_VARIABLE = "ATTN_OFFLOAD_FAILURE_NOTE"
+_FILE_NAME = "attn-offload-failure"
 _MAX_BYTES = 4096
 
 
@@ -21,7 +22,7 @@ class FailureNote:
     """
 
     def __init__(self) -> None:
-        self._fd = os.memfd_create("attn-offload-failure")
+        self._fd = os.memfd_create(_FILE_NAME)
         os.environ[NOTE_VARIABLE] = f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def read(self) -> str:
@@ -48,6 +49,8 @@ def _write(sentence: str) -> None:
     path = os.environ.get(NOTE_VARIABLE)
     if not path:
         return  # This is a worker of another executor.
+    if not os.readlink(path).startswith(f"/memfd:{_FILE_NAME}"):
+        return  # Ray hands the variable to other hosts, where the path is another file.
     fd = os.open(path, os.O_WRONLY)
     try:
         if not os.fstat(fd).st_size:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -17,10 +17,10 @@ from vllm_attn_offload.attention.layers import attention_layers
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.transport.cuda_memory import CudaDevice, SharedDevice
-from vllm_attn_offload.worker.base import AttentionOffloadWorker
-
-if TYPE_CHECKING:
-    from vllm.v1.worker.worker_base import CompilationTimes
+from vllm_attn_offload.worker.base import (
+    UNUSED_KV_CACHE_BYTES,
+    AttentionOffloadWorker,
+)
 
 
 class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
@@ -30,7 +30,10 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         # With an explicit size the base class does not ask whether weights leave room
         # for a local KV cache, and captures no graphs to find out; the size itself is
         # never used.
-        vllm_config.cache_config.kv_cache_memory_bytes = 1
+        vllm_config.cache_config.kv_cache_memory_bytes = UNUSED_KV_CACHE_BYTES
+        # This process's copy: vLLM's worker compares with the name, not with our class.
+        if vllm_config.parallel_config.use_ray:
+            vllm_config.parallel_config.distributed_executor_backend = "ray"
         super().__init__(vllm_config, *args, **kwargs)
 
     def determine_available_memory(self) -> int:
@@ -44,22 +47,6 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
         free, total = torch.cuda.mem_get_info(self.device)
         kept = total * (1 - self.cache_config.gpu_memory_utilization)
         return max(0, int(free - kept))
-
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Compile and capture; attention returns zeros meanwhile."""
-        # Dummy steps of the second model runner look real but are not, and graphs are
-        # captured of whole steps.
-        self._connect_layers(None)
-        config = self.model_runner.kv_cache_config
-        num_blocks = config.num_blocks
-        # Dummy requests take one id after another for all KV groups, and layers with
-        # states, whose pools are smaller, write there.
-        config.num_blocks = self._local_kv_cache.smallest_pool(num_blocks)
-        try:
-            return super().compile_or_warm_up_model()
-        finally:
-            config.num_blocks = num_blocks
-            self._connect_layers(self._nodes)
 
     def _shared_device(self) -> SharedDevice:
         device = self.device

@@ -39,6 +39,9 @@ class LossReader:
     def __init__(self, report: Callable[[LostStep], None]) -> None:
         self._report = report
 
+    def ft_defer_kv_connector_outputs(self, outputs: list[Any]) -> None:
+        """Do nothing: vLLM 0.33 keeps here what KV connectors of lost workers left."""
+
     def aggregate(self, outputs: list[Any], output_rank: int = 0) -> Any:
         """The output of one rank; an empty one where any rank lost the step.
 

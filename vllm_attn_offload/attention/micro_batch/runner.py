@@ -16,7 +16,7 @@ import torch
 from vllm import forward_context
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.forward_context import ForwardContext
+from vllm.forward_context import BatchDescriptor, ForwardContext
 
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.micro_batch.baton import Baton
@@ -282,7 +282,7 @@ def _context_of(
         },
         slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        batch_descriptor=None,
+        batch_descriptor=BatchDescriptor(rows.stop - rows.start),
         is_padding=None if whole.is_padding is None else whole.is_padding[rows],
         moe_layer_index=0,
     )
