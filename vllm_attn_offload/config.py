@@ -18,14 +18,18 @@ from vllm_attn_offload.option_types import (
     Allowed,
     Count,
     Cpus,
+    Device,
     FilePath,
     Gib,
     MicroBatches,
     NodeLoss,
+    Nodes,
     PartitionOption,
+    Resources,
     Seconds,
     SecondsOrZero,
 )
+from vllm_attn_offload.ray_options import check_ray_options, ray_pool
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import Credentials, check_complete
 
@@ -47,9 +51,10 @@ COMMON_CPUS_VARIABLE = "ATTN_OFFLOAD_COMMON_CPUS"
 class AttentionOffloadConfig:
     """Attention offloading: memory nodes own the KV cache and run attention."""
 
-    memory_nodes: Addresses = ()
-    """Addresses of running memory nodes: HOST:PORT, [IPV6]:PORT or unix:PATH. Empty:
-    start local ones."""
+    memory_nodes: Nodes = ()
+    """Addresses of running memory nodes: HOST:PORT, [IPV6]:PORT or unix:PATH. ray: Ray
+    places nodes for this engine alone. ray:NAME: the pool that 'vllm-attn-offload ray
+    up NAME' made, which engines share. Empty: start local ones."""
     num_local_nodes: Count = 1
     """Number of memory nodes to start on this host when memory_nodes is empty."""
     local_node_cpus: Cpus = ""
@@ -66,10 +71,20 @@ class AttentionOffloadConfig:
     heads of every block; the number of KV heads must be a multiple of the number of
     nodes. blocks: each node holds some blocks, in proportion to its capacity. auto:
     heads where they divide evenly, otherwise blocks."""
+    ray_nodes: Count = 1
+    """Number of nodes that Ray places with memory_nodes ray."""
+    ray_device: Device = "cpu"
+    """What holds the blocks of these nodes: cpu, or cuda, which asks Ray for a GPU for
+    each."""
+    ray_resources: Resources = None
+    """What each of these nodes asks Ray for, by resource; CPU, GPU and memory (bytes)
+    are Ray's own. Unset: {"memory_node": 1}. A placement group of the engine with such
+    bundles is used; otherwise nodes are spread over the hosts that have them."""
     kv_cache_gib: Gib = None
     """KV cache of this engine on each node, in GiB; each data-parallel rank is an
-    engine. Unset: all free memory of the node, divided by the data-parallel size; local
-    nodes together hold half of the memory that is available at start."""
+    engine. Needed with memory_nodes ray, whose nodes get this size. Unset: all free
+    memory of the node, divided by the data-parallel size; local nodes together hold
+    half of the memory that is available at start."""
     resident_state_gib: Gib = None
     """Recurrent states of a hybrid model (Mamba, linear attention, short convolutions)
     on each compute rank, in GiB; they do not leave it. Unset: as many as max_num_seqs
@@ -109,7 +124,8 @@ class AttentionOffloadConfig:
 
     @model_validator(mode="after")
     def _check(self) -> AttentionOffloadConfig:
-        addresses = (*self.memory_nodes, *self.standby_nodes)
+        check_ray_options(self)
+        addresses = (*self.addresses, *self.standby_nodes)
         for address in addresses:
             Address.parse(address)
         if twice := sorted({a for a in addresses if addresses.count(a) > 1}):
@@ -131,12 +147,24 @@ class AttentionOffloadConfig:
     @property
     def open_nodes(self) -> list[str]:
         """Remote nodes that anybody may use: with a token they would ask for it."""
-        nodes = () if self.auth_token_file else self.memory_nodes + self.standby_nodes
+        nodes = () if self.auth_token_file else self.addresses + self.standby_nodes
         return [each for each in nodes if not Address.parse(each).is_local]
 
     @property
+    def ray_pool(self) -> str | None:
+        """Pool of Ray that memory_nodes names; empty: one of the engine's own."""
+        return ray_pool(self.memory_nodes)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses that memory_nodes names."""
+        return self.memory_nodes if self.ray_pool is None else ()
+
+    @property
     def num_nodes(self) -> int:
-        """Number of memory nodes that serve the engine at a time."""
+        """Number of memory nodes that serve the engine at a time, where it is known."""
+        if self.ray_pool is not None:
+            return self.ray_nodes
         return len(self.memory_nodes) or self.num_local_nodes
 
     @classmethod

@@ -6,6 +6,7 @@ Command lines, YAML and JSON differ: ``1``, ``"1"`` and ``[1]`` mean the same li
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,10 +75,37 @@ def _path(value: Any) -> str:
     return "" if value is None else os.path.expanduser(_text(value))
 
 
+def _resources(value: Any) -> Any:
+    parsed = json.loads(value) if isinstance(value, str) else value
+    if isinstance(parsed, dict):
+        return {name: _number(amount) for name, amount in parsed.items()}
+    return parsed
+
+
 Addresses = Annotated[
     tuple[str, ...],
     BeforeValidator(_list_of(_text)),
     Allowed("a list of HOST:PORT, [IPV6]:PORT or unix:PATH", "10.0.0.7:7600"),
+]
+Nodes = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_list_of(_text)),
+    Allowed(
+        "a list of HOST:PORT, [IPV6]:PORT or unix:PATH; or ray or ray:NAME alone",
+        "10.0.0.7:7600",
+    ),
+]
+Device = Annotated[
+    Literal["cpu", "cuda"], BeforeValidator(_lower), Allowed("cpu or cuda", "cpu")
+]
+Resources = Annotated[
+    Annotated[
+        dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+        Field(min_length=1),
+    ]
+    | None,
+    BeforeValidator(_resources),
+    Allowed("an object of amounts above 0 by resource", '{"memory_node": 1}'),
 ]
 Count = Annotated[
     int,

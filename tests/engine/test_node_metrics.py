@@ -46,12 +46,17 @@ def silent() -> Iterator[list[str]]:
         yield [f"127.0.0.1:{each.getsockname()[1]}" for each in listeners]
 
 
+def reader_of(*addresses: str) -> NodeStatsReader:
+    """A reader of nodes that ask for nothing."""
+    return NodeStatsReader(lambda: dict.fromkeys(addresses, NO_CREDENTIALS))
+
+
 def test_one_second_for_all_nodes(
     node: NodeProcess, silent: list[str], tmp_path: Path
 ) -> None:
     """Also in the next scrape, when the first one's threads still wait."""
     dead = f"unix:{tmp_path / 'nobody'}"
-    reader = NodeStatsReader([*silent, node.address, dead], NO_CREDENTIALS)
+    reader = reader_of(*silent, node.address, dead)
     registry = CollectorRegistry()
     registry.register(StatsCollector(reader.read))
     with closing(reader):
@@ -73,7 +78,7 @@ def test_one_second_for_all_nodes(
 def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
     """Nothing of an earlier scrape is shown."""
     address = f"unix:{tmp_path / 'node.sock'}"
-    with closing(NodeStatsReader([address, silent[0]], NO_CREDENTIALS)) as reader:
+    with closing(reader_of(address, silent[0])) as reader:
         assert reader.read()[address] is None
         with running_node(tmp_path, "--kv-cache-gib", "0.1") as node:
             found = []
@@ -100,7 +105,7 @@ def attached(node: NodeProcess, offer: ChannelOffer | None) -> str:
     """Metrics of a node while a worker with such an offer is attached."""
     geometry = make_geometry()
     registry = CollectorRegistry()
-    reader = NodeStatsReader([node.address], NO_CREDENTIALS)
+    reader = reader_of(node.address)
     registry.register(StatsCollector(reader.read))
     with closing(reader), closing(ControlClient(node.address, 5)) as control:
         reserved = control.reserve(reservation(geometry, 1 << 20))

@@ -13,10 +13,10 @@ import torch
 from harness import tiny_llama
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_attn_offload.client.partition import PartitionKind
+from vllm_attn_offload.engine.kv_cache_plan import plan_kv_cache
 from vllm_attn_offload.engine.pool_size import check_pool_size
 
 BLOCK_SIZE = tiny_llama.BLOCK_SIZE
@@ -70,7 +70,7 @@ def refusal(config: VllmConfig, num_blocks: int, *nodes: Node) -> str:
 def is_enough_for_vllm(config: VllmConfig, num_blocks: int) -> bool:
     max_model_len = config.model_config.max_model_len
     try:
-        get_kv_cache_configs(config, [dict(SPECS)], [num_blocks * BLOCK_BYTES])
+        plan_kv_cache(config, [dict(SPECS)], [num_blocks * BLOCK_BYTES])
     except ValueError:
         return False
     finally:

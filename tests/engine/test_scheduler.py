@@ -54,7 +54,7 @@ class NoNodes(NodePool):
         super().__init__(config, "engine", [], ControlClient)
         self._nodes = []
 
-    def _restart_local(self) -> None:
+    def _restart(self) -> None:
         pass
 
     def _open(self) -> list[list[Attachment]]:

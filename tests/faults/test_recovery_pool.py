@@ -26,10 +26,10 @@ from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.node_handle import SessionLimits
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.recovery import Recovery
+from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.errors import (
     MemoryNodeError,
     NodeDefectError,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from node_process import eventually
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess, local_address
+from vllm_attn_offload.transport.trust import Credentials
 
 PARENT = """
 import sys, time
@@ -57,6 +59,32 @@ def test_start_and_stop(tmp_path: Path) -> None:
     node.stop()
     assert is_gone(node.pid)
     assert not directory.exists()
+
+
+def test_tcp_with_a_token() -> None:
+    """The node asks for it at every connection; it lies on no disk."""
+    token = b"a secret of these tests, 32+ characters"
+    node = MemoryNodeProcess(
+        None,
+        kv_cache_gib=0.1,
+        cpus="",
+        startup_timeout_s=30,
+        listen="127.0.0.1:0",
+        auth_token=token,
+    )
+    try:
+        assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", node.address)
+        for _ in range(2):
+            trusted = ControlClient(node.address, 5, Credentials(token=token))
+            assert trusted.info.pid == node.pid
+            trusted.close()
+        with pytest.raises(MemoryNodeError, match="asks for a token"):
+            ControlClient(node.address, 5)
+        assert token.decode() not in repr(Credentials(token=token))
+        assert node.is_running
+    finally:
+        node.stop()
+    assert not node.is_running
 
 
 def test_parent_is_killed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -20,6 +20,8 @@ class Attachment:
 
     ``num_blocks`` is how many blocks the session holds. ``generation`` counts how often
     the engine opened its sessions; channels of an older one are never used again.
+    ``auth_token`` is what the node asks every connection for; empty: what the
+    credentials of the options hold.
     """
 
     address: str
@@ -27,3 +29,4 @@ class Attachment:
     attach_token: str
     generation: int
     num_blocks: int
+    auth_token: bytes = field(default=b"", repr=False)

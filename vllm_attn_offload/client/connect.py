@@ -63,7 +63,8 @@ def connect_nodes(
                 worker_kv_bytes,
                 worker_state_bytes=worker_state_bytes,
             )
-            client = NodeClient(each.address, request, timeout_s, credentials, device)
+            trusted = credentials.with_token(each.auth_token)
+            client = NodeClient(each.address, request, timeout_s, trusted, device)
             opened.callback(client.close)
             clients.append(client)
         opened.pop_all()

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.config import COMMON_CPUS_VARIABLE
+from vllm_attn_offload.engine.executor_choice import choose_executor, is_follower
+from vllm_attn_offload.engine.node_board import NODE_BOARD_VARIABLE, NodeBoard
 from vllm_attn_offload.engine.outage_board import BOARD_VARIABLE, OutageBoard
 from vllm_attn_offload.engine.start_failure import say_why_at_exit
 from vllm_attn_offload.worker.failure_note import NOTE_VARIABLE
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-EXECUTOR_CLS = "vllm_attn_offload.engine.executor.AttentionOffloadExecutor"
 CPU_WORKER_CLS = "vllm_attn_offload.worker.cpu.CpuAttentionOffloadWorker"
 GPU_WORKER_CLS = "vllm_attn_offload.worker.gpu.GpuAttentionOffloadWorker"
 
@@ -52,6 +53,7 @@ _VARIABLES = (
     _RUN_DIR_VARIABLE,
     _DATA_PARALLEL_SIZE_VARIABLE,
     BOARD_VARIABLE,
+    NODE_BOARD_VARIABLE,
     NOTE_VARIABLE,
     *_WORKER_VARIABLES,
 )
@@ -64,9 +66,11 @@ def apply_to_engine_args(engine_args: EngineArgs) -> bool:
 
     Returns:
         Whether this is the process that starts the engines: one of several API servers
-        does not, and finds them started.
+        does not, and finds them started; nor does a follower, which starts workers of
+        another host's engine.
 
     Raises:
+        ImportError: Ray was asked for and is not installed.
         ValueError: The user chose another executor, worker or device.
     """
     from vllm.platforms import current_platform
@@ -84,13 +88,16 @@ def apply_to_engine_args(engine_args: EngineArgs) -> bool:
             "This release offloads from CUDA and CPU compute nodes. Install vLLM's "
             "CUDA or CPU build, or run without --attention-offload."
         )
-    _set(engine_args, "distributed_executor_backend", EXECUTOR_CLS, (None, "mp", "uni"))
+    choose_executor(engine_args)
     _set(engine_args, "worker_cls", worker_cls, ("auto",))
+    if is_follower(engine_args):
+        return False
     if engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0:
         return False
     directory = _new_run_dir()
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
     say_why_at_exit(OutageBoard.create())
+    NodeBoard.create()
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)
@@ -174,6 +181,8 @@ def data_parallel_size(vllm_config: VllmConfig) -> int:
 
 
 def _forget(variables: dict[str, str]) -> None:
+    if os.environ.get(_RUN_DIR_VARIABLE) != variables.get(_RUN_DIR_VARIABLE):
+        return  # Of an engine made since; their other variables may be the same.
     for name, value in variables.items():
         if os.environ.get(name) == value:
             del os.environ[name]

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
@@ -23,7 +21,7 @@ from vllm_attn_offload.engine.args import (
     environment_of_one_engine,
 )
 from vllm_attn_offload.engine.frontend import end_with_frontend
-from vllm_attn_offload.engine.node_handle import SessionLimits
+from vllm_attn_offload.engine.kv_cache_plan import plan_kv_cache
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
@@ -31,6 +29,7 @@ from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.pool_size import check_pool_size
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.engine.resident_state_manager import register_resident_states
+from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.engine.start_failure import tells_why
 from vllm_attn_offload.engine.state_pool import StatePool, shared_groups
 from vllm_attn_offload.errors import MemoryNodeError
@@ -79,11 +78,12 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self.vllm_config, lambda: self.collective_rpc("free_device_bytes")
         )
         register_resident_states(self.vllm_config)
+        self._prepare_cluster()
         self._pool = NodePool(
             config,
             f"{self.vllm_config.instance_id}-{self.parallel_config.data_parallel_index}",
             local_nodes(self.vllm_config, config),
-            functools.partial(ControlClient, credentials=config.credentials),
+            ControlClient,
         )
         self._recovery = self._new_recovery(config)
         try:
@@ -92,6 +92,9 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         except BaseException:
             self._leave_memory_nodes()
             raise
+
+    def _prepare_cluster(self) -> None:
+        """Claim what the workers need, before memory nodes take it."""
 
     @tells_why
     def get_kv_cache_specs(self) -> list[dict[str, KVCacheSpec]]:
@@ -113,9 +116,8 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             ValueError: The pool holds no request of max_model_len.
         """
         super().determine_available_memory()
-        # On copies: what vLLM makes of its specs may change them.
-        specs = copy.deepcopy(self.get_kv_cache_specs())
-        self._planned = get_kv_cache_configs(
+        specs = self.get_kv_cache_specs()
+        self._planned = plan_kv_cache(
             self.vllm_config, specs, [_MORE_THAN_ANY_POOL] * len(specs)
         )
         geometries: list[SessionGeometry] = self.collective_rpc(

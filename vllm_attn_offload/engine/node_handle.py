@@ -10,59 +10,57 @@ from collections.abc import Callable, Iterable
 
 from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.engine.node_launch import Launch, LaunchedNode
 from vllm_attn_offload.engine.rank_share import RankShare
+from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.protocol.messages import (
     GIB,
     NodeInfo,
     OpenSession,
     ReserveCapacity,
 )
+from vllm_attn_offload.transport.trust import Credentials
 
-#: Starts a local node with a budget in GiB; None for the one that was chosen for it.
-Launch = Callable[[float | None], MemoryNodeProcess]
 #: Opens a control channel to an address, with a timeout in seconds.
-Connect = Callable[[str, float], ControlClient]
+Connect = Callable[[str, float, Credentials], ControlClient]
 
 _HEARTBEATS_PER_TIMEOUT = 4
 _MAX_HEARTBEAT_S = 1.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """Size of the largest step that a worker sends."""
-
-    max_num_tokens: int
-    max_num_reqs: int
-    max_blocks_per_req: int
-
-
 class NodeHandle:
-    """A memory node that the engine starts, or one that runs already.
+    """A memory node that the engine starts or finds, or one at a known address.
 
     Methods that talk to the node raise MemoryNodeError if it does not start, is lost or
     refuses the request.
 
     Args:
-        source: The address of a running node, or a function that starts a local one.
+        source: The address of a running node, or a function that starts or finds one.
         connect: Opens control channels.
+        credentials: What to show the node, and to ask of it.
         request_timeout_s: A node that is silent for longer is lost.
     """
 
     def __init__(
-        self, source: str | Launch, connect: Connect, request_timeout_s: float
+        self,
+        source: str | Launch,
+        connect: Connect,
+        credentials: Credentials,
+        request_timeout_s: float,
     ) -> None:
         self.source = source
-        self.address = source if isinstance(source, str) else "of this host"
+        self.address = source if isinstance(source, str) else "that is to be started"
         self.is_lost = False
         self._is_leaving = False
         self._connect = connect
+        self._credentials = credentials
+        self._auth_token = b""
         self._timeout_s = request_timeout_s
         # Watcher and recovery may find a node lost at the same time.
         self._lock = threading.Lock()
-        self._process: MemoryNodeProcess | None = None
-        self._killed: MemoryNodeProcess | None = None
+        self._process: LaunchedNode | None = None
+        self._killed: LaunchedNode | None = None
         self._control: ControlClient | None = None
         self._on_loss: Callable[[MemoryNodeError], None] | None = None
         self._cause = "there is no connection to it."
@@ -91,10 +89,11 @@ class NodeHandle:
         return sum(share.request.kv_bytes for share in self._shares)
 
     def join(self, timeout_s: float) -> None:
-        """Start a local node, then connect within ``timeout_s``."""
+        """Start or find the node, then connect within ``timeout_s``."""
         self.start()
+        trusted = self._credentials.with_token(self._auth_token)
         with self._lock:
-            self._control = self._connect(self.address, timeout_s)
+            self._control = self._connect(self.address, timeout_s, trusted)
             self._total_gib = self._control.info.kv_bytes_total / GIB
             self.is_lost = False
             threading.Thread(
@@ -105,15 +104,13 @@ class NodeHandle:
             ).start()
 
     def start(self) -> None:
-        """Start the process of a local node, if there is none yet.
-
-        A node that is started again gets the same budget.
-        """
+        """Start or find a node without a known address; a lost one gets its budget."""
         with self._lock:
             self._end_killed()
             if not isinstance(self.source, str) and self._process is None:
                 self._process = self.source(self._total_gib)
                 self.address = self._process.address
+                self._auth_token = self._process.auth_token
 
     def refresh_info(self) -> NodeInfo:
         """Ask for the free memory."""
@@ -201,7 +198,7 @@ class NodeHandle:
                 self.lose(control)
 
     def lose(self, control: ControlClient | None = None) -> bool:
-        """Close the connection and kill a local node, which may only be hanging.
+        """Close the connection and kill a node of ours, which may only be hanging.
 
         Args:
             control: Do nothing unless this connection is still in use.
@@ -224,13 +221,13 @@ class NodeHandle:
             return True
 
     def request_stop(self) -> None:
-        """Ask a local node to end, without waiting; its loss is not reported."""
+        """Ask a node of ours to end, without waiting; its loss is not reported."""
         self._is_leaving = True
         if self._process is not None:
             self._process.request_stop()
 
     def close(self) -> None:
-        """Leave the node and end it if it is local. Safe to call twice."""
+        """Leave the node and end it if it is ours. Safe to call twice."""
         control, self._control = self._control, None
         if control is not None:
             control.close()
@@ -275,8 +272,8 @@ class NodeHandle:
                 max_blocks_per_req=limits.max_blocks_per_req,
             )
         )
-        session, token = opened.session, opened.attach_token
-        return Attachment(self.address, session, token, generation, share.num_opened)
+        names = self.address, opened.session, opened.attach_token
+        return Attachment(*names, generation, share.num_opened, self._auth_token)
 
     def _channel(self) -> ControlClient:
         if (control := self._control) is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from prometheus_client import REGISTRY
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import run_dir
+from vllm_attn_offload.engine.node_board import NodeBoard
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.launcher import local_address
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _SCRAPE_TIMEOUT_S = 1.0
+#: Hosts that do not answer keep one each; it is made when it is needed.
+_MAX_THREADS = 128
 _exported: tuple[NodeStatsReader, StatsCollector] | None = None
 
 
@@ -35,31 +39,33 @@ class NodeStatsReader:
     opens its own control connections.
 
     Args:
-        addresses: Memory nodes of the engine.
-        credentials: Files with the token and certificates.
+        nodes: Returns the memory nodes of the engine, and what each asks for.
     """
 
-    def __init__(self, addresses: list[str], credentials: Credentials) -> None:
-        self._addresses = addresses
-        self._credentials = credentials
+    def __init__(self, nodes: Callable[[], Mapping[str, Credentials]]) -> None:
+        self._nodes = nodes
         self._clients: dict[str, ControlClient] = {}
-        self._threads = ThreadPoolExecutor(len(addresses) or 1, "MemoryNodeStats")
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, "MemoryNodeStats")
         self._asked: dict[str, Future[Stats | None]] = {}
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, Stats | None]:
         """Return counters by address; None of a node without an answer in a second."""
         with self._lock:
-            for address in self._addresses:
+            nodes = self._nodes()
+            for address, credentials in nodes.items():
                 asked = self._asked.get(address)
                 # One that is still being asked is not asked twice.
                 if asked is None or asked.done():
-                    asked = self._threads.submit(self._read_node, address)
+                    asked = self._threads.submit(self._read_node, address, credentials)
                     self._asked[address] = asked
-            answered, _ = wait(self._asked.values(), _SCRAPE_TIMEOUT_S)
+            for gone in self._clients.keys() - nodes.keys():
+                self._clients.pop(gone).close()
+            asked_now = {address: self._asked[address] for address in nodes}
+            answered, _ = wait(asked_now.values(), _SCRAPE_TIMEOUT_S)
             return {
                 address: asked.result() if asked in answered else None
-                for address, asked in self._asked.items()
+                for address, asked in asked_now.items()
             }
 
     def close(self) -> None:
@@ -68,11 +74,11 @@ class NodeStatsReader:
         for client in list(self._clients.values()):
             client.close()
 
-    def _read_node(self, address: str) -> Stats | None:
+    def _read_node(self, address: str, credentials: Credentials) -> Stats | None:
         try:
             if address not in self._clients:
                 self._clients[address] = ControlClient(
-                    address, _SCRAPE_TIMEOUT_S, self._credentials
+                    address, _SCRAPE_TIMEOUT_S, credentials
                 )
             return self._clients[address].stats()
         except MemoryNodeError as error:
@@ -96,7 +102,7 @@ def export_node_metrics(
         older, collector = _exported
         REGISTRY.unregister(collector)
         older.close()
-    reader = NodeStatsReader(_addresses(vllm_config, config), config.credentials)
+    reader = NodeStatsReader(_nodes(vllm_config, config))
     _exported = reader, StatsCollector(reader.read)
     REGISTRY.register(_exported[1])
 
@@ -106,8 +112,28 @@ def exported_collector() -> StatsCollector | None:
     return None if _exported is None else _exported[1]
 
 
+def _nodes(
+    vllm_config: VllmConfig, config: AttentionOffloadConfig
+) -> Callable[[], Mapping[str, Credentials]]:
+    credentials = config.credentials
+    known = dict.fromkeys(_addresses(vllm_config, config), credentials)
+    board = None if config.ray_pool is None else NodeBoard.find()
+    if board is None:
+        return lambda: known
+
+    def found() -> Mapping[str, Credentials]:
+        nodes = board.read()
+        return known | {
+            node.address: credentials.with_token(node.auth_token) for node in nodes
+        }
+
+    return found
+
+
 def _addresses(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[str]:
-    """List the nodes of all engines behind this frontend."""
+    """List the nodes of all engines behind this frontend whose addresses are fixed."""
+    if config.ray_pool is not None:
+        return [*config.standby_nodes]
     if config.memory_nodes:
         return [*config.memory_nodes, *config.standby_nodes]
     parallel = vllm_config.parallel_config

@@ -15,12 +15,9 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.config import AttentionOffloadConfig
-from vllm_attn_offload.engine.node_handle import (
-    Connect,
-    Launch,
-    NodeHandle,
-    SessionLimits,
-)
+from vllm_attn_offload.engine.node_handle import Connect, NodeHandle
+from vllm_attn_offload.engine.node_launch import Launch
+from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.byte_size import byte_size
@@ -39,7 +36,7 @@ class NodePool:
     Args:
         config: The engine's options.
         engine: Name of the engine in the nodes' logs and metrics.
-        local: Start one local node each; used if the options name no nodes.
+        launches: Start or find one node each, if the options name no addresses.
         connect: Opens control channels.
     """
 
@@ -47,7 +44,7 @@ class NodePool:
         self,
         config: AttentionOffloadConfig,
         engine: str,
-        local: Sequence[Launch],
+        launches: Sequence[Launch],
         connect: Connect,
     ) -> None:
         self.generation = 0
@@ -56,7 +53,7 @@ class NodePool:
         self._engine = engine
         self._connect = connect
         self._standby = list(config.standby_nodes)
-        self._nodes = [self._node(each) for each in config.memory_nodes or local]
+        self._nodes = [self._node(each) for each in config.addresses or launches]
         self._on_loss: Callable[[MemoryNodeError], None] | None = None
         self._limits: SessionLimits | None = None
         self._is_closed = False
@@ -176,7 +173,7 @@ class NodePool:
         try:
             for node in self._nodes:
                 node.check()
-            self._restart_local()
+            self._restart()
             for node in list(self._nodes):
                 if node.is_lost:
                     self._bring_back(node, use_standby=use_standby)
@@ -197,18 +194,21 @@ class NodePool:
             node.refresh_info()
 
     def request_stop(self) -> None:
-        """Ask local nodes to end, without waiting for them."""
+        """Ask nodes of ours to end, without waiting for them."""
         for node in self._nodes:
             node.request_stop()
 
     def close(self) -> None:
-        """Leave all nodes; local ones end. Safe to call twice."""
+        """Leave all nodes; ours end. Safe to call twice."""
         self._is_closed = True
         for node in self._nodes:
             node.close()
 
     def _node(self, source: str | Launch) -> NodeHandle:
-        return NodeHandle(source, self._connect, self._config.request_timeout_s)
+        config = self._config
+        return NodeHandle(
+            source, self._connect, config.credentials, config.request_timeout_s
+        )
 
     def _kv_bytes(self, node: NodeHandle, num_engines: int) -> int:
         """Return what all workers together may reserve on a node."""
@@ -230,8 +230,8 @@ class NodePool:
         ]
         return [list(attachments) for attachments in zip(*by_node, strict=True)]
 
-    def _restart_local(self) -> None:
-        """Start the processes of all lost local nodes at once.
+    def _restart(self) -> None:
+        """Start or find all lost nodes that have no fixed address, at once.
 
         If one does not start, ``_bring_back`` tries again and raises.
         """

@@ -14,13 +14,15 @@ from vllm.utils.import_utils import import_pynvml
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import data_parallel_size, run_dir
 from vllm_attn_offload.engine.cpu_shares import check_cpus, local_cpus
-from vllm_attn_offload.engine.node_handle import Launch
+from vllm_attn_offload.engine.node_launch import Launch
+from vllm_attn_offload.engine.ray_placement import ray_nodes
 from vllm_attn_offload.memory_node.launcher import (
     MemoryNodeProcess,
     available_host_bytes,
     unpromised_host_bytes,
 )
 from vllm_attn_offload.protocol.messages import GIB
+from vllm_attn_offload.ray_nodes.cluster import check_installed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,12 +36,14 @@ _IDLE_SHARE = 0.05
 def local_nodes(
     vllm_config: VllmConfig, config: AttentionOffloadConfig
 ) -> list[Launch]:
-    """Decide the device, CPUs and memory of each local memory node of an engine.
+    """Decide the device, CPUs and memory of each memory node that an engine starts.
 
     Returns:
         One launcher per node; none if the options name running nodes.
     """
     check_cpus(config)
+    if config.ray_pool is not None:
+        return ray_nodes(vllm_config, config)
     if config.memory_nodes:
         return []
     engine = vllm_config.parallel_config.data_parallel_index
@@ -93,7 +97,10 @@ def check_local_memory(config: AttentionOffloadConfig, vllm_config: VllmConfig) 
 
     Raises:
         ValueError: The local nodes of all engines here would hold more than there is.
+        ImportError: Ray is to place the nodes and is not installed.
     """
+    if config.ray_pool is not None:
+        check_installed()
     if config.kv_cache_gib is None or config.memory_nodes:
         return
     parallel = vllm_config.parallel_config

@@ -9,8 +9,9 @@ import re
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.capacity import available_host_bytes
@@ -41,7 +42,7 @@ def local_address(directory: Path) -> str:
 
 
 class MemoryNodeProcess:
-    """A local memory node on a Unix socket in a private directory.
+    """A memory node of this host, on a Unix socket in a private directory or on TCP.
 
     The child watches a pipe that this process holds: it ends when this process does,
     however that happens.
@@ -53,6 +54,9 @@ class MemoryNodeProcess:
         startup_timeout_s: Deadline for the node to announce itself.
         device: What holds the blocks, as ``--device`` takes it.
         auth_token_file: The node asks for the token in it; empty: for none.
+        listen: Listen at this HOST:PORT instead, where port 0 is any free one; the
+            directory is not used.
+        auth_token: The token itself, written to no disk, in place of a file.
 
     Raises:
         MemoryNodeError: The node could not be started, ended, or did not announce
@@ -61,16 +65,20 @@ class MemoryNodeProcess:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         *,
         kv_cache_gib: float | None,
         cpus: str,
         startup_timeout_s: float,
         device: str = "cpu",
         auth_token_file: str = "",
+        listen: str = "",
+        auth_token: bytes = b"",
     ) -> None:
-        self._directory = directory
-        self.address = local_address(directory)
+        assert listen or directory
+        self._directory = None if listen else directory
+        self.address = listen or local_address(cast(Path, directory))
+        self.auth_token = auth_token
         self._parent_write = -1
         self._process: subprocess.Popen[bytes] | None = None
         options = ["--listen", self.address, "--device", device]
@@ -82,8 +90,10 @@ class MemoryNodeProcess:
         if auth_token_file:
             options += ["--auth-token-file", auth_token_file]
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_directory(directory)  # Nothing is removed from one of another user.
+            if self._directory is not None:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # Nothing is removed from one of another user.
+                check_directory(self._directory)
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self.stop)
                 self._start(options, startup_timeout_s)
@@ -101,6 +111,11 @@ class MemoryNodeProcess:
         """Process id of the node."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """False once the node has ended."""
+        return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
         """End the node at once, also where it is stopped or hangs.
@@ -128,6 +143,8 @@ class MemoryNodeProcess:
         if self._process is not None:
             self._process.terminate()
             self._end(self._process)
+        if self._directory is None:
+            return
         # Not rmtree, which needs a descriptor.
         with contextlib.suppress(OSError):
             (self._directory / _SOCKET).unlink(missing_ok=True)
@@ -138,6 +155,7 @@ class MemoryNodeProcess:
         # Until it is ready a node talks into a file, whose end is part of the error.
         with (
             os.fdopen(parent_read, "rb"),
+            _token_file(self.auth_token) as token_fds,
             os.fdopen(os.memfd_create("memory-node-start"), "rb") as said,
         ):
             ready_read, ready_write = os.pipe()
@@ -149,6 +167,7 @@ class MemoryNodeProcess:
                             # installed.
                             *(sys.executable, "-P", "-m", _MODULE),
                             *options,
+                            *_token_option(token_fds),
                             *("--ready-fd", str(ready_write)),
                             *("--parent-fd", str(parent_read)),
                         ],
@@ -156,7 +175,7 @@ class MemoryNodeProcess:
                         # Once it is ready it talks there (see main.py).
                         stdout=_STDERR,
                         stderr=said.fileno(),
-                        pass_fds=(ready_write, parent_read),
+                        pass_fds=(ready_write, parent_read, *token_fds),
                         # A Ctrl-C in the terminal must reach the engine only: it stops
                         # the node.
                         start_new_session=True,
@@ -182,7 +201,8 @@ class MemoryNodeProcess:
                 self.address,
                 f"it was not ready within {timeout_s:g} s. Raise startup_timeout_s.",
             )
-        if not os.read(ready_fd, 4096):
+        announced = os.read(ready_fd, 4096).decode().strip()
+        if not announced:
             code = self._end(process)
             raise MemoryNodeError(
                 self.address,
@@ -190,6 +210,7 @@ class MemoryNodeProcess:
                 "In the engine's options, check kv_cache_gib (--kv-cache-gib there) "
                 "and local_node_cpus (--cpus there).",
             )
+        self.address = announced
 
     def _end(self, process: subprocess.Popen[bytes]) -> int:
         """Return the exit code of the node, which is ended if it does not end."""
@@ -204,6 +225,24 @@ class MemoryNodeProcess:
                 f"process {process.pid} was killed and has not ended within "
                 f"{_STOP_TIMEOUT_S:g} s. Its memory is not free before.",
             ) from error
+
+
+@contextlib.contextmanager
+def _token_file(token: bytes) -> Iterator[tuple[int, ...]]:
+    """Descriptor of a file that has no name and that only its user may read."""
+    if not token:
+        yield ()
+        return
+    with os.fdopen(os.memfd_create("memory-node-token"), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(token)
+        file.flush()
+        yield (file.fileno(),)
+
+
+def _token_option(fds: tuple[int, ...]) -> list[str]:
+    # The node opens it anew for every connection.
+    return ["--auth-token-file", *(f"/proc/self/fd/{fd}" for fd in fds)] if fds else []
 
 
 def _read(said: BinaryIO) -> bytes:

@@ -14,7 +14,7 @@ import secrets
 import ssl
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from vllm_attn_offload.protocol.messages import NONCE_BYTES, compatibility_hash
@@ -42,12 +42,18 @@ class Credentials:
             plain, and so are the next two.
         tls_key: Private key (PEM) of ``tls_cert``, without a password.
         tls_ca: Authority (PEM) that signed the certificates of both sides.
+        token: The token itself, where a program made it; the file is not read then.
     """
 
     auth_token_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""
+    token: bytes = field(default=b"", repr=False)
+
+    def with_token(self, token: bytes) -> Credentials:
+        """Return the same with a token that a program made; empty: as they are."""
+        return replace(self, token=token) if token else self
 
     def read_token(self) -> bytes:
         """Read the token; blanks around it are not part of it.
@@ -58,6 +64,8 @@ class Credentials:
         Raises:
             ValueError: The file is missing, readable by others, or the token too short.
         """
+        if self.token:
+            return self.token
         return _read_token(self.auth_token_file) if self.auth_token_file else b""
 
     def compute_context(self) -> ssl.SSLContext | None:

@@ -129,7 +129,12 @@ class Calibration:
     def _credentials(self) -> Credentials:
         if not self.trust:
             return NO_CREDENTIALS
-        return Credentials(**self.trust)
+        return Credentials(
+            self.trust["auth_token_file"],
+            self.trust["tls_cert"],
+            self.trust["tls_key"],
+            self.trust["tls_ca"],
+        )
 
     def _engine_probe(self, results: Sequence[ProbeResult]) -> EngineProbe:
         assert self.engine_model is not None
