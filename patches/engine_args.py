@@ -100,14 +100,23 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             forget_with,
         )
         from vllm_attn_offload.engine.cpu_shares import check_cpus
+        from vllm_attn_offload.engine.executor_choice import (
+            is_follower,
+            set_executor_of_leader,
+        )
         from vllm_attn_offload.engine.node_metrics import export_node_metrics
         from vllm_attn_offload.engine.placement import check_local_memory
+        from vllm_attn_offload.engine.reachable_nodes import check_reachable
 
         check_arguments(self)
         check_cpus(config)
+        check_reachable(self, config)
         is_first = apply_to_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         check_supported(vllm_config)
+        if is_follower(self):
+            return vllm_config  # its workers hear from the leader
+        set_executor_of_leader(vllm_config)
         if is_first:
             forget_with(vllm_config)
             check_local_memory(config, vllm_config)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,6 +90,24 @@ def once(
 
 
 @pytest.fixture(scope="session")
+def dist(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The sdist, and the wheel built from it, as releases have them; and a ``log``."""
+
+    def build(directory: Path) -> None:
+        child = subprocess.run(
+            [ROOT / ".ci" / "dist", directory],
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
+        (directory / "log").write_text(child.stdout)
+
+    return once("dist", build)
+
+
+@pytest.fixture(scope="session")
 def architectures(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """Folder of every architecture's config.json, and of what vLLM says of each.
 
@@ -119,3 +140,36 @@ def smollm2() -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    smollm2: str, once: Callable[[str, Callable[[Path], None]], Path]
+) -> str:
+    """Two layers of random weights with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    def save(directory: Path) -> None:
+        tiny_llama.save(directory, len(AutoTokenizer.from_pretrained(smollm2)))
+        for file in Path(smollm2).glob("*token*"):
+            shutil.copy(file, directory)
+
+    return str(once("tiny-llama", save))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(
+    tiny_model: str, once: Callable[[str, Callable[[Path], None]], Path]
+) -> list[list[int]]:
+    """Stock vLLM's greedy tokens of the tiny model's prompts."""
+
+    def generate(directory: Path) -> None:
+        output = str(directory / "result.json")
+        command = [sys.executable, str(tiny_llama.__file__), tiny_model, output]
+        stock = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert stock.returncode == 0, stock.stderr[-4000:] + stock.stdout[-4000:]
+
+    output = once("tiny-llama-stock", generate) / "result.json"
+    expected = json.loads(output.read_text("utf-8"))["tokens"]
+    assert len({token for tokens in expected for token in tokens}) > 12
+    return expected

@@ -23,7 +23,6 @@ import yaml
 from harness.processes import ManagedProcess, free_port
 from node_process import COMMAND, NodeProcess, eventually
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_attn_offload.patches import apply_patches, revert_patches
 
@@ -31,6 +30,11 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.memory_node.args import parse_options
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))

@@ -19,11 +19,27 @@ LAYERS = ("engine", "worker", "attention", "client", "transport", "protocol", "n
 COMMON = {"__version__", "cpu_list", "errors", "logger", "versions"}
 #: What else each folder or root module may import.
 BESIDE: dict[str, set[str]] = {
-    "engine": {"compatibility", "config", "memory_node.launcher", "metrics"},
+    "engine": {
+        "compatibility",
+        "config",
+        "memory_node.launcher",
+        "metrics",
+        "ray_nodes",
+    },
+    "ray_nodes": {"memory_node.launcher", "ray_options", "transport"},
     "worker": {"compatibility", "config", "plugin"},
     "attention": {"config"},
     "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
-    "planner": {"LLM", "worker", "client", "transport", "protocol", "memory_node"},
+    "planner": {
+        "LLM",
+        "hooks",
+        "worker",
+        "client",
+        "transport",
+        "protocol",
+        "memory_node",
+        "ray_nodes",
+    },
     "compatibility": {
         "unsupported",
         "unsupported_kv_dtype",
@@ -35,7 +51,8 @@ BESIDE: dict[str, set[str]] = {
     "unsupported_models": {"config", "unsupported"},
     "unsupported_parallel": {"unsupported"},
     "unsupported_speculative": {"client", "unsupported"},
-    "config": {"option_types", "transport"},
+    "config": {"option_types", "ray_options", "transport"},
+    "ray_options": {"config"},
     "metrics": {"protocol"},
     "patches": {"compatibility", "config", "engine"},
     "plugin": {"patches"},
@@ -119,6 +136,7 @@ def test_memory_node_side_imports_no_vllm() -> None:
         "config",
         "metrics",
         "planner",
+        "ray_nodes",
         "triton_kernels",
     )
     assert "vllm_attn_offload.memory_node.main" in modules

@@ -14,7 +14,7 @@ def memory_node_main() -> int:
 
 
 def main() -> int:
-    """``vllm-attn-offload``: plan a deployment or calibrate this machine."""
+    """``vllm-attn-offload``: plan a deployment, calibrate, or have Ray place nodes."""
     from vllm_attn_offload.planner.cli import main as run
 
     return run(sys.argv[1:])

@@ -52,7 +52,7 @@ def remote_host() -> Iterator[RemoteHost]:
     Raises:
         PermissionError: This process may not.
     """
-    _remove_left_over()
+    remove_left_over(_NAME)
     name = f"{_NAME}{os.getpid()}"
     ours, theirs = f"aoa{os.getpid() % 100000}", f"aob{os.getpid() % 100000}"
     inside = ("ip", "netns", "exec", name)
@@ -71,11 +71,25 @@ def remote_host() -> Iterator[RemoteHost]:
         _run("ip", "netns", "del", name)
 
 
-def _remove_left_over() -> None:
-    """Delete namespaces of processes that were killed: the address is the same."""
-    for file in Path("/run/netns").glob(f"{_NAME}*"):
-        if not Path("/proc", file.name.removeprefix(_NAME)).exists():
+def remove_left_over(prefix: str) -> None:
+    """Delete namespaces of processes that were killed, which may have our address.
+
+    Args:
+        prefix: Of their names, which end with the process's id.
+    """
+    for file in Path("/run/netns").glob(f"{prefix}*"):
+        if not Path("/proc", file.name.rpartition("-")[2]).exists():
             subprocess.run(("ip", "netns", "del", file.name), check=False, timeout=10)
+
+
+def run_ip(*arguments: str) -> None:
+    """Run ``ip``.
+
+    Raises:
+        CalledProcessError: It failed.
+        OSError: It is not there.
+    """
+    _run("ip", *arguments)
 
 
 def _run(*command: str) -> None:

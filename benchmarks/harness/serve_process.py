@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class ServeProcess(ManagedProcess):
         model: Model to serve.
         log: File that its output is appended to.
         *options: More of the command line.
+        command: Runs in place of the installed command.
+        host: Address of the host that it serves on.
         **variables: Added to its environment.
 
     Raises:
@@ -35,16 +38,24 @@ class ServeProcess(ManagedProcess):
     start_timeout_s = 300.0
     stop_timeout_s = 30.0
 
-    def __init__(self, model: str, log: Path, *options: str, **variables: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        *options: str,
+        command: Sequence[str | Path] = (VLLM,),
+        host: str = "127.0.0.1",
+        **variables: str,
+    ) -> None:
         self.model = model
         self.log = log
         # Short, because sockets lie in it: their paths may have 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="serve-"))
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         super().__init__(
             "vllm serve",
-            [VLLM, "serve", model, "--port", str(port), *options],
+            [*command, "serve", model, "--port", str(port), *options],
             log,
             health_url=f"{self.url}/health",
             variables={"TMPDIR": str(self.directory)} | variables,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import workload
-from harness import tiny_llama
 from harness.network_namespace import RemoteHost, remote_host
 from harness.serve_process import ServeProcess
 from node_process import NodeProcess
@@ -110,32 +108,3 @@ def server(
     yield start
     for process in started:
         process.kill_all()
-
-
-@pytest.fixture(scope="session")
-def tiny_model(smollm2: str, once: Once) -> str:
-    """Two layers of random weights with SmolLM2's tokenizer."""
-    from transformers import AutoTokenizer
-
-    def save(directory: Path) -> None:
-        tiny_llama.save(directory, len(AutoTokenizer.from_pretrained(smollm2)))
-        for file in Path(smollm2).glob("*token*"):
-            shutil.copy(file, directory)
-
-    return str(once("tiny-llama", save))
-
-
-@pytest.fixture(scope="session")
-def tiny_tokens(tiny_model: str, once: Once) -> list[list[int]]:
-    """Stock vLLM's greedy tokens of the tiny model's prompts."""
-
-    def generate(directory: Path) -> None:
-        output = str(directory / "result.json")
-        command = [sys.executable, str(tiny_llama.__file__), tiny_model, output]
-        stock = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert stock.returncode == 0, stock.stderr[-4000:] + stock.stdout[-4000:]
-
-    output = once("tiny-llama-stock", generate) / "result.json"
-    expected = json.loads(output.read_text("utf-8"))["tokens"]
-    assert len({token for tokens in expected for token in tokens}) > 12
-    return expected

@@ -7,7 +7,8 @@ import psutil
 import pytest
 from harness.serve_process import ServeProcess
 
-from vllm_attn_offload.engine.args import CPU_WORKER_CLS, EXECUTOR_CLS
+from vllm_attn_offload.engine.args import CPU_WORKER_CLS
+from vllm_attn_offload.engine.executor_choice import EXECUTOR_CLS
 
 
 def test_serve_without_patches_dies_with_its_memory_node(

@@ -23,11 +23,8 @@ from vllm_attn_offload.patches import apply_patches
 from vllm_attn_offload import LLM
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.compatibility import UNSUPPORTED, check_layers, check_supported
-from vllm_attn_offload.engine.args import (
-    CPU_WORKER_CLS,
-    EXECUTOR_CLS,
-    SCHEDULER_CLS,
-)
+from vllm_attn_offload.engine.args import CPU_WORKER_CLS, SCHEDULER_CLS
+from vllm_attn_offload.engine.executor_choice import EXECUTOR_CLS
 from vllm_attn_offload.engine.scheduler import AttentionOffloadScheduler
 
 OFFLOAD: dict[str, Any] = {"attention_offload": {}}
@@ -109,17 +106,17 @@ def child_processes() -> set[psutil.Process]:
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
             "kv_cache_dtype_skip_layers=['0']",
         ),
-        (
-            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-            "kv_cache_dtype='bfloat16' with dtype='float32'",
-        ),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
         (
             {"tensor_parallel_size": 9, "decode_context_parallel_size": 3},
             "decode_context_parallel_size=3",
         ),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
-        ({"nnodes": 2, "tensor_parallel_size": 3}, "nnodes=2"),
+        ({"nnodes": 2, "data_parallel_size": 2}, "data_parallel_size=2 with nnodes=2"),
+        (
+            {"data_parallel_size": 2, "data_parallel_backend": "ray"},
+            "data_parallel_backend=ray",
+        ),
         (
             {
                 "kv_transfer_config": {
@@ -133,6 +130,16 @@ def child_processes() -> set[psutil.Process]:
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"enable_dbo": True}, "enable_dbo"),
         ({"enable_elastic_ep": True}, "enable_elastic_ep"),
+        ({"enable_fault_tolerance": True}, "enable_fault_tolerance"),
+        (
+            {
+                "ec_transfer_config": {
+                    "ec_connector": "ECExampleConnector",
+                    "ec_role": "ec_both",
+                }
+            },
+            "an encoder-cache connector (ec_transfer_config)",
+        ),
         (
             {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
             "backend_per_kind",
@@ -146,6 +153,16 @@ def child_processes() -> set[psutil.Process]:
 )
 def test_refused_arguments(smollm2: str, arguments: dict[str, Any], given: str) -> None:
     assert f"does not support {given}" in refusal(smollm2, **arguments)
+
+
+def test_refused_mixed_dtypes(smollm2: str) -> None:
+    """By vLLM itself, in words of its own, from 0.33 on."""
+    refused = (
+        "does not support kv_cache_dtype='bfloat16' with dtype='float32'"
+        '|kv_cache_dtype="bfloat16" is incompatible with dtype="float32"'
+    )
+    with pytest.raises(ValueError, match=refused):
+        create(smollm2, kv_cache_dtype="bfloat16", dtype="float32")
 
 
 def test_refused_batch_invariance(
@@ -434,20 +451,13 @@ def test_every_problem_is_named(model_dir: ModelDir) -> None:
     assert len(message.splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "ours"),
-    [
-        ("distributed_executor_backend", "ray", EXECUTOR_CLS),
-        ("distributed_executor_backend", "external_launcher", EXECUTOR_CLS),
-        ("worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER_CLS),
-    ],
-)
-def test_refused_classes(smollm2: str, name: str, value: str, ours: str) -> None:
-    """What the user chose is never replaced silently."""
-    message = f"{name}={value!r} was given together with attention offloading, which "
+def test_refused_worker(smollm2: str) -> None:
+    """What the user chose is never replaced silently; nor executors (tests/hosts)."""
+    theirs = "vllm.v1.worker.cpu_worker.CPUWorker"
+    message = f"worker_cls={theirs!r} was given together with attention offloading, wh"
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        create(smollm2, **{name: value})
-    assert str(error.value).endswith(f"needs {ours}. Drop one of the two.")
+        create(smollm2, worker_cls=theirs)
+    assert str(error.value).endswith(f"needs {CPU_WORKER_CLS}. Drop one of the two.")
 
 
 def test_llm_refuses_before_any_process(smollm2: str) -> None:

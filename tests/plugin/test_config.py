@@ -34,6 +34,51 @@ def test_memory_nodes(address: str) -> None:
     assert config.memory_nodes == (address,)
 
 
+@pytest.mark.parametrize(
+    ("options", "pool", "addresses"),
+    [
+        ({"memory_nodes": "ray", "kv_cache_gib": 1}, "", ()),
+        ({"memory_nodes": ["ray:pool-1"]}, "pool-1", ()),
+        ({"memory_nodes": "ray:7600"}, None, ("ray:7600",)),
+        ({}, None, ()),
+    ],
+    ids=str,
+)
+def test_pools_of_ray(
+    options: dict[str, Any], pool: str | None, addresses: tuple[str, ...]
+) -> None:
+    """A number behind ``ray:`` is the port of a host of that name."""
+    config = AttentionOffloadConfig.from_dict(options)
+    assert (config.ray_pool, config.addresses) == (pool, addresses)
+    assert config.open_nodes == list(addresses)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "kv_cache_gib was not given together with memory_nodes ray. Allowed:"),
+        ({"memory_nodes": ["ray", "a:1"]}, "given ray, a:1. Allowed: ray or ray:NAME"),
+        ({"memory_nodes": ["ray:a", "ray:b"]}, "given ray:a, ray:b. Allowed: ray or"),
+        ({"memory_nodes": "ray:a b"}, "'ray:a b' is not an address"),
+        ({"num_local_nodes": 2}, "num_local_nodes was given together with memory_nod"),
+        ({"local_node_cpus": "0"}, "local_node_cpus was given together with memory_n"),
+        (dict.fromkeys(("tls_cert", "tls_key", "tls_ca"), "a"), "tls_cert, tls_key, t"),
+        ({"memory_nodes": "ray:a", "ray_nodes": 2}, "ray_nodes was given together wi"),
+        ({"memory_nodes": "a:1", "ray_device": "cuda"}, "ray_device was given togeth"),
+        ({"memory_nodes": (), "ray_resources": {"a": 1}}, "ray_resources was given t"),
+        ({"standby_nodes": "ray"}, "'ray' is not an address"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_ray(options: dict[str, Any], message: str) -> None:
+    given = {"memory_nodes": "ray", "kv_cache_gib": 1} if options else {}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        AttentionOffloadConfig.from_dict(
+            given | options if options else {"memory_nodes": "ray"}
+        )
+    assert "Allowed: " in str(error.value)
+
+
 def test_is_frozen() -> None:
     config = AttentionOffloadConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -109,6 +154,12 @@ def test_home_in_tls_files() -> None:
         ({"memory_nodes": [7600]}, "given [7600]. Allowed: a list of HOST:PORT"),
         ({"memory_nodes": {"a": 1}}, 'given {"a": 1}. Allowed: a list of HOST:PORT'),
         ({"standby_nodes": ["host"]}, "'host' is not an address"),
+        ({"ray_device": "tpu"}, 'given "tpu". Allowed: cpu or cuda.'),
+        ({"ray_resources": [1]}, "given [1]. Allowed: an object of amounts above 0"),
+        ({"ray_resources": "x"}, 'given "x". Allowed: an object of amounts above 0'),
+        ({"ray_resources": {}}, "given {}. Allowed: an object of amounts above 0"),
+        ({"ray_resources": {"a": True}}, 'given {"a": true}. Allowed: an object of'),
+        ({"ray_resources": {"a": 0}}, "given 0. Allowed: an object of amounts above"),
         ({"partition": "layers"}, 'given "layers". Allowed: heads, blocks or auto.'),
         ({"on_node_loss": "ignore"}, 'given "ignore". Allowed: recover or fail.'),
         ({"request_timeout_s": -1}, "given -1. Allowed: a number of seconds above 0."),
