@@ -160,12 +160,11 @@ class AttentionOffloadConfig:
         """Addresses that memory_nodes names."""
         return self.memory_nodes if self.ray_pool is None else ()
 
-    @property
-    def num_nodes(self) -> int:
-        """Number of memory nodes that serve the engine at a time, where it is known."""
-        if self.ray_pool is not None:
-            return self.ray_nodes
-        return len(self.memory_nodes) or self.num_local_nodes
+    def without_files(self) -> dict[str, Any]:
+        """Return the options by name, without files, which are a host's own."""
+        files = {field.name for field in dataclasses.fields(Credentials)}
+        options = dataclasses.asdict(self)
+        return {name: options[name] for name in options if name not in files}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> AttentionOffloadConfig:

@@ -36,5 +36,9 @@ class NodeFailedError(MemoryNodeError):
     """
 
 
+class RankSilentError(RuntimeError):
+    """A rank of the engine does not answer; its host may be lost."""
+
+
 class ProtocolError(RuntimeError):
     """A peer sent something that the protocol does not allow."""

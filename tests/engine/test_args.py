@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine arguments: where local memory nodes listen."""
+"""Engine arguments: where local memory nodes listen, and what an engine leaves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.engine.args import (
+    START_METHOD_VARIABLE,
+    environment_of_one_engine,
+)
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 
 #: What remains of a socket's path beside "/" and the UUID of vLLM's own sockets.
@@ -80,3 +84,16 @@ def test_local_node_starts_wherever_vllm_does(variable: str, short: str) -> None
         ControlClient(node.address, 5).close()
     finally:
         node.stop()
+
+
+@pytest.mark.parametrize("given", [None, "fork"])
+def test_the_start_method_of_ray_does_not_outlive_the_start(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user set is there again, for stock vLLM in the same process."""
+    monkeypatch.delenv(START_METHOD_VARIABLE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(START_METHOD_VARIABLE, given)
+    with environment_of_one_engine():
+        os.environ[START_METHOD_VARIABLE] = "spawn"
+    assert os.environ.get(START_METHOD_VARIABLE) == given

@@ -87,6 +87,19 @@ def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
         assert reader.read()[address] is None
 
 
+def test_nodes_that_are_gone_are_let_go(node: NodeProcess, silent: list[str]) -> None:
+    """Also while threads come and go with clients of other nodes."""
+    nodes = dict.fromkeys((node.address, *silent), NO_CREDENTIALS)
+    with closing(NodeStatsReader(lambda: nodes)) as reader:
+        assert eventually(lambda: reader.read()[node.address], 30)
+        for _ in range(20):
+            nodes = {f"127.0.0.1:{port}": NO_CREDENTIALS for port in range(1, 64)}
+            assert set(reader.read().values()) == {None}
+            nodes = {}
+            assert reader.read() == {}
+        assert not reader._clients
+
+
 @pytest.mark.parametrize("cpus", ["shared", "divided"])
 def test_placement(node: NodeProcess, cpus: str) -> None:
     """CPUs of the node, and those that a worker of its host says to have."""

@@ -254,6 +254,19 @@ def test_token_file(
     assert str(error.value) in ended.stderr
 
 
+def test_token_that_workers_are_told(tmp_path: Path) -> None:
+    """None that they find in their file; that of a Ray pool, where it is another."""
+    path = tmp_path / "token"
+    path.touch(mode=0o600)
+    path.write_text("a" * 32 + "\n")
+    assert token_of(path).besides_file(b"a" * 32) == b""
+    assert token_of(path).besides_file(b"b" * 32) == b"b" * 32
+    assert token_of(path).besides_file(b"") == b""
+    assert NO_CREDENTIALS.besides_file(b"b" * 32) == b"b" * 32
+    path.unlink()
+    assert token_of(path).besides_file(b"b" * 32) == b"b" * 32
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
 def test_other_user_on_a_unix_socket(start_node: StartNode) -> None:
     """Also where the socket's mode was opened to everybody."""

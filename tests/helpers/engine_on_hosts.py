@@ -124,6 +124,8 @@ class EngineOnHosts:
         leader = self.leader.process
         eventually(lambda: leader.poll() is not None, self.leader.stop_timeout_s)
         eventually(lambda: not self.leader.leftovers(), self.leader.stop_timeout_s)
+        # Threads read what the leader's end gives them.
+        eventually(lambda: len(streams.errors) == len(PROMPTS), timeout_s=5.0)
         return End(len(streams.errors), leader.poll(), self.leader.leftovers())
 
     def kill_follower(self) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -38,9 +38,11 @@ def order(**changes: Any) -> NodeOrder:
 
 
 @contextmanager
-def owned(num_nodes: int, wanted: NodeOrder, group: Any = None) -> Iterator[list[Any]]:
+def owned(
+    num_nodes: int, wanted: NodeOrder, group: Any = None, taken: Collection[int] = ()
+) -> Iterator[list[Any]]:
     """Nodes that this process owns, placed at once as an engine does."""
-    launches = OwnedNodes(num_nodes, wanted, lambda: group, lambda nodes: None)
+    launches = OwnedNodes(num_nodes, wanted, group, taken, lambda nodes: None)
     with ExitStack() as stack, ThreadPoolExecutor(num_nodes) as threads:
         placed = [threads.submit(launch, None) for launch in launches.launches()]
         nodes: list[OwnedNode] = [each.result() for each in placed]

@@ -185,3 +185,46 @@ def test_plan_search_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "Ratios, cheapest token first" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "reason"),
+    [
+        ("torch", ["calibrate"], "calibrate was asked for, and there is no torch here"),
+        ("ray", ["ray", "list"], "Ray was asked for and is not installed here"),
+    ],
+)
+def test_commands_name_the_missing_extra(
+    tmp_path: Path, missing: str, arguments: list[str], reason: str
+) -> None:
+    """In one line, before anything starts."""
+    command = f"import sys; sys.modules[{missing!r}] = None; "
+    command += "from vllm_attn_offload.planner.cli import main; "
+    command += "sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert f"pip install 'vllm-attn-offload[{missing}]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_commands_show_where_a_broken_import_is(tmp_path: Path) -> None:
+    """With its traceback: no extra brings what is missing."""
+    command = "import sys; from vllm_attn_offload.planner.cli import main; "
+    command += "sys.modules['vllm_attn_offload.client.control_client'] = None; "
+    command += "sys.exit(main(['calibrate']))"
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert "Traceback" in done.stderr
+    assert "calibration.py" in done.stderr

@@ -193,11 +193,6 @@ def test_both_spellings_of_a_name() -> None:
         AttentionOffloadConfig.from_dict({"kv-cache-gib": 4, "kv_cache_gib": 4})
 
 
-def test_several_nodes() -> None:
-    assert AttentionOffloadConfig(num_local_nodes=3).num_nodes == 3
-    assert AttentionOffloadConfig(memory_nodes=("a:1", "b:2")).num_nodes == 2
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -216,13 +216,15 @@ def test_worker_says_why_it_does_not_start(tiny_model: str, tmp_path: Path) -> N
         pytest.raises(ValueError, match="^Could not find checkpoint files"),
     ):
         start(tiny_model, [node.address], load_format="sharded_state")
+    # This process goes on, and another engine may want the GPUs.
+    assert eventually(lambda: ray.available_resources().get("GPU") == 2.0, 30)
 
 
 @pytest.mark.parametrize(
     ("name", "owners"),
     [
         ("_prepare_cluster", [OURS, MIXIN]),
-        ("_init_executor", [MIXIN, "_RayWorkers", "RayExecutorV2"]),
+        ("_init_executor", [OURS, MIXIN, "_RayWorkers", "RayExecutorV2"]),
         ("determine_available_memory", [MIXIN, "Executor"]),
         ("initialize_from_config", [MIXIN, "Executor"]),
         ("sample_tokens", [MIXIN, "MultiprocExecutor"]),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -28,11 +29,18 @@ from ray_pools import (
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.planner.cli import main
-from vllm_attn_offload.ray_nodes.cluster import connect
+from vllm_attn_offload.ray_nodes.actor_calls import (
+    create_actor,
+    end_actor,
+    wait_until_placed,
+)
+from vllm_attn_offload.ray_nodes.bundles import choose_bundles
+from vllm_attn_offload.ray_nodes.cluster import NAMESPACE, connect
 from vllm_attn_offload.ray_nodes.owned_nodes import OwnedNodes
 from vllm_attn_offload.ray_nodes.shared_pool import SharedPool
 
 READY_WITHIN_S = 8.0
+LIST = [str(Path(sys.executable).with_name("vllm-attn-offload")), "ray", "list"]
 
 pytestmark = pytest.mark.long
 
@@ -40,11 +48,48 @@ pytestmark = pytest.mark.long
 def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a private one, nor a minute of waiting."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    command = [str(Path(sys.executable).with_name("vllm-attn-offload")), "ray", "list"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(LIST, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert "RAY_ADDRESS=127.0.0.1:1 was given, and no cluster answers" in ended.stderr
     assert "Start one with 'ray start --head'" in ended.stderr
+
+
+def test_cluster_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of this host names its head. Other clusters of this machine are hidden."""
+    alone = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    command = [*alone, *LIST]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    # Ray writes the host's own address.
+    assert re.search(r"cluster was at \S+:1, and no cluster answers", ended.stderr)
+
+
+def test_bad_resources(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ("{bad", "[]", '{"CPU": 0}'):
+        command = ["ray", "up", "pool", "--kv-cache-gib", "1", "--resources", given]
+        with pytest.raises(SystemExit):
+            main(command)
+        text = " ".join(capsys.readouterr().err.split())
+        assert f"'{given}' was given (" in text
+        assert "Allowed: a JSON object of amounts above 0 by resource. Write" in text
+
+
+def test_bundles() -> None:
+    """Workers keep theirs, whatever a node asks for; empty ones go first."""
+    bundles = [{"GPU": 1.0}, {"GPU": 1.0}, {"GPU": 2.0}, {"CPU": 1.0}, {"GPU": 1.0}]
+    wanted = order(resources={"GPU": 1})
+    assert choose_bundles(bundles, {0, 1}, 3, wanted) == [2, 4, 2]
+    assert choose_bundles(bundles, {0, 1, 2, 4}, 1, wanted) == []
+    assert choose_bundles(bundles, (), 1, order()) == []
+    assert choose_bundles([{"a": 0.3}], (), 3, order(resources={"a": 0.1})) == [0] * 3
+    with pytest.raises(ValueError, match=r"room for 1.*needs GPU 1 in.*up to 1 nodes"):
+        choose_bundles(bundles, {0, 1, 2}, 2, wanted)
 
 
 def test_without_ray(tmp_path: Path) -> None:
@@ -100,7 +145,7 @@ def test_placed_nodes(ray_cluster: RayCluster) -> None:
 def test_lost_raylet(ray_cluster: RayCluster) -> None:
     """Its node ends, and another one is placed before Ray notices."""
     connect()
-    launches = OwnedNodes(1, order(), lambda: None, lambda nodes: None).launches()
+    launches = OwnedNodes(1, order(), None, (), lambda nodes: None).launches()
     node = launches[0](None)
     process = process_of(node)
     ray_cluster.kill_raylet(node.host_id)
@@ -118,7 +163,7 @@ def test_no_place(ray_cluster: RayCluster) -> None:
     """The error says what was asked for, and what there is."""
     connect()
     wanted = order(resources={"memory_node": 1, "CPU": 64}, startup_timeout_s=1.0)
-    launches = OwnedNodes(1, wanted, lambda: None, lambda nodes: None).launches()
+    launches = OwnedNodes(1, wanted, None, (), lambda nodes: None).launches()
     with pytest.raises(MemoryNodeError) as error:
         launches[0](None)
     text = str(error.value)
@@ -128,15 +173,51 @@ def test_no_place(ray_cluster: RayCluster) -> None:
     assert "Allowed: hosts with that; give them some with ray start" in text
 
 
+class OfAnotherVersion:
+    """Not importable where the actor starts."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return __import__, ("vllm_attn_offload.of_another_version",)
+
+
+def test_other_version(ray_cluster: RayCluster) -> None:
+    """The error names what the host lacks, not only that the actor has ended."""
+    connect()
+    actor = create_actor(order(auth_token=OfAnotherVersion()), "SPREAD")
+    with pytest.raises(MemoryNodeError) as error:
+        wait_until_placed(actor, order(), "1", 60.0)
+    end_actor(actor)
+    text = str(error.value)
+    assert "\x1b" not in text
+    assert "No module named 'vllm_attn_offload.of_another_version'" in text
+    assert "Allowed: hosts with this version of vllm-attn-offload[ray]" in text
+
+
+def test_token_of_the_cluster(
+    ray_cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ended = subprocess.run(LIST, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "needs the same RAY_AUTH_MODE and token file on every host" in ended.stderr
+
+
 def test_placement_group(ray_cluster: RayCluster) -> None:
-    """Bundles with the resource are used, others are the workers'."""
+    """Bundles with the resource that no worker takes are used."""
     ray = connect()
-    group = ray.util.placement_group([{"CPU": 1}, {"memory_node": 1}])
+    group = ray.util.placement_group([{"CPU": 1}, {"memory_node": 1}] * 2)
     try:
         ray.get(group.ready(), timeout=30)
         host_ids = ray.util.placement_group_table(group)["bundles_to_node_id"]
-        with owned(1, order(), group) as (node,):
-            assert node.host_id == host_ids[1]
+        with owned(1, order(), group, {0, 1}) as (node,):
+            assert node.host_id == host_ids[3]
+            late = order(startup_timeout_s=1.0)
+            again = OwnedNodes(1, late, group, {0, 1}, lambda nodes: None).launches()
+            with pytest.raises(MemoryNodeError, match="in bundle 3 of the engine's"):
+                again[0](None)
+        with pytest.raises(ValueError, match="which bundles 1, 3 have. Allowed: up to"):
+            OwnedNodes(3, order(), group, (), lambda nodes: None)
     finally:
         ray.util.remove_placement_group(group)
 
@@ -174,6 +255,11 @@ def test_shared_pool(
         assert main(["ray", "list"]) == 0
         assert capsys.readouterr().out.count("pool  ") == 2
         left = [process_of(node) for node in shared("pool")]
+        last = connect().get_actor("attn-offload/pool/2-of-2", namespace=NAMESPACE)
+        end_actor(last)
+        assert eventually(lambda: main(["ray", "list"]) == 1, 10)
+        assert SharedPool.sizes() == {"pool": 2}
+        assert "Ray has no such actor" in capsys.readouterr().out
     finally:
         assert main(["ray", "down", "pool"]) == 0
     assert eventually(lambda: all(map(has_ended, left)), GONE_WITHIN_S)

@@ -21,7 +21,7 @@ class Attachment:
     ``num_blocks`` is how many blocks the session holds. ``generation`` counts how often
     the engine opened its sessions; channels of an older one are never used again.
     ``auth_token`` is what the node asks every connection for; empty: what the
-    credentials of the options hold.
+    credentials of the options hold, on the worker's host.
     """
 
     address: str

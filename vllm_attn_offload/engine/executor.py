@@ -27,6 +27,7 @@ from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.placement import local_nodes
 from vllm_attn_offload.engine.pool_size import check_pool_size
+from vllm_attn_offload.engine.rank_calls import RankCalls
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.engine.resident_state_manager import register_resident_states
 from vllm_attn_offload.engine.session_limits import SessionLimits
@@ -61,6 +62,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     Raises:
         ValueError: The configuration has a feature that offloading does not support.
         MemoryNodeError: A memory node cannot be started, reached or used.
+        RankSilentError: A rank does not answer; its host may be lost.
     """
 
     failure_note: FailureNote | None = None
@@ -85,10 +87,12 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             local_nodes(self.vllm_config, config),
             ControlClient,
         )
+        self._ranks = RankCalls(self.collective_rpc, config)
         self._recovery = self._new_recovery(config)
         try:
             self._pool.join()
             super()._init_executor()
+            self._ranks.check_options()
         except BaseException:
             self._leave_memory_nodes()
             raise
@@ -178,7 +182,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         """
         if self._recovery is None or non_block or not self._recovery.is_pending:
             return super().sample_tokens(grammar_output, non_block)
-        self.collective_rpc("discard_step")
+        self._ranks.discard_step(self._recovery.remaining_s())
         return EMPTY_MODEL_RUNNER_OUTPUT
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
@@ -238,14 +242,9 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         return publish
 
     def _attach(self, attachments: list[list[Attachment]]) -> list[NodeFailure | None]:
-        """Give every worker its sessions; returns each worker's failure, if any.
-
-        Addresses exist only at run time: they never enter the configuration, whose hash
-        is part of the compile cache's key.
-        """
-        return self.collective_rpc(
-            "attach_memory_nodes", args=(attachments, self._pool.partition)
-        )
+        recovery = self._recovery
+        within_s = recovery.remaining_s() if recovery and recovery.is_pending else None
+        return self._ranks.attach(attachments, self._pool.partition, within_s)
 
     def _report_lost_step(self, step: LostStep) -> None:
         assert self._recovery is not None

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import msgspec
 
 NODE_BOARD_VARIABLE = "ATTN_OFFLOAD_NODE_BOARD"
-#: Of 64 nodes, which are as many as an engine has.
-_SLOT_BYTES = 1 << 14
+#: Of 64 nodes with the longest host names and the longest token, in base64.
+_SLOT_BYTES = 1 << 15
 
 
 class FoundNode(msgspec.Struct, frozen=True):
@@ -58,9 +58,23 @@ class NodeBoard:
         Args:
             engine: Data-parallel index.
             nodes: All of them.
+
+        Raises:
+            ValueError: There is no room for so many nodes or tokens.
         """
-        slot = msgspec.json.encode(nodes).ljust(_SLOT_BYTES, b"\0")[:_SLOT_BYTES]
-        os.pwrite(self._fd, slot, engine * _SLOT_BYTES)
+        # Nodes of one pool ask for one token, which is longer than many addresses.
+        by_token: dict[bytes, list[str]] = {}
+        for node in nodes:
+            by_token.setdefault(node.auth_token, []).append(node.address)
+        slot = msgspec.json.encode(list(by_token.items()))
+        if len(slot) > _SLOT_BYTES:
+            raise ValueError(
+                f"{len(nodes)} memory nodes with {len(by_token)} tokens were found, "
+                f"which take {len(slot):,} bytes to show to API servers. Allowed: "
+                f"{_SLOT_BYTES:,} bytes, enough for 64 nodes of one pool. Use fewer "
+                "nodes, or shorter names of their hosts."
+            )
+        os.pwrite(self._fd, slot.ljust(_SLOT_BYTES, b"\0"), engine * _SLOT_BYTES)
 
     def read(self) -> list[FoundNode]:
         """Return the nodes of all engines."""
@@ -72,6 +86,9 @@ class NodeBoard:
 
 def _nodes(slot: bytes) -> list[FoundNode]:
     try:
-        return msgspec.json.decode(slot.rstrip(b"\0"), type=list[FoundNode])
+        pools = msgspec.json.decode(
+            slot.rstrip(b"\0"), type=list[tuple[bytes, list[str]]]
+        )
     except msgspec.DecodeError:
         return []  # Empty, or just being written.
+    return [FoundNode(address, token) for token, found in pools for address in found]

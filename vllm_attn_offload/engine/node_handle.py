@@ -273,7 +273,9 @@ class NodeHandle:
             )
         )
         names = self.address, opened.session, opened.attach_token
-        return Attachment(*names, generation, share.num_opened, self._auth_token)
+        # Calls to workers are not encrypted.
+        token = self._credentials.besides_file(self._auth_token)
+        return Attachment(*names, generation, share.num_opened, token)
 
     def _channel(self) -> ControlClient:
         if (control := self._control) is None:

@@ -59,8 +59,10 @@ class NodeStatsReader:
                 if asked is None or asked.done():
                     asked = self._threads.submit(self._read_node, address, credentials)
                     self._asked[address] = asked
-            for gone in self._clients.keys() - nodes.keys():
-                self._clients.pop(gone).close()
+            # Threads add and remove clients meanwhile.
+            for gone in self._clients.copy().keys() - nodes.keys():
+                if client := self._clients.pop(gone, None):
+                    client.close()
             asked_now = {address: self._asked[address] for address in nodes}
             answered, _ = wait(asked_now.values(), _SCRAPE_TIMEOUT_S)
             return {
@@ -76,14 +78,14 @@ class NodeStatsReader:
 
     def _read_node(self, address: str, credentials: Credentials) -> Stats | None:
         try:
-            if address not in self._clients:
-                self._clients[address] = ControlClient(
-                    address, _SCRAPE_TIMEOUT_S, credentials
-                )
-            return self._clients[address].stats()
+            client = self._clients.get(address)
+            if client is None:
+                client = ControlClient(address, _SCRAPE_TIMEOUT_S, credentials)
+                self._clients[address] = client
+            return client.stats()
         except MemoryNodeError as error:
-            if client := self._clients.pop(address, None):
-                client.close()
+            if failed := self._clients.pop(address, None):
+                failed.close()
             logger.warning_once("no metrics from a memory node: %s", error)
             return None
 

@@ -173,10 +173,10 @@ class NodePool:
         try:
             for node in self._nodes:
                 node.check()
-            self._restart()
+            failed = self._restart()
             for node in list(self._nodes):
                 if node.is_lost:
-                    self._bring_back(node, use_standby=use_standby)
+                    self._bring_back(node, failed.get(node), use_standby=use_standby)
                 else:
                     self._renew(node)
             return self._open()
@@ -230,15 +230,14 @@ class NodePool:
         ]
         return [list(attachments) for attachments in zip(*by_node, strict=True)]
 
-    def _restart(self) -> None:
-        """Start or find all lost nodes that have no fixed address, at once.
-
-        If one does not start, ``_bring_back`` tries again and raises.
-        """
+    def _restart(self) -> dict[NodeHandle, BaseException | None]:
+        """Start or find all lost nodes at once; returns why, where one does not."""
+        lost = [node for node in self._nodes if node.is_lost]
         with ThreadPoolExecutor(len(self._nodes)) as threads:
-            for node in self._nodes:
-                if node.is_lost:
-                    threads.submit(node.start)
+            starts = [threads.submit(node.start) for node in lost]
+        return {
+            node: start.exception() for node, start in zip(lost, starts, strict=True)
+        }
 
     def _renew(self, node: NodeHandle) -> None:
         try:
@@ -248,13 +247,17 @@ class NodePool:
             node.lose()
             raise
 
-    def _bring_back(self, lost: NodeHandle, *, use_standby: bool) -> None:
-        """Restart or reconnect a lost node, or let a standby take its place.
+    def _bring_back(
+        self, lost: NodeHandle, failed: BaseException | None, *, use_standby: bool
+    ) -> None:
+        """Connect to a lost node that has started, or let a standby take its place.
 
         Raises:
             MemoryNodeError: Neither is possible now; names the lost node.
         """
         try:
+            if failed is not None:  # Another try may take long, as the first did.
+                raise failed
             lost.rejoin(_REJOIN_TIMEOUT_S, self._on_loss)
         except MemoryNodeError:
             if not use_standby or not self._replace(lost):

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import (
     get_bundles_sorted_by_node,
@@ -27,9 +29,15 @@ class _RayWorkers(RayExecutorV2):
         try:
             super()._init_executor()
         except RayTaskError as error:
-            super().shutdown()  # Other workers would keep their GPUs.
             # Ray's own text is the worker's traceback.
             raise error.cause from error
+        except RayError as error:
+            raise RuntimeError(
+                f"Ray could not start the workers ({str(error).strip()}). They need "
+                "vllm and vllm-attn-offload[ray] of the same versions on every host "
+                "of the cluster. See worker-*.err in /tmp/ray/session_latest/logs of "
+                "the host that is named."
+            ) from error
 
     def shutdown(self) -> None:
         """Kill the workers, where they have not ended with the connection to Ray."""
@@ -41,6 +49,18 @@ class _RayWorkers(RayExecutorV2):
 
 class RayAttentionOffloadExecutor(AttentionOffloadExecutorMixin, _RayWorkers):
     """Ranks are Ray actors, on any hosts of the cluster."""
+
+    _found_group: PlacementGroup | None = None
+
+    def _init_executor(self) -> None:
+        self._found_group = self.parallel_config.placement_group
+        try:
+            super()._init_executor()
+        except BaseException:
+            # They would keep their GPUs for as long as this process is there.
+            _RayWorkers.shutdown(self)
+            self._remove_group()
+            raise
 
     def _prepare_cluster(self) -> None:
         """Join the cluster and take the workers' GPUs: memory nodes may want some.
@@ -58,6 +78,7 @@ class RayAttentionOffloadExecutor(AttentionOffloadExecutorMixin, _RayWorkers):
             )
         # First, because vLLM starts a cluster of its own where there is none.
         connect(show_logs=True)
+        self._found_group = self._found_group or ray.util.get_current_placement_group()
         # Later versions need no GPU on the engine's host.
         is_032 = vllm_version().startswith("0.32.")
         options: dict[str, Any] = {"require_gpu_on_driver": False} if is_032 else {}
@@ -68,3 +89,13 @@ class RayAttentionOffloadExecutor(AttentionOffloadExecutorMixin, _RayWorkers):
         if hosts != {ray.util.get_node_ip_address()}:
             given = f"Ray with workers on {', '.join(sorted(hosts))}"
             check_from_hosts(given, config)
+
+    def _remove_group(self) -> None:
+        """Remove the workers' placement group, unless it was there before."""
+        group = self.parallel_config.placement_group
+        if group is None or group == self._found_group or not ray.is_initialized():
+            return
+        self.parallel_config.placement_group = None
+        # Without the cluster there is no group, and why the start failed is raised.
+        with contextlib.suppress(RayError):
+            ray.util.remove_placement_group(group)

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm import envs
+
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.args import START_METHOD_VARIABLE
 from vllm_attn_offload.engine.node_board import FoundNode, NodeBoard
 from vllm_attn_offload.engine.node_launch import Launch, LaunchedNode
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.ray_nodes.cluster import connect
-from vllm_attn_offload.ray_nodes.node_order import NodeOrder
+from vllm_attn_offload.ray_nodes.node_order import NodeOrder, new_token
 from vllm_attn_offload.ray_nodes.owned_nodes import OwnedNodes
 from vllm_attn_offload.ray_nodes.shared_pool import SharedPool
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 logger = get_logger(__name__)
 
@@ -32,11 +34,11 @@ def ray_nodes(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[L
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: There is no cluster, or no such pool.
+        ValueError: There is no cluster or no such pool, or too few bundles for nodes.
     """
     connect()
     # Workers that vLLM forks would have Ray's connection without its threads.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ[START_METHOD_VARIABLE] = "spawn"
     board = NodeBoard.find()
     engine = vllm_config.parallel_config.data_parallel_index
     logged: set[str] = set()
@@ -60,15 +62,23 @@ def ray_nodes(vllm_config: VllmConfig, config: AttentionOffloadConfig) -> list[L
         startup_timeout_s=config.startup_timeout_s,
     )
 
-    def group() -> PlacementGroup | None:
-        from ray.util import get_current_placement_group
-
-        workers = vllm_config.parallel_config.placement_group
-        return workers or get_current_placement_group()
-
-    return [*OwnedNodes(config.ray_nodes, order, group, show).launches()]
+    group, taken = _bundles(vllm_config.parallel_config)
+    return [*OwnedNodes(config.ray_nodes, order, group, taken, show).launches()]
 
 
-def new_token() -> bytes:
-    """Make a token for a pool."""
-    return secrets.token_hex(32).encode()
+def _bundles(config: ParallelConfig) -> tuple[PlacementGroup | None, set[int]]:
+    """Return the engine's placement group, and the bundles that its workers take.
+
+    Only workers that Ray places take any, and they have the group by now.
+    """
+    from ray.util import get_current_placement_group
+
+    group = config.placement_group
+    if group is None:
+        return get_current_placement_group(), set()
+    if envs.VLLM_RAY_BUNDLE_INDICES:
+        return group, {int(each) for each in envs.VLLM_RAY_BUNDLE_INDICES.split(",")}
+    from vllm.v1.executor.ray_utils import get_bundles_sorted_by_node
+
+    bundles = get_bundles_sorted_by_node(group)[: config.world_size]
+    return group, {index for index, _, _ in bundles}

@@ -60,8 +60,7 @@ class Recovery:
         self._give_up = give_up
         self._notice = notice
         self._changed = threading.Condition()
-        self._attached = 0
-        self._lost = -1
+        self._attached, self._lost = 0, -1
         self._is_reopening = False
         self._is_closed = False
         self._reopened: list[list[Attachment]] = []
@@ -136,6 +135,7 @@ class Recovery:
         Raises:
             MemoryNodeError: The nodes are not back in time, are lost repeatedly, or
                 refuse their work.
+            RankSilentError: A worker does not take its sessions.
         """
         dropped_s = time.monotonic()
         if self._served_for_long(self._started_s):
@@ -173,7 +173,7 @@ class Recovery:
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._is_reopening or self._is_closed or self._end,
-                max(0.0, self._remaining_s()),
+                max(0.0, self.remaining_s()),
             )
             if self._end is not None:
                 raise self._end
@@ -228,7 +228,8 @@ class Recovery:
         self._notice.give_up(error)
         self._give_up(error)
 
-    def _remaining_s(self) -> float:
+    def remaining_s(self) -> float:
+        """Seconds to the deadline of the last loss; negative where it has passed."""
         return self._started_s + self._timeout_s - time.monotonic()
 
     def _run(self) -> None:
@@ -279,10 +280,10 @@ class Recovery:
         with self._changed:
             if self._changed.wait_for(
                 lambda: self._is_closed or self._end is not None,
-                min(delay_s, max(0.0, self._remaining_s())),
+                min(delay_s, max(0.0, self.remaining_s())),
             ):
                 return False
-        if self._remaining_s() > 0:
+        if self.remaining_s() > 0:
             return True
         self._end_with(self._late())
         return False

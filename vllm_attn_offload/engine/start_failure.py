@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage
-from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.errors import MemoryNodeError, RankSilentError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def tells_why(
     def wrapper(executor: _ExecutorT, *args: _P.args, **kwargs: _P.kwargs) -> _ResultT:
         try:
             return start(executor, *args, **kwargs)
-        except (MemoryNodeError, ValueError) as error:
+        except (MemoryNodeError, RankSilentError, ValueError) as error:
             _show(executor, error)
             raise
         except Exception as error:
@@ -61,7 +61,7 @@ def _sentence_of_worker(executor: _Starting) -> str:
     return executor.failure_note.read() if executor.failure_note else ""
 
 
-def _show(executor: _Starting, error: MemoryNodeError | ValueError) -> None:
+def _show(executor: _Starting, error: Exception) -> None:
     board = OutageBoard.find()
     if board is None:  # No frontend of ours configured this engine.
         return

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ def add_hooks(commands: Any) -> None:
     parser = commands.add_parser(
         "hooks",
         help="compare what is used of vLLM with what it was written for",
-        description="Compare signatures of everything that this package patches, "
-        "overrides or calls in vLLM with those of the version that it was written for. "
+        description="Compare signatures of what this package imports, overrides and "
+        "patches of vLLM, and of listed names that it reaches through objects, with "
+        "those of the version that it was written for. "
         "vLLM is read, not imported. The exit status is 1 where they differ.",
     )
     parser.add_argument(
@@ -45,6 +47,9 @@ def run_hooks(args: argparse.Namespace) -> int:
         ValueError: There is no such vLLM or table.
     """
     given = args.against and HookTable.of_release(args.against)
+    # Looking through the syntax trees of all modules takes as long as making them, and
+    # this process ends with them.
+    gc.disable()
     installed = HookTable.of_source(args.vllm)
     if args.write:
         _say(f"{installed.write()}: {len(installed.signatures)} hooks")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signatures of everything that this package uses of one version of vLLM."""
+"""Signatures of what this package uses of one version of vLLM."""
 
 from __future__ import annotations
 

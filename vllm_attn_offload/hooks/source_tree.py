@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,13 +161,27 @@ def dotted_name(node: ast.AST) -> str:
 
 
 def _set_on_self(owner: ast.ClassDef) -> dict[str, ast.Attribute]:
-    return {
-        node.attr: node
-        for node in ast.walk(owner)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and dotted_name(node.value) == "self"
-    }
+    found: dict[str, ast.Attribute] = {}
+    pending: list[ast.AST] = [*owner.body]
+    # Statements only: expressions are most of a tree.
+    while pending:
+        statement = pending.pop()
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(statement, name, ())
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        else:
+            continue
+        for node in itertools.chain.from_iterable(map(ast.walk, targets)):
+            if not isinstance(node, ast.Attribute):
+                continue
+            # Not the middle of `self.a.b = c`.
+            is_set = isinstance(node.ctx, ast.Store)
+            if is_set and dotted_name(node.value) == "self":
+                found[node.attr] = node
+    return found
 
 
 def _names_of(owner: ast.Module | ast.ClassDef) -> dict[str, _Entry]:

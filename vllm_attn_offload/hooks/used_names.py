@@ -9,55 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vllm_attn_offload.hooks.reached_names import REACHED
 from vllm_attn_offload.hooks.source_tree import Definition, SourceTree, dotted_name
 
 OWN = "vllm_attn_offload"
 THEIRS = "vllm"
 #: Imports of vLLM, patches by name, and classes that may extend one of its classes.
 _MAY_USE = re.compile(r"^ *(from|import) vllm\b|\bPatch\(|^class \w+\(", re.M)
-_RUNNERS = (
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
-    "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
-)
-_PUNICA = "vllm.lora.punica_wrapper.PunicaWrapperBase"
-_CONTEXT = "vllm.forward_context.ForwardContext"
-_AGGREGATOR = "vllm.distributed.kv_transfer.kv_connector.utils.KVOutputAggregator"
-#: Used through objects whose class the source does not show.
-REACHED = (
-    *(
-        f"{runner}.{name}"
-        for runner in _RUNNERS
-        for name in ("get_model", "kv_cache_config", "execute_model_state", "model")
-    ),
-    *(
-        f"{_CONTEXT}.{name}"
-        for name in (
-            "attn_metadata",
-            "slot_mapping",
-            "dp_metadata",
-            "cudagraph_runtime_mode",
-            "batch_descriptor",
-            "is_padding",
-            "moe_layer_index",
-        )
-    ),
-    *(
-        f"{_PUNICA}.{name}"
-        for name in (
-            "no_lora",
-            "indices_len",
-            "is_prefill",
-            "token_lora_indices",
-            "_token_lora_indices",
-            "_embeddings_indices",
-            "_update_prefill_metadata",
-        )
-    ),
-    # `worker/lost_step.py` stands in its place.
-    f"{_AGGREGATOR}.aggregate",
-    f"{_AGGREGATOR}.ft_defer_kv_connector_outputs",
-    "vllm.v1.worker.gpu.warmup.warmup_kernels",
-)
 
 
 @dataclass
@@ -91,12 +49,13 @@ def used_names(tree: SourceTree) -> dict[str, Use]:
 def _imported(tree: SourceTree, source: ast.Module) -> Iterator[tuple[str, str]]:
     # Of two places where versions have a name, both.
     local: defaultdict[str, list[str]] = defaultdict(list)
-    for name, full in _import_names(source):
+    nodes = list(ast.walk(source))
+    for name, full in _import_names(nodes):
         local[name].append(full)
         # `import vllm` alone says nothing.
         if full != THEIRS:
             yield full, "imported"
-    for node in ast.walk(source):
+    for node in nodes:
         if isinstance(node, ast.Call):
             name = dotted_name(node.func)
             yield from ((full, "called") for full in _full_names(tree, local, name))
@@ -119,8 +78,8 @@ def _full_names(
             yield full
 
 
-def _import_names(source: ast.Module) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(source):
+def _import_names(nodes: list[ast.AST]) -> Iterator[tuple[str, str]]:
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and not node.level:
             assert node.module is not None
             if node.module.split(".")[0] == THEIRS:

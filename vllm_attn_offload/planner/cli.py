@@ -32,6 +32,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return _RUN[args.command](args)
-    except (ImportError, ValueError, MemoryNodeError) as error:
+    except (ValueError, MemoryNodeError) as error:
         print(f"vllm-attn-offload {args.command}: error: {error}", file=sys.stderr)
         return 2

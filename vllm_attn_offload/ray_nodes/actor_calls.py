@@ -7,16 +7,17 @@ Ray learns late that a host is gone, so nothing waits for an actor without a dea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import re
 from typing import Any
 
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.ray_nodes.cluster import connect, free_by_host, import_ray
 from vllm_attn_offload.ray_nodes.node_actor import NodeActor, NodeState
-from vllm_attn_offload.ray_nodes.node_order import NodeOrder
+from vllm_attn_offload.ray_nodes.node_order import NodeOrder, written
 
 #: For Ray to carry a call to its actor and back, besides what the call takes.
 _CALL_S = 5.0
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def create_actor(order: NodeOrder, strategy: object, **options: object) -> Any:
@@ -34,8 +35,17 @@ def create_actor(order: NodeOrder, strategy: object, **options: object) -> Any:
     ).remote(order)
 
 
-def wait_until_placed(actor: Any, order: NodeOrder, name: str, timeout_s: float) -> str:
+def wait_until_placed(
+    actor: Any, order: NodeOrder, name: str, timeout_s: float, bundle: str = ""
+) -> str:
     """Return Ray's id of the host once the actor runs.
+
+    Args:
+        actor: Handle of it.
+        order: Its node.
+        name: Of the node, in errors.
+        timeout_s: Deadline.
+        bundle: That it is to be placed in, in errors; empty: in none.
 
     Raises:
         MemoryNodeError: It has ended, or has no place in time.
@@ -43,18 +53,9 @@ def wait_until_placed(actor: Any, order: NodeOrder, name: str, timeout_s: float)
     try:
         return str(_get(actor.host_id.remote(), name, timeout_s))
     except TimeoutError as error:
-        needed = order.needed
-        hosts = [
-            _written({name: free.get(name, 0.0) for name in needed})
-            for free in free_by_host().values()
-        ]
+        problem = _in_bundle(order, bundle) if bundle else _on_hosts(order)
         raise MemoryNodeError(
-            name,
-            f"Ray has not placed it within {timeout_s:g} s. It needs "
-            f"{_written(needed)} on one host, and free are, by host: "
-            f"{'; '.join(hosts) or 'nothing'}. Allowed: hosts with that; give them "
-            "some with ray start --resources, or ask for other resources or fewer "
-            "nodes.",
+            name, f"Ray has not placed it within {timeout_s:g} s. {problem}"
         ) from error
 
 
@@ -100,8 +101,24 @@ def end_actor(actor: Any) -> None:
             ray.kill(actor, no_restart=True)
 
 
-def _written(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {resources[name]:g}" for name in sorted(resources))
+def _on_hosts(order: NodeOrder) -> str:
+    hosts = [
+        written({name: free.get(name, 0.0) for name in order.needed})
+        for free in free_by_host().values()
+    ]
+    return (
+        f"It needs {written(order.needed)} on one host, and free are, by host: "
+        f"{'; '.join(hosts) or 'nothing'}. Allowed: hosts with that; give them some "
+        "with ray start --resources, or ask for other resources or fewer nodes."
+    )
+
+
+def _in_bundle(order: NodeOrder, bundle: str) -> str:
+    return (
+        f"It needs {written(order.needed)} in {bundle}, which something else has, or "
+        "whose host is lost. Allowed: a bundle for nodes alone, on a live host. See "
+        "'ray status'; add bundles to the group, or hosts to the cluster."
+    )
 
 
 def _get(reference: Any, name: str, timeout_s: float) -> Any:
@@ -111,7 +128,15 @@ def _get(reference: Any, name: str, timeout_s: float) -> Any:
     except TimeoutError:
         raise
     except ray.exceptions.RayError as error:
-        (said, *_) = str(error).splitlines() or [type(error).__name__]
         raise MemoryNodeError(
-            name, f"Ray's actor of it has ended ({said}). See 'ray status'."
+            name,
+            f"Ray's actor of it has ended ({_last_line(error)}). Allowed: hosts with "
+            "this version of vllm-attn-offload[ray]. See 'ray status', and worker-"
+            "*.err below /tmp/ray/session_latest/logs there.",
         ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """The cause: what Ray knows of the actor, or a traceback, comes before it."""
+    lines = [line.strip() for line in _COLORS.sub("", str(error)).splitlines()]
+    return next(filter(None, reversed(lines)), type(error).__name__)

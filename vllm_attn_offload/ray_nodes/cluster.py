@@ -20,6 +20,10 @@ _START = (
     "Start one with 'ray start --head' on one host and 'ray start --address "
     "HOST:6379' on the others, and set RAY_ADDRESS=HOST:6379."
 )
+_TOKEN = (
+    "A cluster with token authentication needs the same RAY_AUTH_MODE and token file "
+    "on every host."
+)
 
 
 def check_installed() -> None:
@@ -58,7 +62,7 @@ def connect(*, show_logs: bool = False) -> ModuleType:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: There is no cluster.
+        ValueError: There is no cluster, or it refuses this process.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -73,10 +77,16 @@ def connect(*, show_logs: bool = False) -> ModuleType:
             namespace=NAMESPACE,
             log_to_driver=show_logs,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (
+        ConnectionError,
+        ValueError,
+        RuntimeError,
+        ray.exceptions.RayError,
+    ) as error:
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"Ray was asked for, and no cluster can be joined from here ({error}). "
-            f"Allowed: a cluster that this host is part of. {_START}"
+            f"Ray was asked for, and no cluster can be joined from here ({said}). "
+            f"Allowed: a cluster that this host is part of. {_TOKEN} {_START}"
         ) from error
     finally:
         # Ray's own handler would end an engine before it leaves its memory nodes.
@@ -97,17 +107,22 @@ def _check_reachable() -> None:
     """Ray itself tries for a minute, and then ends the process.
 
     Raises:
-        ValueError: Nobody listens at RAY_ADDRESS, or it is no HOST:PORT.
+        ValueError: Nobody listens at RAY_ADDRESS, or it is no HOST:PORT; or without
+            it, nobody where this host's cluster was.
     """
+    from ray._private.services import canonicalize_bootstrap_address
+
     given = os.environ.get(_ADDRESS_VARIABLE, "")
-    if given in ("", "auto"):
-        return
+    named = f"RAY_ADDRESS={given} was given" if given else "Ray was asked for"
     try:
+        if given in ("", "auto"):
+            given = canonicalize_bootstrap_address("auto") or ""
+            named += f", this host's cluster was at {given}"
         address = Address.parse(given)
         with socket.create_connection((address.host, address.port), _CONNECT_TIMEOUT_S):
             return
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"RAY_ADDRESS={given} was given, and no cluster answers there ({error}). "
+            f"{named}, and no cluster answers there ({error}). "
             f"Allowed: HOST:PORT of a running cluster's head, or auto. {_START}"
         ) from error

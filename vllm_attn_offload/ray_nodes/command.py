@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 
+from vllm_attn_offload.ray_nodes.cluster import check_installed
 from vllm_attn_offload.ray_nodes.node_actor import NodeState
-from vllm_attn_offload.ray_nodes.node_order import NodeOrder
+from vllm_attn_offload.ray_nodes.node_order import NodeOrder, new_token
 from vllm_attn_offload.ray_nodes.shared_pool import SharedPool
 from vllm_attn_offload.ray_options import POOL_NAME
 from vllm_attn_offload.transport.trust import Credentials
@@ -17,10 +17,12 @@ RAY_HELP = "start, end and list pools of memory nodes in the Ray cluster"
 _EPILOG = """examples:
   vllm-attn-offload ray up shared --num 2 --kv-cache-gib 64
   vllm serve MODEL --attention-offload \\
-      --attention-offload-config.memory_nodes ray:shared
+      --attention-offload-config.memory_nodes ray:shared \\
+      --attention-offload-config.kv_cache_gib 16
   vllm-attn-offload ray list
   vllm-attn-offload ray down shared
-The cluster is that of RAY_ADDRESS, or of this host."""
+Each engine takes its kv_cache_gib of every node; without it, all that is free. The
+cluster is that of RAY_ADDRESS, or of this host."""
 
 
 def add_ray(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,7 +42,7 @@ def add_ray(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     up.add_argument(
         "--resources",
-        type=json.loads,
+        type=_amounts,
         metavar="JSON",
         help="what each node asks Ray for; CPU, GPU and memory (bytes) are Ray's own "
         '(default {"memory_node": 1})',
@@ -62,9 +64,13 @@ def run_ray(args: argparse.Namespace) -> int:
     """Run an action; returns the exit status, 1 where a listed node does not run.
 
     Raises:
-        ValueError: A bad option, no cluster, or no such pool.
+        ValueError: A bad option, no Ray, no cluster, or no such pool.
         MemoryNodeError: A node has no place or does not start.
     """
+    try:
+        check_installed()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     if args.action == "up":
         _up(args)
     elif args.action == "down":
@@ -80,7 +86,10 @@ def _up(args: argparse.Namespace) -> None:
     states = SharedPool(args.name).up(args.num, order)
     for state in states:
         print(_line(args.name, state))
-    print(f"Use it with: --attention-offload-config.memory_nodes ray:{args.name}")
+    print(
+        f"Use it with: --attention-offload-config.memory_nodes ray:{args.name} "
+        "--attention-offload-config.kv_cache_gib G, an engine's share of each node"
+    )
 
 
 def _checked_order(args: argparse.Namespace) -> NodeOrder:
@@ -100,21 +109,29 @@ def _checked_order(args: argparse.Namespace) -> NodeOrder:
                 f"{option} {getattr(args, name):g} was given. Allowed: a number above "
                 f"0. Write for example {option} 60."
             )
-    resources = args.resources
-    if resources is not None and not _are_amounts(resources):
-        raise ValueError(
-            f"--resources {json.dumps(resources)} was given. Allowed: an object of "
-            "amounts above 0 by resource. Write for example "
-            """--resources '{"memory_node": 1}'."""
-        )
     token = Credentials(args.auth_token_file).read_token()
     return NodeOrder(
         kv_cache_gib=args.kv_cache_gib,
         device=args.device,
-        resources=resources,
-        auth_token=token or secrets.token_hex(32).encode(),
+        resources=args.resources,
+        auth_token=token or new_token(),
         startup_timeout_s=args.startup_timeout_s,
     )
+
+
+def _amounts(text: str) -> dict[str, float]:
+    problem = "not an object of amounts"
+    try:
+        resources = json.loads(text)
+    except json.JSONDecodeError as error:
+        resources, problem = None, f"not JSON, {error}"
+    if not _are_amounts(resources):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given ({problem}). Allowed: a JSON object of amounts above "
+            """0 by resource. Write for example '{"memory_node": 1}'."""
+        )
+    amounts: dict[str, float] = resources
+    return amounts
 
 
 def _are_amounts(resources: object) -> bool:

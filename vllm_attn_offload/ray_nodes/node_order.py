@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 #: Ray's own resources, which have names of their own in its calls.
 _OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 _DEFAULT_RESOURCES = {"memory_node": 1.0}
+#: Ray counts resources in such parts.
+_PART = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,13 @@ class NodeOrder:
         """Whether ``free`` holds what is needed."""
         return all(free.get(name, 0) >= amount for name, amount in self.needed.items())
 
+    def num_in(self, free: Mapping[str, float]) -> int:
+        """How many such nodes ``free`` holds."""
+        return min(
+            round(free.get(name, 0) / _PART) // max(1, round(amount / _PART))
+            for name, amount in self.needed.items()
+        )
+
     def actor_options(self) -> dict[str, Any]:
         """The needed resources in the words of an actor's ``options``."""
         options: dict[str, Any] = {"num_cpus": 0, "resources": {}}
@@ -53,3 +63,13 @@ class NodeOrder:
             else:
                 options["resources"][name] = amount
         return options
+
+
+def new_token() -> bytes:
+    """Make a token for the nodes of an engine or of a pool."""
+    return secrets.token_hex(32).encode()
+
+
+def written(resources: Mapping[str, float]) -> str:
+    """Write resources for people, in the order of their names."""
+    return ", ".join(f"{name} {resources[name]:g}" for name in sorted(resources))

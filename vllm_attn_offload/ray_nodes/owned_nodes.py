@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_attn_offload.ray_nodes.actor_calls import (
@@ -15,8 +15,9 @@ from vllm_attn_offload.ray_nodes.actor_calls import (
     start_node,
     wait_until_placed,
 )
+from vllm_attn_offload.ray_nodes.bundles import choose_bundles
 from vllm_attn_offload.ray_nodes.cluster import free_by_host
-from vllm_attn_offload.ray_nodes.node_order import NodeOrder
+from vllm_attn_offload.ray_nodes.node_order import NodeOrder, written
 from vllm_attn_offload.ray_nodes.owned_node import OwnedNode
 
 if TYPE_CHECKING:
@@ -35,20 +36,29 @@ class OwnedNodes:
     Args:
         num_nodes: Number of nodes.
         order: Each of them.
-        placement_group: Returns the engine's group, once there is one.
+        placement_group: The engine's, if it has one.
+        taken: Bundles of it that workers take.
         on_change: Told the nodes whenever one was placed.
+
+    Raises:
+        ValueError: The group holds some of the nodes.
     """
 
     def __init__(
         self,
         num_nodes: int,
         order: NodeOrder,
-        placement_group: Callable[[], PlacementGroup | None],
+        placement_group: PlacementGroup | None,
+        taken: Collection[int],
         on_change: Callable[[Sequence[OwnedNode]], None],
     ) -> None:
         self._num_nodes = num_nodes
         self._order = order
-        self._placement_group = placement_group
+        self._group = placement_group
+        self._bundles: list[int] = []
+        if placement_group is not None:
+            specs = placement_group.bundle_specs
+            self._bundles = choose_bundles(specs, taken, num_nodes, order)
         self._on_change = on_change
         # Lost nodes are placed by a thread each.
         self._lock = threading.Lock()
@@ -72,7 +82,8 @@ class OwnedNodes:
         name = f"{index + 1} of {self._num_nodes} (Ray)"
         actor = create_actor(order, self._strategy(index), max_restarts=0)
         try:
-            host_id = wait_until_placed(actor, order, name, timeout_s)
+            bundle = self._bundle(index)
+            host_id = wait_until_placed(actor, order, name, timeout_s, bundle)
             node = OwnedNode(actor, start_node(actor, name, order.startup_timeout_s))
         except BaseException:
             end_actor(actor)
@@ -88,20 +99,22 @@ class OwnedNodes:
             PlacementGroupSchedulingStrategy,
         )
 
-        group = self._placement_group()
-        if group is not None and (bundles := self._bundles_of(group)):
+        if self._group is not None and self._bundles:
             return PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=bundles[index % len(bundles)]
+                self._group, placement_group_bundle_index=self._bundles[index]
             )
         host_id = self._other_host(index)
         if host_id is None:
             return "SPREAD"
         return NodeAffinitySchedulingStrategy(host_id, soft=False)
 
-    def _bundles_of(self, group: PlacementGroup) -> list[int]:
-        """Bundles that hold a node's resources; those of workers do not."""
-        bundles = enumerate(group.bundle_specs)
-        return [index for index, bundle in bundles if self._order.fits(bundle)]
+    def _bundle(self, index: int) -> str:
+        """Write which bundle a node goes to; empty: to none."""
+        if self._group is None or not self._bundles:
+            return ""
+        bundle = self._bundles[index]
+        holds = written(self._group.bundle_specs[bundle])
+        return f"bundle {bundle} of the engine's placement group ({holds})"
 
     def _other_host(self, index: int) -> str | None:
         """Choose a host for a node that was lost, before Ray knows that its host was.

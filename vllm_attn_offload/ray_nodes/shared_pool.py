@@ -22,13 +22,13 @@ from vllm_attn_offload.ray_nodes.node_actor import NodeState
 from vllm_attn_offload.ray_nodes.node_order import NodeOrder
 from vllm_attn_offload.ray_nodes.shared_node import SharedNode
 
-_NAME = re.compile(r"attn-offload/([^/]+)/(\d+)")
+_NAME = re.compile(r"attn-offload/([^/]+)/\d+-of-(\d+)")
 #: An actor that Ray is restarting answers later; engines ask again.
 _FIND_AGAIN_TIMEOUT_S = 5.0
 
 
 class SharedPool:
-    """Detached actors ``attn-offload/NAME/INDEX``, which Ray restarts.
+    """Detached actors ``attn-offload/NAME/INDEX-of-SIZE``; Ray restarts them.
 
     A restarted one may be on another host, and has another address, so nodes are found
     by name whenever they are connected to.
@@ -44,12 +44,16 @@ class SharedPool:
 
     @staticmethod
     def sizes() -> dict[str, int]:
-        """Return the number of nodes of every pool of the cluster, by name."""
+        """Return the number of nodes of every pool of the cluster, by name.
+
+        Those that have ended for good count as well, so that nobody takes a pool that
+        lost some for a smaller one.
+        """
         found: dict[str, int] = {}
         for each in connect().util.list_named_actors(all_namespaces=True):
             match = _NAME.fullmatch(each["name"])
             if match and each["namespace"] == NAMESPACE:
-                found[match[1]] = max(found.get(match[1], 0), int(match[2]) + 1)
+                found[match[1]] = int(match[2])
         return found
 
     def size(self) -> int:
@@ -83,14 +87,14 @@ class SharedPool:
         try:
             for index in range(num_nodes):
                 options = {
-                    "name": self._actor_name(index),
+                    "name": self._actor_name(index, num_nodes),
                     "namespace": NAMESPACE,
                     "lifetime": "detached",
                     "max_restarts": -1,
                 }
                 actors.append(create_actor(order, "SPREAD", **options))
             return [
-                self._wait_for(actor, self._actor_name(index), order)
+                self._wait_for(actor, self._actor_name(index, num_nodes), order)
                 for index, actor in enumerate(actors)
             ]
         except BaseException:
@@ -107,7 +111,7 @@ class SharedPool:
         num_nodes = self.size()
         for index in range(num_nodes):
             try:
-                end_actor(self._actor(index))
+                end_actor(self._actor(self._actor_name(index, num_nodes)))
             except MemoryNodeError:
                 continue  # It ended meanwhile.
         return num_nodes
@@ -118,10 +122,11 @@ class SharedPool:
         Raises:
             ValueError: There is no such pool.
         """
-        states = []
-        for index in range(self.size()):
+        states, num_nodes = [], self.size()
+        for index in range(num_nodes):
+            name = self._actor_name(index, num_nodes)
             try:
-                state = node_state(self._actor(index), self._actor_name(index))
+                state = node_state(self._actor(name), name)
             except MemoryNodeError as error:
                 state = NodeState("", "", problem=error.cause)
             states.append(state)
@@ -143,20 +148,22 @@ class SharedPool:
         Raises:
             ValueError: There is no such pool.
         """
-        find = functools.partial(self._find, startup_timeout_s, on_change)
-        return [functools.partial(find, index) for index in range(self.size())]
+        size = self.size()
+        find = functools.partial(self._find, startup_timeout_s, on_change, size)
+        return [functools.partial(find, index) for index in range(size)]
 
     def _find(
         self,
         startup_timeout_s: float,
         on_change: Callable[[Sequence[SharedNode]], None],
+        size: int,
         index: int,
         kv_cache_gib: float | None,
     ) -> SharedNode:
         is_lost = kv_cache_gib is not None
         timeout_s = _FIND_AGAIN_TIMEOUT_S if is_lost else startup_timeout_s
-        name = self._actor_name(index)
-        node = SharedNode(start_node(self._actor(index), name, timeout_s))
+        name = self._actor_name(index, size)
+        node = SharedNode(start_node(self._actor(name), name, timeout_s))
         with self._lock:
             self._nodes[index] = node
             on_change(list(self._nodes.values()))
@@ -166,15 +173,15 @@ class SharedPool:
         wait_until_placed(actor, order, name, order.startup_timeout_s)
         return start_node(actor, name, order.startup_timeout_s)
 
-    def _actor(self, index: int) -> Any:
+    def _actor(self, name: str) -> Any:
         try:
-            return connect().get_actor(self._actor_name(index), namespace=NAMESPACE)
+            return connect().get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
             raise MemoryNodeError(
-                self._actor_name(index),
-                "Ray has no such actor. Somebody may have ended the pool: see 'vllm-"
-                "attn-offload ray list'.",
+                name,
+                "Ray has no such actor. Somebody may have ended it, or the pool: see "
+                "'vllm-attn-offload ray list'.",
             ) from error
 
-    def _actor_name(self, index: int) -> str:
-        return f"attn-offload/{self.name}/{index}"
+    def _actor_name(self, index: int, size: int) -> str:
+        return f"attn-offload/{self.name}/{index + 1}-of-{size}"

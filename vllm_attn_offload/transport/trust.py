@@ -55,6 +55,14 @@ class Credentials:
         """Return the same with a token that a program made; empty: as they are."""
         return replace(self, token=token) if token else self
 
+    def besides_file(self, token: bytes) -> bytes:
+        """Return a token that a program made, or none where our file holds it."""
+        try:
+            is_known = bool(self.auth_token_file) and token == self.read_token()
+        except ValueError:  # The file is gone: nobody reads the token there.
+            return token
+        return b"" if is_known else token
+
     def read_token(self) -> bytes:
         """Read the token; blanks around it are not part of it.
 

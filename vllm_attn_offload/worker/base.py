@@ -148,6 +148,10 @@ class AttentionOffloadWorker(_WorkerBase):
         self._connect_layers(self._nodes)
         return None
 
+    def offload_options(self) -> dict[str, Any]:
+        """Options that this rank's host was started with, by name, without files."""
+        return AttentionOffloadConfig.of_engine(self.vllm_config).without_files()
+
     def kv_stub_bytes(self) -> int:
         """Bytes of attention's KV cache that this worker allocated itself."""
         storages = [

@@ -15,12 +15,15 @@ from vllm_attn_offload.attention.cuda.streams import CudaStreams
 from vllm_attn_offload.attention.impl import AttentionOffloadImpl
 from vllm_attn_offload.attention.layers import attention_layers
 from vllm_attn_offload.client.remote_attention import RemoteAttention
+from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.plugin import BACKEND_PATH
 from vllm_attn_offload.transport.cuda_memory import CudaDevice, SharedDevice
 from vllm_attn_offload.worker.base import (
     UNUSED_KV_CACHE_BYTES,
     AttentionOffloadWorker,
 )
+
+logger = get_logger(__name__)
 
 
 class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
@@ -38,6 +41,11 @@ class GpuAttentionOffloadWorker(AttentionOffloadWorker, Worker):
 
     def determine_available_memory(self) -> int:
         """Warm the model up; the pool's size comes from the memory nodes."""
+        logger.info(
+            "Attention offload: memory nodes hold the KV cache; the GPU reserves none "
+            "of the %s GiB that vLLM logs for it.",
+            UNUSED_KV_CACHE_BYTES >> 30,
+        )
         super().determine_available_memory()
         return 0
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_attn_offload.memory_node.extras import install_command, missing_modules
 from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
 from vllm_attn_offload.transport.trust import check_complete
 
@@ -72,9 +73,15 @@ def run_calibrate(args: argparse.Namespace) -> int:
     """Measure, write the file, and print the next command; returns 0.
 
     Raises:
-        ValueError: Bad options, or vLLM does not serve the model here.
+        ValueError: Bad options, no torch, or vLLM does not serve the model here.
         MemoryNodeError: A memory node cannot be used.
     """
+    if missing := missing_modules("torch"):
+        raise ValueError(
+            f"calibrate was asked for, and there is no {missing} here, with which it "
+            "measures. Allowed without: plan, also with a hardware TOML of another "
+            f"host. Run: {install_command('torch')}"
+        )
     # torch takes seconds to import, and plan does without it.
     from vllm_attn_offload.planner.calibrate.calibration import check_output
 
