@@ -26,13 +26,13 @@ test-quick: install ## Run the tests that need no engine, and one that does (min
 	ATTN_OFFLOAD_FUZZ_S=5 $(PARALLEL) -m "not slow and not long"
 
 # mypy does not follow an editable install to vllm_attn_offload.triton_kernels and
-# .patches, so it checks a copy of the modules laid out as installed.
+# .patches, so it checks a copy of the modules laid out as installed, under their names.
 lint: install ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed
 	@$(BIN)/python setup.py --quiet build_py --build-lib build/typed
-	$(BIN)/mypy build/typed/vllm_attn_offload benchmarks
+	MYPYPATH=build/typed $(BIN)/mypy build/typed/vllm_attn_offload benchmarks
 
 dist: install ## Build the sdist and the manylinux wheel into dist/, and check both
 	@.ci/dist
