@@ -128,8 +128,8 @@ def test_flag_wins_over_another_spelling(additional_config: Parse) -> None:
             "given True as its options. Allowed: an object",
         ),
         (
-            (FLAG, f"{ADDITIONAL}.attention_offload.nodes", "2"),
-            "no option nodes. Valid options: mem",
+            (FLAG, f"{ADDITIONAL}.attention_offload.budget", "2"),
+            "no option budget. Valid options: mem",
         ),
     ],
 )
