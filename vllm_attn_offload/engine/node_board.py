@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import msgspec
+
+from vllm_attn_offload.engine.slot_board import SlotBoard
 
 NODE_BOARD_VARIABLE = "ATTN_OFFLOAD_NODE_BOARD"
 #: Of 64 nodes with the longest host names and the longest token, in base64.
@@ -24,33 +25,12 @@ class FoundNode(msgspec.Struct, frozen=True):
         return f"FoundNode({self.address!r})"
 
 
-class NodeBoard:
-    """One slot per engine, in a memory file of the process that made it.
+class NodeBoard(SlotBoard):
+    """Shows the nodes of every engine."""
 
-    It has no name, so no token is left on a disk; engines and API servers are children
-    of its maker and find it by their environment.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    @classmethod
-    def create(cls) -> NodeBoard:
-        """Make an empty board that processes started from now on find."""
-        board = cls(os.memfd_create("attn-offload-nodes"))
-        os.fchmod(board._fd, 0o600)
-        os.environ[NODE_BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{board._fd}"
-        return board
-
-    @classmethod
-    def find(cls) -> NodeBoard | None:
-        """Open the board of this deployment; None where nobody made one.
-
-        Raises:
-            OSError: The process that made it is gone.
-        """
-        path = os.environ.get(NODE_BOARD_VARIABLE)
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC)) if path else None
+    variable = NODE_BOARD_VARIABLE
+    file_name = "attn-offload-nodes"
+    slot_bytes = _SLOT_BYTES
 
     def write(self, engine: int, nodes: Sequence[FoundNode]) -> None:
         """Show the nodes of an engine.
@@ -74,21 +54,17 @@ class NodeBoard:
                 f"{_SLOT_BYTES:,} bytes, enough for 64 nodes of one pool. Use fewer "
                 "nodes, or shorter names of their hosts."
             )
-        os.pwrite(self._fd, slot.ljust(_SLOT_BYTES, b"\0"), engine * _SLOT_BYTES)
+        self._write_slot(engine, slot)
 
     def read(self) -> list[FoundNode]:
         """Return the nodes of all engines."""
-        slots = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        begins = range(0, len(slots), _SLOT_BYTES)
-        parts = [_nodes(slots[begin : begin + _SLOT_BYTES]) for begin in begins]
+        parts = map(_nodes, self._read_slots())
         return [node for part in parts for node in part]
 
 
 def _nodes(slot: bytes) -> list[FoundNode]:
     try:
-        pools = msgspec.json.decode(
-            slot.rstrip(b"\0"), type=list[tuple[bytes, list[str]]]
-        )
+        pools = msgspec.json.decode(slot, type=list[tuple[bytes, list[str]]])
     except msgspec.DecodeError:
         return []  # Empty, or just being written.
     return [FoundNode(address, token) for token, found in pools for address in found]
