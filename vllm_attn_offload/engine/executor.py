@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.platforms import current_platform
+from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_attn_offload.client.attachment import Attachment, NodeFailure
@@ -21,7 +22,11 @@ from vllm_attn_offload.engine.args import (
     environment_of_one_engine,
 )
 from vllm_attn_offload.engine.frontend import end_with_frontend
-from vllm_attn_offload.engine.kv_cache_plan import plan_kv_cache
+from vllm_attn_offload.engine.kv_cache_plan import (
+    block_bytes,
+    check_groups,
+    plan_kv_cache,
+)
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_board import OutageBoard
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
@@ -33,6 +38,7 @@ from vllm_attn_offload.engine.resident_state_manager import register_resident_st
 from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.engine.start_failure import tells_why
 from vllm_attn_offload.engine.state_pool import StatePool, shared_groups
+from vllm_attn_offload.engine.step_nap import StepNap
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
@@ -41,7 +47,7 @@ from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
-    from vllm.v1.core.sched.output import GrammarOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.executor.abstract import FailureCallback
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -75,6 +81,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         self.failure_note = FailureNote()
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
+        self._nap = StepNap() if current_platform.is_cpu() else None
         self._planned: list[KVCacheConfig] = []
         self._states = StatePool(
             self.vllm_config, lambda: self.collective_rpc("free_device_bytes")
@@ -138,7 +145,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self._pool.partition,
         )
         return [
-            count * _block_bytes(planned)
+            count * block_bytes(planned)
             for count, planned in zip(num_blocks, self._planned, strict=True)
         ]
 
@@ -151,7 +158,7 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             RuntimeError: vLLM grouped the layers in another way than before.
         """
         for planned, given in zip(self._planned, kv_cache_configs, strict=True):
-            _check_groups(planned, given)
+            check_groups(planned, given)
         block_size = self.cache_config.block_size
         max_blocks = -(-self.model_config.max_model_len // block_size) + 1
         attachments = self._pool.open_sessions(
@@ -171,6 +178,15 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self._pool.watch(self._recovery.report_loss)
             reader = LossReader(self._report_lost_step)
             self.kv_output_aggregator = cast("KVOutputAggregator", reader)
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+        """Start a step; on CPUs its result is waited for asleep."""
+        result = super().execute_model(scheduler_output, non_block)
+        if self._nap is not None and isinstance(result, FutureWrapper):
+            result.get_response = functools.partial(self._nap.wait, result.get_response)
+        return result
 
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: GrammarOutput | None, non_block: bool = False
@@ -263,24 +279,6 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
     def _leave_memory_nodes(self) -> None:
         self._pool.request_stop()
         self._pool.close()
-
-
-def _block_bytes(config: KVCacheConfig) -> int:
-    """Bytes of a block in vLLM's layout, of the largest group (``size`` is of all)."""
-    return config.kv_cache_tensors[0].size // config.num_blocks
-
-
-def _check_groups(planned: KVCacheConfig, given: KVCacheConfig) -> None:
-    """Compare what memory was reserved for with what the scheduler is going to use."""
-    if planned.kv_cache_groups != given.kv_cache_groups or _block_bytes(
-        planned
-    ) != _block_bytes(given):
-        raise RuntimeError(
-            f"vLLM made {len(given.kv_cache_groups)} KV groups of this model with "
-            f"{_block_bytes(given):,} bytes a block. Memory nodes were asked for "
-            f"{len(planned.kv_cache_groups)} groups with {_block_bytes(planned):,} "
-            "bytes. Run this model without --attention-offload, and report it."
-        )
 
 
 class AttentionOffloadExecutor(AttentionOffloadExecutorMixin, MultiprocExecutor):

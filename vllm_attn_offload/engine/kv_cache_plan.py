@@ -37,3 +37,25 @@ def plan_kv_cache(
         return get_kv_cache_configs(vllm_config, specs, available_bytes)
     groups = get_global_kv_cache_groups(vllm_config, specs)
     return get_kv_cache_configs(vllm_config, specs, available_bytes, groups)
+
+
+def block_bytes(config: KVCacheConfig) -> int:
+    """Bytes of a block in vLLM's layout, of the largest group (``size`` is of all)."""
+    return config.kv_cache_tensors[0].size // config.num_blocks
+
+
+def check_groups(planned: KVCacheConfig, given: KVCacheConfig) -> None:
+    """Compare what memory was reserved for with what the scheduler is going to use.
+
+    Raises:
+        RuntimeError: vLLM grouped the layers in another way than before.
+    """
+    if planned.kv_cache_groups != given.kv_cache_groups or block_bytes(
+        planned
+    ) != block_bytes(given):
+        raise RuntimeError(
+            f"vLLM made {len(given.kv_cache_groups)} KV groups of this model with "
+            f"{block_bytes(given):,} bytes a block. Memory nodes were asked for "
+            f"{len(planned.kv_cache_groups)} groups with {block_bytes(planned):,} "
+            "bytes. Run this model without --attention-offload, and report it."
+        )
