@@ -37,10 +37,11 @@ class Footprint:
     def left(self) -> list[str]:
         """Processes that still run and shared memory that is still there."""
         _, alive = psutil.wait_procs(self.processes, timeout=0)
-        return [
-            *(f"process {process.pid} {process.name()}" for process in alive),
-            *sorted(path for path in self.shared_memory if Path(path).exists()),
-        ]
+        left = []
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):  # it ends just now
+                left.append(f"process {process.pid} {process.name()}")
+        return left + sorted(path for path in self.shared_memory if Path(path).exists())
 
     def remove(self) -> None:
         """Kill and unlink what is left."""
