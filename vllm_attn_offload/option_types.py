@@ -6,6 +6,7 @@ Command lines, YAML and JSON differ: ``1``, ``"1"`` and ``[1]`` mean the same li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from vllm_attn_offload.cpu_list import parse_cpu_list
+
+_ADDRESSES = "a list of HOST:PORT, [IPV6]:PORT or unix:PATH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,24 @@ def _list_of(part: Callable[[Any], str]) -> Callable[[Any], tuple[str, ...]]:
         return tuple(filter(None, map(str.strip, part(value).split(","))))
 
     return parse
+
+
+def _addresses(value: Any) -> tuple[str, ...]:
+    """Take a list, its JSON, or addresses between commas, which paths may hold."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # An IPv6 address in brackets is no JSON.
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    try:
+        parts = _list_of(_text)(value)
+    except ValueError:
+        raise ValueError(f"Allowed: {_ADDRESSES}") from None
+    if isinstance(value, str):
+        return parts
+    between = [
+        [each] if each.startswith("unix:") else each.split(",") for each in parts
+    ]
+    return tuple(filter(None, (each.strip() for part in between for each in part)))
 
 
 def _text(value: Any) -> str:
@@ -84,16 +105,13 @@ def _resources(value: Any) -> Any:
 
 Addresses = Annotated[
     tuple[str, ...],
-    BeforeValidator(_list_of(_text)),
-    Allowed("a list of HOST:PORT, [IPV6]:PORT or unix:PATH", "10.0.0.7:7600"),
+    BeforeValidator(_addresses),
+    Allowed(_ADDRESSES, "10.0.0.7:7600"),
 ]
 Nodes = Annotated[
     tuple[str, ...],
-    BeforeValidator(_list_of(_text)),
-    Allowed(
-        "a list of HOST:PORT, [IPV6]:PORT or unix:PATH; or ray or ray:NAME alone",
-        "10.0.0.7:7600",
-    ),
+    BeforeValidator(_addresses),
+    Allowed(f"{_ADDRESSES}; or ray or ray:NAME alone", "10.0.0.7:7600"),
 ]
 Device = Annotated[
     Literal["cpu", "cuda"], BeforeValidator(_lower), Allowed("cpu or cuda", "cpu")

@@ -114,6 +114,25 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 STEPS = [[40, 3, 1], [25, 1, 1], [1, 17, 0], [2, 1, 33], [1, 1, 1], [0, 1, 0]]
 
 
+def test_nodes_know_the_times_of_a_worker(addresses: list[str]) -> None:
+    """Sums over all nodes, as they were when the last step began."""
+    worker = Worker(addresses[:2], kind="blocks")
+    known: list[tuple[float, float, float]] = []
+    for num_new in ([20], [1], [1]):
+        times = worker.nodes.times()
+        assert worker.step(num_new) < 1e-5
+        for control in worker.controls:
+            (session,) = control.stats().sessions
+            told = session.counters
+            assert told.worker_pack_s == pytest.approx(times["pack_s"], abs=1e-8)
+            assert told.worker_send_s == pytest.approx(times["send_s"], abs=1e-8)
+            assert told.worker_wait_s == pytest.approx(times["wait_s"], abs=1e-8)
+        known.append((told.worker_pack_s, told.worker_send_s, told.worker_wait_s))
+    assert known[0] == (0, 0, 0)
+    assert all(0 < one < two for one, two in zip(*known[1:], strict=True))
+    worker.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "num_nodes", "heads", "dtype"),
     [

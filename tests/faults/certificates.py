@@ -45,8 +45,11 @@ class Authority:
             *_NEW_KEY,
         )
 
-    def sign(self, name: str, host: str) -> Identity:
-        """A certificate for a host: ``IP:127.0.0.1`` or ``DNS:localhost``."""
+    def sign(self, name: str, host: str, days: int = 1) -> Identity:
+        """A certificate for a host: ``IP:127.0.0.1`` or ``DNS:localhost``.
+
+        It is valid for some days; a negative number has expired.
+        """
         cert, key, request, extensions = (
             self._directory / f"{name}.{suffix}"
             for suffix in ("pem", "key", "csr", "ext")
@@ -57,7 +60,7 @@ class Authority:
             *_NEW_KEY,
         )
         _openssl(
-            *("x509", "-req", "-in", request, "-out", cert, "-days", "1"),
+            *("x509", "-req", "-in", request, "-out", cert, "-days", str(days)),
             *("-CA", self._cert, "-CAkey", self._key, "-CAcreateserial"),
             *("-extfile", extensions),
         )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +18,7 @@ from paged_batch import PagedBatch, max_error
 from raw_session import RawSession, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.neighbour import connect_nearest
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.transport.address import Address
@@ -68,6 +71,38 @@ def test_renewed_certificates(start_node: StartNode, tmp_path: Path) -> None:
     Path(engine_files.key).unlink()
     with pytest.raises(MemoryNodeError, match="here, tls_key .* is not a file"):
         connect(node, credentials)
+
+
+def test_expiry_and_refusals(
+    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+) -> None:
+    """A node tells when its certificate ends, and counts peers that show none."""
+    engine = authority.sign("engine", "DNS:engine")
+    trusted = credentials_of(engine, str(token_file))
+    with closing(ControlClient(node_with_tls.address, 5, trusted)) as client:
+        before = client.stats()
+        left_s = before.certificate_expires - time.time()
+        assert 86400 - 3600 < left_s <= 86400
+        with pytest.raises(MemoryNodeError):
+            connect(node_with_tls, Credentials(str(token_file)))
+        assert eventually(
+            lambda: client.stats().refused["tls"] == before.refused["tls"] + 1
+        )
+
+
+def test_a_worker_of_the_host_leaves_tls(
+    start_node: StartNode, authority: Authority, token_file: Path, tmp_path: Path
+) -> None:
+    """For the Unix socket: the kernel names its user, and the token is asked for."""
+    node_files = authority.sign("neighbour", "IP:127.0.0.1")
+    token = ("--auth-token-file", str(token_file))
+    unix = ("--listen", f"unix:{tmp_path / 'n.sock'}")
+    node = start_node("127.0.0.1:0", *unix, *node_files.options, *token)
+    trusted = credentials_of(authority.sign("engine", "DNS:e"), str(token_file))
+    with connect_nearest(node.address, 5, trusted) as sock:
+        assert sock.family == socket.AF_UNIX
+    with pytest.raises(MemoryNodeError, match="it asks for a token"):
+        ControlClient(f"unix:{tmp_path / 'n.sock'}", 5)
 
 
 def test_silent_peer_of_a_node_with_tls(node_with_tls: NodeProcess) -> None:

@@ -28,7 +28,8 @@ from vllm_attn_offload.protocol.geometry import (
     SessionGeometry,
 )
 from vllm_attn_offload.protocol.layer import DTYPE_BYTES, PayloadLayout, TokenLayout
-from vllm_attn_offload.protocol.step import StepLimits, StepMetadata, read_step
+from vllm_attn_offload.protocol.step import StepLimits, StepMetadata
+from vllm_attn_offload.protocol.step_reader import read_step
 
 #: Never stored into, and named by whatever no row sees: vLLM's null block.
 NULL_BLOCK = 0

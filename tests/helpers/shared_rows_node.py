@@ -74,7 +74,7 @@ def sharing_node(directory: Path) -> Iterator[tuple[str, LaggingAttention]]:
     """Its address, and its kernel."""
     attention = LaggingAttention()
     node = MemoryNode(
-        Address(path=str(directory / "node.sock")), attention, "host", 64 << 20
+        [Address(path=str(directory / "node.sock"))], attention, "host", 64 << 20
     )
     node.start()
     try:

@@ -81,6 +81,19 @@ def test_available_host_bytes_of_a_container(
     assert available_host_bytes(tmp_path) == 0
 
 
+def test_available_host_bytes_of_a_group_in_a_group(tmp_path: Path) -> None:
+    """As systemd makes them: the tightest group counts, wherever it is."""
+    groups = tmp_path / "groups"
+    groups.write_text("0::/system.slice/node.service\n")
+    service = tmp_path / "system.slice" / "node.service"
+    service.mkdir(parents=True)
+    for group, limit in ((service, 60 << 20), (service.parent, 90 << 20)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{50 << 20}\n")
+        (group / "memory.stat").write_text("anon 1\ninactive_file 0\n")
+    assert available_host_bytes(tmp_path, groups) == 10 << 20
+
+
 def test_available_host_bytes_without_a_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1\n")

@@ -72,13 +72,14 @@ def test_sigint_on_tcp(start: Callable[..., NodeProcess]) -> None:
     client = ControlClient(node.address, 5)
     assert client.info.pid == node.process.pid
     client.close()
+    name = f"{socket.gethostname()}:{port}"
     url = f"http://127.0.0.1:{metrics_port}/metrics"
     metrics = urllib.request.urlopen(url, timeout=5).read().decode()
-    free = f'attn_offload:memory_node_kv_bytes_free{{node="{node.address}"}}'
+    free = f'attn_offload:memory_node_kv_bytes_free{{node="{name}"}}'
     assert free in metrics
     for kind in ("minor", "major"):
         counter = f"attn_offload:memory_node_{kind}_page_faults_total"
-        assert f'{counter}{{node="{node.address}"}}' in metrics
+        assert f'{counter}{{node="{name}"}}' in metrics
     assert node.stop(signal.SIGINT) == 0
     assert "Traceback" not in node.log()
 

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,11 @@ from node_process import eventually
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess, local_address
+from vllm_attn_offload.memory_node.launcher import (
+    MemoryNodeProcess,
+    local_address,
+    local_name,
+)
 from vllm_attn_offload.transport.trust import Credentials
 
 PARENT = """
@@ -47,11 +52,16 @@ def test_start_and_stop(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     cpu = min(os.sched_getaffinity(0))
     node = MemoryNodeProcess(
-        directory, kv_cache_gib=0.5, cpus=str(cpu), startup_timeout_s=30
+        directory,
+        kv_cache_gib=0.5,
+        cpus=str(cpu),
+        startup_timeout_s=30,
+        name=local_name(1, 2),
     )
     assert directory.stat().st_mode & 0o777 == 0o700
     client = ControlClient(node.address, 5)
     assert client.info.pid == node.pid
+    assert client.info.name == f"{socket.gethostname()}/local-1-2"
     assert client.info.kv_bytes_total == 1 << 29
     assert psutil.Process(node.pid).cpu_affinity() == [cpu]
     client.close()

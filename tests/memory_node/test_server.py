@@ -26,6 +26,7 @@ from raw_session import (
     session_of,
 )
 
+from vllm_attn_offload import __version__
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.errors import MemoryNodeError
@@ -102,6 +103,12 @@ def test_info(node: NodeProcess, control: ControlClient) -> None:
         pid=node.process.pid,
         kv_bytes_total=256 * MIB,
         kv_bytes_free=256 * MIB,
+        name=f"{socket.gethostname()}/node",
+        version=__version__,
+        isa=control.info.isa,
+        instance=control.info.instance,
+        host_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        unix_path=node.address.removeprefix("unix:"),
     )
     assert control.info.attention_kernel
 

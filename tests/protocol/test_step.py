@@ -14,9 +14,9 @@ from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.protocol.step import (
     StepLimits,
     StepMetadata,
-    read_step,
     write_step,
 )
+from vllm_attn_offload.protocol.step_reader import read_step, read_worker_times
 
 LIMITS = StepLimits(
     num_blocks=10,
@@ -173,8 +173,8 @@ def test_read_step_refuses_wrapping_differences() -> None:
         ((2, 4, (1 << 32) - 1, 4, 0), "4,294,967,295 block-table columns"),
         ((2, 4, 3, 65, 0), "65 query rows; this session allows 0 to 64"),
         ((2, 4, 3, 5, 0), "query_start_loc must rise from 0"),
-        ((2, 5, 3, 4, 0), "112 bytes for 2 requests, 5 tokens and 3 columns; 120 "),
-        ((2, 4, 3, 4, 1), "112 bytes for 2 requests, 4 tokens and 3 columns; 136 "),
+        ((2, 5, 3, 4, 0), "136 bytes for 2 requests, 5 tokens and 3 columns; 144 "),
+        ((2, 4, 3, 4, 1), "136 bytes for 2 requests, 4 tokens and 3 columns; 160 "),
         ((2, 4, 3, 4, 2), "2 tables of block indices; this session allows 0 to 1"),
     ],
 )
@@ -189,3 +189,15 @@ def test_read_step_refuses_counts(prefix: tuple[int, ...], message: str) -> None
 def test_read_step_refuses_truncation(num_bytes: int) -> None:
     with pytest.raises(ProtocolError, match=f"STEP frame of {num_bytes} bytes"):
         read_step(encode(valid_step())[:num_bytes], LIMITS)
+
+
+def test_worker_times() -> None:
+    """What a worker tells of its own time survives the wire, whatever it is."""
+    step = valid_step()
+    buffer = memoryview(bytearray(step.num_bytes))
+    most = (1 << 64) - 1
+    write_step(step, buffer, (1_500_000_000, 0, most))
+    read_step(buffer, LIMITS)
+    assert read_worker_times(buffer) == (1.5, 0.0, most / 1e9)
+    write_step(step, buffer)
+    assert read_worker_times(buffer) == (0.0, 0.0, 0.0)

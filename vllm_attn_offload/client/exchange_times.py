@@ -16,3 +16,7 @@ class ExchangeTimes:
     send_s: float = 0.0
     wait_s: float = 0.0
     merge_s: float = 0.0
+
+    def nanoseconds(self) -> tuple[int, int, int]:
+        """Time of pack, send and wait as a STEP tells it."""
+        return int(self.pack_s * 1e9), int(self.send_s * 1e9), int(self.wait_s * 1e9)

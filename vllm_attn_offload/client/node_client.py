@@ -8,7 +8,8 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from vllm_attn_offload.client.handshake import call, connect
+from vllm_attn_offload.client.handshake import call
+from vllm_attn_offload.client.neighbour import connect_nearest
 from vllm_attn_offload.errors import (
     MemoryNodeError,
     NodeDefectError,
@@ -60,7 +61,7 @@ class NodeClient:
         self._header = FrameHeader()
         self._reply_header = FrameHeader()
         self._unacknowledged = 0
-        sock, _ = connect(address, timeout_s, credentials)
+        sock = connect_nearest(address, timeout_s, credentials)
         try:
             offer = offer_channel(sock, torch.get_num_threads(), device)
             attach = msgspec.structs.replace(attach, offer=offer)

@@ -91,7 +91,7 @@ class NodeExchange:
         num_bytes = step.num_bytes
         if self._step_buffer.nbytes < num_bytes:
             self._step_buffer = memoryview(bytearray(2 * num_bytes))
-        write_step(step, self._step_buffer)
+        write_step(step, self._step_buffer, self._times.nanoseconds())
         payload = self._step_buffer[:num_bytes]
         self._client.post_step(number, micro_batch, self._group, payload)
 

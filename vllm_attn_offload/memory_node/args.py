@@ -56,7 +56,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     _add_other_options(parser)
     options = parser.parse_args(argv)
     try:
-        options.listen = options.listen or _default_address()
+        options.listen = options.listen or [_default_address()]
     except (OSError, ValueError) as error:
         parser.error(f"no place for the default socket, so use --listen: {error}")
     if options.preallocate and options.device != "cpu":
@@ -65,8 +65,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             "with --device cpu; GPU memory is taken whenever an engine joins. Leave "
             "it out."
         )
-    if problem := _trust_problem(options):
+    if problem := _listen_problem(options) or _trust_problem(options):
         parser.error(problem)
+    if options.metrics_port is not None:
+        options.metrics_listen = Address("127.0.0.1", options.metrics_port)
     return options
 
 
@@ -74,10 +76,20 @@ def _add_listen_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen",
         type=_address,
+        action="append",
+        default=[],
         metavar="HOST:PORT|unix:PATH",
-        help="where engines connect (default: a Unix socket that only this user can "
-        "open, in XDG_RUNTIME_DIR or in a directory of its own; port 0 picks a free "
-        "one)",
+        help="where engines connect; repeat it for several, such as TCP and the Unix "
+        "socket through which workers of this host get shared memory (default: a Unix "
+        "socket that only this user can open, in XDG_RUNTIME_DIR or in a directory of "
+        "its own; port 0 picks a free one)",
+    )
+    parser.add_argument(
+        "--name",
+        type=_name,
+        metavar="NAME",
+        help="name in metrics and status (default: this host's name with the port or "
+        "the socket)",
     )
 
 
@@ -103,10 +115,17 @@ def _add_other_options(parser: argparse.ArgumentParser) -> None:
         help="CPUs to run on, such as 4-7 or 0,2 (default: all that are allowed)",
     )
     parser.add_argument(
+        "--metrics-listen",
+        type=_address,
+        metavar="HOST:PORT",
+        help="serve /metrics for Prometheus, /healthz and /readyz here, and nothing "
+        "else, to whoever asks",
+    )
+    parser.add_argument(
         "--metrics-port",
         type=int,
         metavar="PORT",
-        help="serve Prometheus metrics on this port of 127.0.0.1",
+        help="the same on this port of 127.0.0.1",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
@@ -116,7 +135,8 @@ def _add_other_options(parser: argparse.ArgumentParser) -> None:
 def _add_trust_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "trust",
-        "Loopback addresses and Unix sockets need none of these.",
+        "Loopback addresses and Unix sockets need none of these. A token is asked for "
+        "on all sockets, certificates on those of TCP.",
     )
     group.add_argument(
         "--auth-token-file",
@@ -137,6 +157,28 @@ def _add_trust_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--tls-{name}", default="", metavar="PATH", help=text)
 
 
+def _listen_problem(options: argparse.Namespace) -> str:
+    listen: list[Address] = options.listen
+    if twice := sorted({str(each) for each in listen if listen.count(each) > 1}):
+        return (
+            f"--listen {', '.join(twice)} was given more than once. Allowed: every "
+            "address once. Leave the repetition out."
+        )
+    if options.metrics_listen is None:
+        return ""
+    if options.metrics_port is not None:
+        return (
+            "both --metrics-listen and --metrics-port were given. Allowed: one of "
+            "them. Leave --metrics-port out."
+        )
+    if options.metrics_listen.path:
+        return (
+            f"--metrics-listen was given {options.metrics_listen}. Allowed: HOST:PORT "
+            "or [IPV6]:PORT. Write for example 0.0.0.0:9600."
+        )
+    return ""
+
+
 def _trust_problem(options: argparse.Namespace) -> str:
     try:
         check_complete(
@@ -148,9 +190,10 @@ def _trust_problem(options: argparse.Namespace) -> str:
         )
     except ValueError as error:
         return str(error)
-    if options.tls_cert and options.listen.path:
+    listen: list[Address] = options.listen
+    if options.tls_cert and all(each.path for each in listen):
         return (
-            f"TLS was asked for on {options.listen}, which no other host reaches. "
+            f"TLS was asked for on {listen[0]}, which no other host reaches. "
             "Allowed: TLS on HOST:PORT. Leave the --tls options out."
         )
     if options.auth_token_file and options.insecure:
@@ -158,9 +201,10 @@ def _trust_problem(options: argparse.Namespace) -> str:
             "both --auth-token-file and --insecure were given. Allowed: one of them. "
             "Leave --insecure out."
         )
-    if not (options.listen.is_local or options.auth_token_file or options.insecure):
+    remote = [each for each in listen if not each.is_local]
+    if remote and not (options.auth_token_file or options.insecure):
         return (
-            f"--listen {options.listen} serves other hosts, and no token was given. "
+            f"--listen {remote[0]} serves other hosts, and no token was given. "
             "Allowed: --auth-token-file PATH, or --insecure in a network that you "
             "trust. Make a token with: (umask 077; openssl rand -hex 32 > PATH)"
         )
@@ -200,6 +244,15 @@ def _address(text: str) -> Address:
         return Address.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[ -~]{1,128}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name. Allowed: 1 to 128 printable ASCII characters. "
+            "Write for example memory-node-0."
+        )
+    return text
 
 
 def _positive(text: str) -> float:

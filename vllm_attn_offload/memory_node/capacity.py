@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from vllm_attn_offload.memory_node.memory_limits import memory_limits
 from vllm_attn_offload.protocol.byte_size import byte_size
 
 
@@ -58,36 +59,14 @@ class CapacityLedger:
         return self.total_bytes - sum(self._held.values())
 
 
-def available_host_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory that this process may still take, by the kernel and its container.
+def available_host_bytes(
+    cgroups: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Host memory that this process may still take, by the kernel and its groups.
 
     Args:
-        cgroups: Where the cgroup file systems are mounted; a container sees its own
-            group there.
+        cgroups: As of `memory_limits`.
+        groups: Likewise.
     """
-    available = psutil.virtual_memory().available
-    for limit_file, usage_file, stat_file in (
-        ("memory.max", "memory.current", "memory.stat"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-        ),
-    ):
-        try:
-            limit = int((cgroups / limit_file).read_text())
-            usage = int((cgroups / usage_file).read_text())
-            usage -= _reclaimable_bytes(cgroups / stat_file)
-        except (OSError, ValueError):
-            continue  # no such version of cgroups, or "max": no limit
-        available = min(available, max(0, limit - usage))
-    return available
-
-
-def _reclaimable_bytes(stat: Path) -> int:
-    """Page cache that the kernel drops before it calls a group full."""
-    for line in stat.read_text().splitlines():
-        name, value = line.split()
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
+    limits = (each.free_bytes for each in memory_limits(cgroups, groups))
+    return min([psutil.virtual_memory().available, *limits])

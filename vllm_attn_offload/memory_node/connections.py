@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from vllm_attn_offload.transport.address import Address, peer_name
 from vllm_attn_offload.transport.control import hang_up
 
 logger = logging.getLogger(__name__)
@@ -21,8 +17,7 @@ logger = logging.getLogger(__name__)
 strangers = logging.getLogger(f"{__name__}.strangers")
 
 MAX_CONNECTIONS = 512
-_MAX_CONNECTIONS_PER_PEER = 384
-_ACCEPT_RETRY_S = 0.2
+MAX_CONNECTIONS_PER_PEER = 384
 #: Engines send heartbeats from the moment they join, far more often than that.
 _ABANDONED_S = 120.0
 
@@ -76,12 +71,20 @@ class Connections:
         max_per_peer: Of these, from one peer.
     """
 
-    def __init__(self, max_total: int, max_per_peer: int) -> None:
+    def __init__(
+        self,
+        max_total: int = MAX_CONNECTIONS,
+        max_per_peer: int = MAX_CONNECTIONS_PER_PEER,
+    ) -> None:
         self._max_total = max_total
         self._max_per_peer = max_per_peer
         self._open: set[Connection] = set()
         self._num_served = 0
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._open)
 
     def admit(self, sock: socket.socket, peer: str) -> Connection | None:
         """Register a connection, or None where there is no room for it."""
@@ -129,84 +132,3 @@ class Connections:
         )
         hang_up(idlest.sock)
         return True
-
-
-class Listener:
-    """Accepts connections and serves each in a thread of its own.
-
-    Args:
-        address: Where to listen.
-        serve: Called with every admitted connection, which is closed when it returns.
-
-    Attributes:
-        address: ``address`` with the port that was bound.
-
-    Raises:
-        OSError: The address cannot be bound.
-    """
-
-    def __init__(self, address: Address, serve: Callable[[Connection], None]) -> None:
-        self._serve = serve
-        self._connections = Connections(MAX_CONNECTIONS, _MAX_CONNECTIONS_PER_PEER)
-        self._is_stopping = threading.Event()
-        self._sock = address.listen()
-        port = 0 if address.path else self._sock.getsockname()[1]
-        self.address = Address(address.host, port, address.path)
-
-    def start(self) -> None:
-        """Accept connections in the background."""
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
-
-    def stop(self) -> None:
-        """Stop listening and hang up on every peer."""
-        self._is_stopping.set()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        if self.address.path:
-            Path(self.address.path).unlink(missing_ok=True)
-        self._connections.end_all()
-
-    def _accept(self) -> None:
-        is_short = False
-        while not self._is_stopping.is_set():
-            try:
-                sock, _ = self._sock.accept()
-                self._admit(sock)
-                is_short = False
-            except ConnectionAbortedError:
-                continue
-            except (OSError, RuntimeError) as error:
-                # File descriptors, memory or threads ran out: those that serve go on,
-                # and new peers wait in the backlog.
-                if self._is_stopping.wait(_ACCEPT_RETRY_S):
-                    return
-                if not is_short:
-                    logger.warning("cannot accept connections for now: %s", error)
-                is_short = True
-
-    def _admit(self, sock: socket.socket) -> None:
-        try:
-            peer = peer_name(sock)
-            connection = self._connections.admit(sock, peer)
-        except OSError as error:
-            logger.debug("a connection ended at once: %s", error)
-            sock.close()
-            return
-        if connection is None:
-            strangers.warning("refused a connection from %s: too many are in use", peer)
-            sock.close()
-            return
-        try:
-            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
-        except RuntimeError:
-            self._connections.remove(connection)
-            sock.close()
-            raise
-
-    def _run(self, connection: Connection) -> None:
-        try:
-            self._serve(connection)
-        finally:
-            self._connections.remove(connection)
-            connection.sock.close()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import traceback
 
+from vllm_attn_offload.printable import printable
+
 
 class EscapeFilter(logging.Filter):
     """Shows what is not printable as an escape sequence, in every record.
@@ -15,17 +17,8 @@ class EscapeFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Escape the record's text; every record passes."""
-        record.msg, record.args = _escaped(record.getMessage()), ()
+        record.msg, record.args = printable(record.getMessage()), ()
         if record.exc_info and record.exc_info[0] is not None:
             lines = "".join(traceback.format_exception(*record.exc_info)).split("\n")
-            record.exc_text = "\n".join(f"  | {_escaped(line)}" for line in lines)
+            record.exc_text = "\n".join(f"  | {printable(line)}" for line in lines)
         return True
-
-
-def _escaped(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode()
-        for each in text
-    )

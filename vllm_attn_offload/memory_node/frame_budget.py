@@ -25,6 +25,12 @@ class FrameBudget:
         self._held: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def free_bytes(self) -> int:
+        """What no reservation holds."""
+        with self._lock:
+            return self.total_bytes - self._held_bytes()
+
     def hold(self, reservation: str, engine: str, num_bytes: int) -> None:
         """Hold more for a reservation.
 
@@ -50,7 +56,9 @@ class FrameBudget:
             self._held.pop(reservation, None)
 
     def _free(self, engine: str) -> int:
-        total = sum(held for _, held in self._held.values())
         own = sum(held for owner, held in self._held.values() if owner == engine)
         share = int(ENGINE_SHARE * self.total_bytes)
-        return max(0, min(self.total_bytes - total, share - own))
+        return max(0, min(self.total_bytes - self._held_bytes(), share - own))
+
+    def _held_bytes(self) -> int:
+        return sum(held for _, held in self._held.values())

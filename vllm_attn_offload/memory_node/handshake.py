@@ -20,6 +20,7 @@ from vllm_attn_offload.protocol.messages import (
     compatibility_hash,
     version_mismatch,
 )
+from vllm_attn_offload.protocol.reasons import RefusedReason
 from vllm_attn_offload.transport.control import (
     message_decoder,
     receive_message,
@@ -39,7 +40,16 @@ _authenticate_decoder = message_decoder(Authenticate)
 
 
 class RefusedError(RuntimeError):
-    """A peer may not talk to this node; the message says why."""
+    """A peer may not talk to this node.
+
+    Args:
+        sentence: Why, and what to do.
+        reason: What of the handshake failed.
+    """
+
+    def __init__(self, sentence: str, reason: RefusedReason) -> None:
+        super().__init__(sentence)
+        self.reason: RefusedReason = reason
 
 
 class Handshake:
@@ -65,7 +75,7 @@ class Handshake:
         """
         if sock.family == socket.AF_UNIX:
             return sock
-        context = _read(self._credentials.node_context)
+        context = _read(self._credentials.node_context, "tls")
         if context is None:
             return sock
         return context.wrap_socket(
@@ -95,8 +105,9 @@ class Handshake:
             timeout_s=self._remaining_s(),
         )
         if hello.compatibility_hash != compatibility_hash():
-            self._refuse(sock, version_mismatch("this memory node", hello))
-        if token := _read(self._credentials.read_token):
+            sentence = version_mismatch("this memory node", hello)
+            self._refuse(sock, sentence, "version")
+        if token := _read(self._credentials.read_token, "token"):
             proof = self._challenge(sock, token)
             send_message(sock, Authenticated(proof, info()), self._remaining_s())
         else:
@@ -117,12 +128,15 @@ class Handshake:
                 sock,
                 "the token is not the one of this memory node. Give the same file to "
                 "--auth-token-file there and to auth_token_file here.",
+                "token",
             )
         return prove(token, Role.MEMORY_NODE, ours, answer.nonce)
 
-    def _refuse(self, sock: socket.socket, sentence: str) -> None:
+    def _refuse(
+        self, sock: socket.socket, sentence: str, reason: RefusedReason
+    ) -> None:
         send_message(sock, Error(sentence), self._remaining_s())
-        raise RefusedError(sentence)
+        raise RefusedError(sentence, reason)
 
     def _remaining_s(self) -> float:
         remaining_s = self._deadline - time.monotonic()
@@ -131,9 +145,9 @@ class Handshake:
         return remaining_s
 
 
-def _read(read: Callable[[], _ValueT]) -> _ValueT:
+def _read(read: Callable[[], _ValueT], reason: RefusedReason) -> _ValueT:
     """Call a reader of `Credentials`; a peer is never admitted where it fails."""
     try:
         return read()
     except ValueError as error:
-        raise RefusedError(f"here, {error}") from error
+        raise RefusedError(f"here, {error}", reason) from error

@@ -11,6 +11,7 @@ import mmap
 import resource
 import threading
 import time
+from collections.abc import Callable
 
 from vllm_attn_offload.protocol.byte_size import byte_size
 
@@ -42,14 +43,21 @@ class KVArena:
         self._lock = threading.Lock()
         self._holes = [(0, self._num_bytes)]  # (begin, end), in order, never adjacent
 
-    def touch(self, stop: threading.Event, report_s: float = _REPORT_S) -> None:
+    def touch(
+        self,
+        stop: threading.Event,
+        report_s: float = _REPORT_S,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Take the memory from the kernel, and lock it where that is allowed.
 
         Args:
             stop: Gives up in between once it is set.
             report_s: Seconds between two log lines about the progress.
+            tell: Called with each of these lines.
         """
-        is_locked, reported = True, time.monotonic()
+        started = reported = time.monotonic()
+        is_locked = True
         for begin in range(0, self._num_bytes, _CHUNK_BYTES):
             if stop.is_set():
                 return
@@ -59,8 +67,9 @@ class KVArena:
             is_locked = is_locked and _lock_pages(address, num_bytes)
             if time.monotonic() >= reported + report_s:
                 reported = time.monotonic()
-                done, total = byte_size(begin + num_bytes), byte_size(self._num_bytes)
-                logger.info("touched %s of %s", done, total)
+                text = self._progress(begin + num_bytes, reported - started)
+                logger.info("%s", text)
+                tell(text)
         self._report(is_locked)
 
     def allocate(self, num_bytes: int) -> memoryview | None:
@@ -90,6 +99,14 @@ class KVArena:
                 index -= 1
                 begin = self._holes.pop(index)[0]
             self._holes.insert(index, (begin, end))
+
+    def _progress(self, num_bytes: int, elapsed_s: float) -> str:
+        share = num_bytes / self._num_bytes
+        return (
+            f"touched {byte_size(num_bytes)} of {byte_size(self._num_bytes)} "
+            f"({share:.0%}) in {elapsed_s:.0f} s, about "
+            f"{elapsed_s / share - elapsed_s:.0f} s to go"
+        )
 
     def _report(self, is_locked: bool) -> None:
         total = byte_size(self._num_bytes)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ __all__ = [
     "MemoryNodeProcess",
     "available_host_bytes",
     "local_address",
+    "local_name",
     "unpromised_host_bytes",
 ]
 
@@ -41,6 +43,12 @@ def local_address(directory: Path) -> str:
     return f"unix:{directory / _SOCKET}"
 
 
+def local_name(engine: int, node: int) -> str:
+    """Name of a node that an engine starts: of its host, data-parallel index and its
+    own index."""
+    return f"{socket.gethostname()}/local-{engine}-{node}"
+
+
 class MemoryNodeProcess:
     """A memory node of this host, on a Unix socket in a private directory or on TCP.
 
@@ -57,6 +65,7 @@ class MemoryNodeProcess:
         listen: Listen at this HOST:PORT instead, where port 0 is any free one; the
             directory is not used.
         auth_token: The token itself, written to no disk, in place of a file.
+        name: Label of its metrics, as ``--name`` takes it; empty leaves its default.
 
     Raises:
         MemoryNodeError: The node could not be started, ended, or did not announce
@@ -74,6 +83,7 @@ class MemoryNodeProcess:
         auth_token_file: str = "",
         listen: str = "",
         auth_token: bytes = b"",
+        name: str = "",
     ) -> None:
         assert listen or directory
         self._directory = None if listen else directory
@@ -87,6 +97,8 @@ class MemoryNodeProcess:
             options += ["--kv-cache-gib", repr(kv_cache_gib)]
         if cpus:
             options += ["--cpus", cpus]
+        if name:
+            options += ["--name", name]
         if auth_token_file:
             options += ["--auth-token-file", auth_token_file]
         try:

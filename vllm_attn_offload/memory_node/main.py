@@ -12,36 +12,26 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
-
-from prometheus_client import CollectorRegistry, start_http_server
 
 from vllm_attn_offload.cpu_list import format_cpu_list
 from vllm_attn_offload.memory_node.args import parse_options
-from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.connections import MAX_CONNECTIONS, strangers
-from vllm_attn_offload.memory_node.decode_attention import (
-    create_decode_attention,
-)
-from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.escape_filter import EscapeFilter
 from vllm_attn_offload.memory_node.huge_pages import log_huge_pages
-from vllm_attn_offload.memory_node.kv_arena import KVArena
-from vllm_attn_offload.memory_node.memory_claim import MemoryClaim, claim_memory
+from vllm_attn_offload.memory_node.memory_claim import MemoryClaim
+from vllm_attn_offload.memory_node.node_start import StartError, create_node
 from vllm_attn_offload.memory_node.numa_domains import log_numa_domains
 from vllm_attn_offload.memory_node.rate_limit_filter import RateLimitFilter
 from vllm_attn_offload.memory_node.server import MemoryNode
-from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.memory_node.service_manager import ServiceManager
 from vllm_attn_offload.protocol.byte_size import byte_size
-from vllm_attn_offload.transport.trust import Credentials
+from vllm_attn_offload.transport.address import Address
 
 logger = logging.getLogger(__name__)
 
 _STDOUT, _STDERR = 1, 2
-
-
-class _StartError(RuntimeError):
-    """The node cannot start; the message says why and what to do."""
+#: For systemd's TimeoutStartSec, which memory that is being touched would exceed.
+_MORE_TIME = {"EXTEND_TIMEOUT_USEC": "60000000"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,30 +44,39 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
+    # A node with a parent is no service of its own, whatever it inherited.
+    manager = ServiceManager({} if options.parent_fd is not None else os.environ)
     try:
-        claim = claim_memory(options.kv_cache_gib, options.device)
-        arena = _create_arena(claim) if options.preallocate else None
-        node = _create_node(options, claim.kv_bytes, arena)
-    except (_StartError, CapacityError) as error:
+        node, claim, arena = create_node(options)
+    except StartError as error:
         logger.error("%s", error)
         return 1
     if warning := claim.warning():
         logger.warning("%s", warning)
     if arena is not None:
-        arena.touch(stop)
+        arena.touch(stop, tell=lambda text: manager.notify(STATUS=text, **_MORE_TIME))
     if not stop.is_set():
         node.start()
         _announce(node, claim, options)
+        where = ", ".join(map(str, node.addresses))
+        manager.notify(READY="1", STATUS=f"Serving engines on {where}.")
+        manager.watch(lambda: node.is_accepting, stop)
     if options.parent_fd is not None:
         _stop_with_parent(options.parent_fd, stop)
     stop.wait()
     logger.info("stopping")
+    manager.notify(STOPPING="1", STATUS="Freeing the memory of engines.")
     node.stop()
-    if options.parent_fd is not None and options.listen.path:
-        # Made for the socket by a parent that may be gone.
-        with contextlib.suppress(OSError):
-            Path(options.listen.path).parent.rmdir()
+    if options.parent_fd is not None:
+        _remove_directory(node.address)
     return 0
+
+
+def _remove_directory(address: Address) -> None:
+    """Remove what was made for the socket by a parent that may be gone."""
+    if address.path:
+        with contextlib.suppress(OSError):
+            Path(address.path).parent.rmdir()
 
 
 def _begin_logging() -> None:
@@ -101,95 +100,15 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _create_arena(claim: MemoryClaim) -> KVArena:
-    try:
-        return KVArena(claim.kv_bytes)
-    except OSError as error:
-        raise _StartError(
-            f"--preallocate of {byte_size(claim.kv_bytes)} failed: {error.strerror}. "
-            "Allowed: what the kernel maps. Lower --kv-cache-gib, or leave "
-            "--preallocate out."
-        ) from error
-
-
-def _create_node(
-    options: argparse.Namespace, kv_bytes: int, arena: KVArena | None
-) -> MemoryNode:
-    """Claim the metrics port and the address.
-
-    Raises:
-        _StartError: One of them cannot be had.
-    """
-    credentials = _credentials(options)
-    registry = CollectorRegistry()
-    if options.metrics_port is not None:
-        _serve_metrics(options.metrics_port, registry)
-    attention = _create_attention(options)
-    attention.arena = arena
-    try:
-        node = MemoryNode(
-            options.listen, attention, options.device, kv_bytes, credentials
-        )
-    except OSError as error:
-        raise _StartError(
-            f"cannot listen on {options.listen}: {error.strerror or error}. Choose a "
-            "free address with --listen, or stop the process that holds this one."
-        ) from error
-    registry.register(StatsCollector(lambda: {str(node.address): node.stats()}))
-    return node
-
-
-def _credentials(options: argparse.Namespace) -> Credentials:
-    if options.insecure and not options.listen.is_local:
-        logger.warning(
-            "--insecure: whoever reaches %s may use this node, and read and change "
-            "what engines send",
-            options.listen,
-        )
-    elif options.auth_token_file and not (options.tls_cert or options.listen.is_local):
-        logger.warning(
-            "engines on %s must know the token, but queries, keys and values travel "
-            "unencrypted: use --tls-cert, --tls-key and --tls-ca where others may "
-            "listen in",
-            options.listen,
-        )
-    credentials = Credentials(
-        options.auth_token_file, options.tls_cert, options.tls_key, options.tls_ca
-    )
-    try:
-        # Every connection reads them; what is wrong now is said now.
-        credentials.read_token()
-        credentials.node_context()
-    except ValueError as error:
-        raise _StartError(str(error)) from error
-    return credentials
-
-
-def _create_attention(options: argparse.Namespace) -> DecodeAttention[Any, Any]:
-    try:
-        return create_decode_attention(options.attention_kernel, options.device)
-    except ValueError as error:
-        raise _StartError(str(error)) from error
-
-
-def _serve_metrics(port: int, registry: CollectorRegistry) -> None:
-    try:
-        start_http_server(port, addr="127.0.0.1", registry=registry)
-    except (OSError, OverflowError) as error:
-        raise _StartError(
-            f"cannot serve metrics on 127.0.0.1:{port}: {error}. Choose a free "
-            "--metrics-port, or leave it out."
-        ) from error
-
-
 def _announce(
     node: MemoryNode, claim: MemoryClaim, options: argparse.Namespace
 ) -> None:
     info = node.info()
     logger.info(
-        "ready on %s: device %s, attention kernel %s, %s for KV blocks (%s), at most "
-        "%s for frames and plans, CPUs %s",
-        node.address,
+        "ready on %s: name %s, device %s, attention kernel %s, %s for KV blocks (%s), "
+        "at most %s for frames and plans, CPUs %s",
+        ", ".join(map(str, node.addresses)),
+        info.name,
         info.device,
         info.attention_kernel,
         byte_size(info.kv_bytes_total),

@@ -17,6 +17,7 @@ from vllm_attn_offload.memory_node.frame_budget import ENGINE_SHARE, FrameBudget
 from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
 from vllm_attn_offload.memory_node.geometry_check import check_geometry
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
+from vllm_attn_offload.memory_node.refusals import Refusals
 from vllm_attn_offload.memory_node.session import Session
 from vllm_attn_offload.protocol.messages import (
     GIB,
@@ -25,8 +26,8 @@ from vllm_attn_offload.protocol.messages import (
     OpenSession,
     ReserveCapacity,
     SessionOpened,
-    SessionStats,
 )
+from vllm_attn_offload.protocol.session_stats import SessionStats
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,16 @@ class Reservations:
     Args:
         attention: The kernel that attends.
         kv_bytes: Budget for KV blocks of all engines.
+        refusals: Counts frames that the protocol does not allow.
     """
 
-    def __init__(self, attention: DecodeAttention[Any, Any], kv_bytes: int) -> None:
+    def __init__(
+        self,
+        attention: DecodeAttention[Any, Any],
+        kv_bytes: int,
+        refusals: Refusals,
+    ) -> None:
+        self._refusals = refusals
         self.ledger = CapacityLedger(kv_bytes)
         self._attention = attention
         self._turns = FairLock()
@@ -245,7 +253,9 @@ class Reservations:
     ) -> Session:
         turns = self._turns.turns_of(entry.engine_id)
         try:
-            return Session(entry.request, request, self._attention, turns, sizes)
+            return Session(
+                entry.request, request, self._attention, turns, sizes, self._refusals
+            )
         # torch reports a full GPU as a RuntimeError.
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(

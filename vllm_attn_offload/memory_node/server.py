@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import ssl
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,13 +17,21 @@ from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.connections import (
     Connection,
-    Listener,
+    Connections,
     strangers,
 )
 from vllm_attn_offload.memory_node.decode_attention.base import DecodeAttention
 from vllm_attn_offload.memory_node.handshake import Handshake, RefusedError
+from vllm_attn_offload.memory_node.listener import Listener
 from vllm_attn_offload.memory_node.node_channel import NUM_SLOTS, open_node_channel
+from vllm_attn_offload.memory_node.node_identity import (
+    NodeIdentity,
+    default_name,
+    unix_path,
+)
+from vllm_attn_offload.memory_node.node_state import NodeState
 from vllm_attn_offload.memory_node.page_faults import PageFaults
+from vllm_attn_offload.memory_node.refusals import Refusals
 from vllm_attn_offload.memory_node.reservations import Reservations
 from vllm_attn_offload.protocol.messages import (
     MAX_CONTROL_BYTES,
@@ -41,6 +51,7 @@ from vllm_attn_offload.protocol.messages import (
     SessionOpened,
     Stats,
 )
+from vllm_attn_offload.protocol.reasons import RefusedReason
 from vllm_attn_offload.transport.address import (
     Address,
     check_peer,
@@ -67,56 +78,87 @@ class MemoryNode:
     """Serves KV pools and attention to any number of engines.
 
     Args:
-        address: Where to listen.
+        addresses: Where to listen; the first is the one that users are told.
         attention: The kernel that attends.
         device: What the node runs on, as shown to users.
         kv_bytes: Budget for KV blocks of all engines.
         credentials: What peers must show, and what they are shown.
+        name: Label of its metrics; "": its host and port.
+
+    Attributes:
+        address: The first of its addresses, with the port that was bound.
+        addresses: All of them.
+        state: What the node does.
 
     Raises:
-        OSError: The address cannot be bound.
+        OSError: An address cannot be bound; it is the error's ``filename``.
     """
 
     def __init__(
         self,
-        address: Address,
+        addresses: Sequence[Address],
         attention: DecodeAttention[Any, Any],
         device: str,
         kv_bytes: int,
         credentials: Credentials = NO_CREDENTIALS,
+        name: str = "",
     ) -> None:
+        self.state = NodeState.STARTING
         self._attention = attention
-        self._device = device
         self._credentials = credentials
-        self._reservations = Reservations(attention, kv_bytes)
+        self._refusals = Refusals()
+        self._reservations = Reservations(attention, kv_bytes, self._refusals)
         self._faults = PageFaults()
-        self._listener = Listener(address, self._serve_connection)
-        self.address = self._listener.address
+        self._started = time.monotonic()
+        self._connections = Connections()
+        self._listener = Listener(
+            addresses,
+            self._connections,
+            self._serve_connection,
+            lambda: self._refusals.count("connections"),
+        )
+        self.addresses = self._listener.addresses
+        self.address = self.addresses[0]
+        self._identity = NodeIdentity(
+            name or default_name(self.addresses),
+            device,
+            attention.name,
+            attention.isa,
+            unix_path(self.addresses),
+        )
 
     @property
     def max_frame_bytes(self) -> int:
         """Budget for frames and plans of all engines, beside that for KV blocks."""
         return self._reservations.frames.total_bytes
 
+    @property
+    def name(self) -> str:
+        """Label of its metrics."""
+        return self._identity.name
+
+    @property
+    def is_accepting(self) -> bool:
+        """True while it waits for peers at every address."""
+        return self._listener.is_accepting
+
     def start(self) -> None:
         """Accept connections in the background."""
         self._faults = PageFaults()
+        self._started = time.monotonic()
         self._listener.start()
+        self.state = NodeState.SERVING
 
     def stop(self) -> None:
         """Stop listening, end every connection and free every pool."""
+        self.state = NodeState.STOPPING
         self._listener.stop()
         self._reservations.release_all()
 
     def info(self) -> NodeInfo:
         """Description of the node, and how much of it is free."""
-        return NodeInfo(
-            device=self._device,
-            attention_kernel=self._attention.name,
-            pid=os.getpid(),
-            kv_bytes_total=self._reservations.ledger.total_bytes,
-            kv_bytes_free=self._reservations.ledger.free_bytes,
-        )
+        ledger = self._reservations.ledger
+        return self._identity.info(ledger.total_bytes, ledger.free_bytes)
 
     def stats(self) -> Stats:
         """Counters of the node's sessions."""
@@ -126,6 +168,13 @@ class MemoryNode:
             sessions=self._reservations.stats(),
             num_minor_faults=self._faults.minor,
             num_major_faults=self._faults.major,
+            uptime_s=time.monotonic() - self._started,
+            num_connections=len(self._connections),
+            refused=self._refusals.refused,
+            invalid_frames=self._refusals.invalid_frames,
+            frame_bytes_total=self._reservations.frames.total_bytes,
+            frame_bytes_free=self._reservations.frames.free_bytes,
+            certificate_expires=self._credentials.expiry(),
         )
 
     def _serve_connection(self, connection: Connection) -> None:
@@ -138,10 +187,12 @@ class MemoryNode:
             connection.is_admitted = True
             self._serve_requests(connection)
         except ProtocolError as error:
+            self._refusals.count("request")
             connection.log.warning(
                 "closed a connection of %s: it sent %s", connection.peer, error
             )
         except (RefusedError, PermissionError, ssl.SSLError) as error:
+            self._refusals.count(_refused_reason(error))
             connection.log.warning(
                 "refused a connection of %s: %s", connection.peer, error
             )
@@ -184,8 +235,10 @@ class MemoryNode:
                 case Ping():
                     return Pong()
                 case _:
-                    return Error(f"{type(request).__name__} is not allowed here")
+                    raise ValueError(f"{type(request).__name__} is not allowed here")
         except (CapacityError, ValueError) as error:
+            is_full = isinstance(error, CapacityError)
+            self._refusals.count("capacity" if is_full else "request")
             connection.log.warning("refused %s: %s", type(request).__name__, error)
             return Error(str(error))
 
@@ -205,6 +258,7 @@ class MemoryNode:
         try:
             session = self._reservations.attach(request)
         except ValueError as error:
+            self._refusals.count("request")
             strangers.warning("refused a data channel: %s", error)
             send_message(sock, Error(str(error)), _MESSAGE_TIMEOUT_S)
             return
@@ -232,3 +286,11 @@ class MemoryNode:
         if self._reservations.hold_slots(request.session, NUM_SLOTS):
             return offer
         return msgspec.structs.replace(offer, shared_memory=False)
+
+
+def _refused_reason(
+    error: RefusedError | PermissionError | ssl.SSLError,
+) -> RefusedReason:
+    if isinstance(error, RefusedError):
+        return error.reason
+    return "tls" if isinstance(error, ssl.SSLError) else "peer"

@@ -16,8 +16,10 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     LayerCall,
     SharedRowsAttention,
 )
+from vllm_attn_offload.memory_node.frame_error import send_error
 from vllm_attn_offload.memory_node.frame_sizes import MAX_MICRO_BATCHES, FrameSizes
 from vllm_attn_offload.memory_node.planned_step import PlannedStep
+from vllm_attn_offload.memory_node.refusals import NO_KIND, Refusals
 from vllm_attn_offload.memory_node.session_pool import SessionPool
 from vllm_attn_offload.memory_node.thread_clock import ThreadClock
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
@@ -25,10 +27,11 @@ from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.messages import (
     OpenSession,
     ReserveCapacity,
-    SessionStats,
 )
 from vllm_attn_offload.protocol.session_counters import SessionCounters
-from vllm_attn_offload.protocol.step import read_step
+from vllm_attn_offload.protocol.session_stats import SessionStats
+from vllm_attn_offload.protocol.step_reader import read_step, read_worker_times
+from vllm_attn_offload.protocol.value_types import TRANSPORT_NAMES
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.cuda_memory import DeviceRows
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
@@ -52,6 +55,7 @@ class Session:
         attention: The node's kernel.
         turns: Context in which nobody else computes.
         sizes: Sizes of the session's frames.
+        refusals: Counts frames that the protocol does not allow.
     """
 
     def __init__(
@@ -61,14 +65,16 @@ class Session:
         attention: DecodeAttention[Any, Any],
         turns: AbstractContextManager[None],
         sizes: FrameSizes,
+        refusals: Refusals,
     ) -> None:
         self.geometry = reserved.geometry
         self.generation = opened.generation
         self.worker_kv_bytes = 0
         self.worker_state_bytes = 0
         self.worker_cpu_ids: list[int] = []
+        self._reserved = reserved
         self._engine = reserved.engine
-        self._shard = reserved.shard
+        self._refusals = refusals
         self._attention = attention
         self.sizes = sizes
         self._steps: dict[tuple[int, int], PlannedStep] = {}
@@ -90,13 +96,17 @@ class Session:
         """Memory of the session, and its counters since it was opened."""
         return SessionStats(
             engine=self._engine,
-            tp_rank=self._shard.tp_rank,
+            tp_rank=self._reserved.shard.tp_rank,
             num_blocks=self._pool.num_blocks,
             kv_bytes=self._pool.num_bytes,
             worker_kv_bytes=self.worker_kv_bytes,
             worker_state_bytes=self.worker_state_bytes,
             worker_cpu_ids=self.worker_cpu_ids,
             counters=msgspec.structs.replace(self._counters, cpu_s=self._clock.cpu_s),
+            model=self._reserved.model,
+            engine_index=self._reserved.engine_index,
+            transport=TRANSPORT_NAMES[self._transport.name if self._transport else ""],
+            generation=self.generation,
         )
 
     def serve(self, transport: Transport) -> None:
@@ -105,23 +115,26 @@ class Session:
         A frame that the protocol does not allow is answered with an ERROR frame, and
         the channel is closed; other sessions do not notice.
         """
-        header = FrameHeader()
+        header, kind = FrameHeader(), NO_KIND
         self._clock.start()
         try:
             self._pool.while_open(lambda: self._use(transport))
             while True:
+                kind = NO_KIND
                 transport.receive_header(header, None)
+                kind = header.kind
                 self._serve_frame(transport, header)
         except ProtocolError as error:
+            self._refusals.count_frame(kind)
             logger.warning("session of %s refused: %s", self._engine, error)
-            _send_error(transport, str(error))
+            send_error(transport, str(error))
         except OSError as error:
             logger.info("data channel of %s ended: %s", self._engine, error)
         except (MemoryError, RuntimeError, ValueError) as error:
             # What a kernel or an allocation raises; other sessions go on.
             problem = f"{type(error).__name__}: {error}".rstrip(": ")
             logger.error("session of %s failed: %s", self._engine, problem)
-            _send_error(
+            send_error(
                 transport,
                 f"the memory node could not compute ({problem}). Give it more memory, "
                 "or lower max_num_batched_tokens or max_num_seqs.",
@@ -176,9 +189,13 @@ class Session:
         plan = self._attention.plan(
             header.group, self.geometry, step, previous and previous.plan
         )
+        counters = self._counters
+        counters.worker_pack_s, counters.worker_send_s, counters.worker_wait_s = (
+            read_worker_times(payload)
+        )
         self._steps[key] = PlannedStep.of(header.step, step, plan, limits.block_size)
-        self._counters.num_steps += 1
-        self._counters.bytes_received += header.num_bytes
+        counters.num_steps += 1
+        counters.bytes_received += header.num_bytes
 
     def _serve_layer(
         self, transport: Transport, header: FrameHeader, started: float
@@ -276,17 +293,3 @@ class Session:
                 f"tokens need {layout.num_bytes:,}"
             )
         return planned, layout
-
-
-def _send_error(
-    transport: Transport, message: str, flags: FrameFlag = FrameFlag.NONE
-) -> None:
-    payload = memoryview(message.encode())
-    header = FrameHeader(
-        kind=FrameKind.ERROR, flags=flags.value, num_bytes=payload.nbytes
-    )
-    try:
-        transport.send(header, payload)
-        transport.linger()
-    except OSError as error:
-        logger.debug("the refusal was not delivered: %s", error)

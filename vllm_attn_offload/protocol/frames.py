@@ -39,8 +39,9 @@ class FrameFlag(IntFlag):
 FRAME_MAGIC = 0x4F415631
 FRAME_HEADER = struct.Struct("<IHHQHHIQ")
 FRAME_HEADER_BYTES = FRAME_HEADER.size
-#: Requests, stored rows, block-table columns, query rows, tables of block indices.
-STEP_PREFIX = struct.Struct("<IIIII")
+#: Requests, stored rows, block-table columns, query rows, tables of block indices; then
+#: nanoseconds that the worker has packed, sent and waited.
+STEP_PREFIX = struct.Struct("<IIIIIQQQ")
 
 
 @dataclass(slots=True)

@@ -20,7 +20,17 @@ from vllm_attn_offload.protocol.frames import (
     FrameKind,
 )
 from vllm_attn_offload.protocol.geometry import Index, Name, SessionGeometry
-from vllm_attn_offload.protocol.session_counters import SessionCounters
+from vllm_attn_offload.protocol.reasons import InvalidFrame, RefusedReason
+from vllm_attn_offload.protocol.session_stats import SessionStats
+from vllm_attn_offload.protocol.value_types import (
+    Bytes,
+    Count,
+    Nonce,
+    Proof,
+    Text,
+    Token,
+    Total,
+)
 
 #: One line per version: what changed on the wire.
 PROTOCOL_HISTORY = (
@@ -31,23 +41,13 @@ PROTOCOL_HISTORY = (
     (5, "Windows, caps, slopes and shared KV of layers; positions in a STEP"),
     (6, "Page faults, CPUs of nodes and workers, workers' states, where time goes"),
     (7, "Blocks of fp8, with scales of layers"),
+    (8, "Names, versions, refusals; model and worker times of a session"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 
 GIB = 1 << 30
 MAX_CONTROL_BYTES = 1 << 20
 HANDSHAKE_BYTES = 4 << 10
-NONCE_BYTES = 32
-
-Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-# Names reach logs and metrics: printable ASCII, so that none of them forges a line.
-Token = Annotated[
-    str, msgspec.Meta(min_length=1, max_length=128, pattern=r"\A[ -~]+\Z")
-]
-Text = Annotated[str, msgspec.Meta(max_length=4096)]
-Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
-Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class _Message(
@@ -68,6 +68,9 @@ class NodeInfo(_Message, frozen=True, tag="node_info"):
     """Answer to Hello.
 
     ``kv_bytes_total`` is the node's budget, ``kv_bytes_free`` what no engine holds.
+    ``isa`` is empty where the kernel has none. ``instance`` is new with every start of
+    the process, ``host_id`` with every boot of its host. ``unix_path`` names a socket
+    where it listens, too; empty: none.
     """
 
     device: Text
@@ -75,6 +78,12 @@ class NodeInfo(_Message, frozen=True, tag="node_info"):
     pid: int
     kv_bytes_total: int
     kv_bytes_free: int
+    name: Name
+    version: Text
+    isa: Text
+    instance: Token
+    host_id: Text
+    unix_path: Text
 
 
 class Challenge(_Message, frozen=True, tag="challenge"):
@@ -107,12 +116,17 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReserveCapacity(_Message, frozen=True, tag="reserve_capacity"):
-    """Ask for KV memory for one worker; ``kv_bytes`` is an upper bound."""
+    """Ask for KV memory for one worker; ``kv_bytes`` is an upper bound.
+
+    ``model`` and ``engine_index``, the data-parallel one, are shown to operators.
+    """
 
     engine: Token
     shard: Shard
     geometry: SessionGeometry
     kv_bytes: Bytes
+    model: Text = ""
+    engine_index: Index = 0
 
 
 class CapacityReserved(_Message, frozen=True, tag="capacity_reserved"):
@@ -200,28 +214,13 @@ class GetStats(_Message, frozen=True, tag="get_stats"):
     """Ask for counters of all sessions on the node."""
 
 
-class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Memory of one session, and its counters.
-
-    ``worker_cpu_ids`` is empty before a worker attaches, and where it is on another
-    host.
-    """
-
-    engine: str
-    tp_rank: int
-    num_blocks: int
-    kv_bytes: int
-    worker_kv_bytes: int
-    worker_state_bytes: int
-    worker_cpu_ids: list[int]
-    counters: SessionCounters
-
-
 class Stats(_Message, frozen=True, tag="stats"):
     """Counters of a node and its sessions.
 
     Page faults are those of the node's process since it serves: minor ones are first
-    touches of memory, major ones waited for a disk.
+    touches of memory, major ones waited for a disk. ``refused`` and ``invalid_frames``
+    count by reason. ``frame_bytes_total`` is the budget for frames and plans.
+    ``certificate_expires`` is a Unix time; 0 without TLS.
     """
 
     node: NodeInfo
@@ -229,6 +228,13 @@ class Stats(_Message, frozen=True, tag="stats"):
     sessions: list[SessionStats]
     num_minor_faults: int
     num_major_faults: int
+    uptime_s: float
+    num_connections: int
+    refused: dict[RefusedReason, Total]
+    invalid_frames: dict[InvalidFrame, Total]
+    frame_bytes_total: int
+    frame_bytes_free: int
+    certificate_expires: float
 
 
 class Ping(_Message, frozen=True, tag="ping"):

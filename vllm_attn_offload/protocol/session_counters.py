@@ -11,7 +11,8 @@ class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
 
     ``plan_s`` is that of STEPs, ``layer_s`` of all that a LAYER takes from its header
     to the end of its answer. ``cpu_s`` is CPU time of the thread that serves; kernels
-    have others beside it.
+    have others beside it. The worker's own times are sums over all of its nodes, as it
+    last told them.
     """
 
     num_steps: int = 0
@@ -27,6 +28,9 @@ class SessionCounters(msgspec.Struct, forbid_unknown_fields=True):
     plan_s: float = 0.0
     layer_s: float = 0.0
     cpu_s: float = 0.0
+    worker_pack_s: float = 0.0
+    worker_send_s: float = 0.0
+    worker_wait_s: float = 0.0
 
     def add(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The STEP frame: what a scheduler step asks of one KV group, checked on arrival."""
+"""The STEP frame: what a scheduler step asks of one KV group."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.protocol.frames import STEP_PREFIX
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 _ALIGNMENT = 8
-#: No kernel counts further, whatever a pool holds.
-_MAX_SEQ_LEN = 1 << 30
+#: Nanoseconds that a worker has packed, sent and waited.
+WorkerTimes = tuple[int, int, int]
+_NO_TIMES: WorkerTimes = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,15 @@ def step_num_bytes(
     return _aligned(int32s) + 8 * num_tokens
 
 
-def write_step(step: StepMetadata, buffer: memoryview) -> int:
+def write_step(
+    step: StepMetadata, buffer: memoryview, times: WorkerTimes = _NO_TIMES
+) -> int:
     """Encode a step into ``buffer[:n]`` and return ``n``, the payload's bytes."""
     num_reqs, width = step.block_table.shape
     indices = step.block_indices
     counts = (num_reqs, step.num_tokens, width, step.num_query_rows)
-    STEP_PREFIX.pack_into(buffer, 0, *counts, indices is not None)
-    views = _views(buffer, num_reqs, step.num_tokens, width, indices is not None)
+    STEP_PREFIX.pack_into(buffer, 0, *counts, indices is not None, *times)
+    views = step_arrays(buffer, num_reqs, step.num_tokens, width, indices is not None)
     views.query_start_loc[:] = step.query_start_loc
     views.seq_lens[:] = step.seq_lens
     views.query_positions[:] = step.query_positions
@@ -162,49 +164,14 @@ def write_step(step: StepMetadata, buffer: memoryview) -> int:
     return step.num_bytes
 
 
-def read_step(payload: memoryview, limits: StepLimits) -> StepMetadata:
-    """Decode a STEP payload and check every number in it against the session.
-
-    Args:
-        payload: Bytes ``[num_bytes]``; the result's arrays are views of it.
-        limits: Limits of the session.
-
-    Raises:
-        ProtocolError: A count, length, position, block or slot is out of range.
-    """
-    if payload.nbytes < STEP_PREFIX.size:
-        raise ProtocolError(f"a STEP frame of {payload.nbytes} bytes is too short")
-    counts = STEP_PREFIX.unpack_from(payload, 0)
-    num_reqs, num_tokens, width, num_query_rows, has_indices = counts
-    _check_range("requests", num_reqs, 0, limits.max_num_reqs)
-    _check_range("tokens", num_tokens, 0, limits.max_num_tokens)
-    _check_range("block-table columns", width, 0, limits.max_blocks_per_req)
-    _check_range("query rows", num_query_rows, 0, limits.max_num_tokens)
-    _check_range("tables of block indices", has_indices, 0, 1)
-    expected = step_num_bytes(
-        num_reqs, num_tokens, width, has_indices=bool(has_indices)
-    )
-    if payload.nbytes != expected:
-        raise ProtocolError(
-            f"a STEP frame of {payload.nbytes} bytes for {num_reqs} requests, "
-            f"{num_tokens} tokens and {width} columns; {expected} bytes are expected"
-        )
-    step = _views(payload, num_reqs, num_tokens, width, bool(has_indices))
-    _check_queries(step, num_query_rows)
-    if num_reqs:
-        _check_positions(step, limits)
-        _check_blocks(step, limits)
-    _check_slots(step, limits)
-    return step
-
-
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _views(
+def step_arrays(
     buffer: memoryview, num_reqs: int, num_tokens: int, width: int, has_indices: bool
 ) -> StepMetadata:
+    """Lay a step's arrays over a STEP payload, whose length is known to suit them."""
     # Slices of one array: each made from the buffer takes three times as long.
     per_req, table = num_reqs + 1, num_reqs * width
     count = 4 * num_reqs + 1 + (2 * table if has_indices else table)
@@ -216,85 +183,3 @@ def _views(
     lens, positions, first_block = words[per_req:tables_at].reshape(3, num_reqs)
     blocks, *indices = words[tables_at:].reshape(1 + has_indices, num_reqs, width)
     return StepMetadata(starts, lens, slots, blocks, positions, first_block, *indices)
-
-
-def _check_range(what: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ProtocolError(
-            f"a step with {value:,} {what}; this session allows {low:,} to {high:,}"
-        )
-
-
-def _check_queries(step: StepMetadata, num_query_rows: int) -> None:
-    starts = step.query_start_loc
-    # Compared, not subtracted: differences of hostile values would wrap around.
-    has_fallen = starts[1:] < starts[:-1]
-    if starts[0] != 0 or starts[-1] != num_query_rows or has_fallen.any():
-        raise ProtocolError(
-            "query_start_loc must rise from 0 to the number of query rows of the step"
-        )
-
-
-def _check_positions(step: StepMetadata, limits: StepLimits) -> None:
-    max_blocks = -(-_MAX_SEQ_LEN // limits.block_size)
-    numbers = np.concatenate((step.seq_lens, step.query_positions, step.first_block))
-    # Nearly every step is far from all bounds: they are not looked at one by one.
-    if numbers.min() < 0 or int(numbers.max()) + step.num_query_rows > max_blocks:
-        _check_each_position(step, max_blocks)
-    indices = step.block_indices
-    if indices is None or not indices.size:
-        return
-    _check_range("as the index of a block", int(indices.min()), -1, max_blocks)
-    _check_range("as the index of a block", int(indices.max()), -1, max_blocks)
-    before, after = indices[:, :-1], indices[:, 1:]
-    if not ((before >= 0) & (after > before) | (after == -1)).all():
-        raise ProtocolError("block_indices must rise, with -1 behind the last one")
-
-
-def _check_each_position(step: StepMetadata, max_blocks: int) -> None:
-    query_lens = np.diff(step.query_start_loc)
-    last = step.query_positions.astype(np.int64) + query_lens
-    for what, values, high in (
-        ("tokens in a request", step.seq_lens, _MAX_SEQ_LEN),
-        ("as the position of a query row", step.query_positions, _MAX_SEQ_LEN),
-        ("as the position after a request's rows", last, _MAX_SEQ_LEN),
-        ("as the index of a first block", step.first_block, max_blocks),
-    ):
-        _check_range(what, int(values.min()), 0, high)
-        _check_range(what, int(values.max()), 0, high)
-
-
-def _check_blocks(step: StepMetadata, limits: StepLimits) -> None:
-    table, width = step.block_table, step.block_table.shape[1]
-    if step.block_indices is None and table.size:
-        # Nearly every table has no wrong id even where nobody looks.
-        most = -(-int(step.seq_lens.max()) // limits.block_size)
-        is_short = most <= min(width, limits.num_blocks)
-        if is_short and table.min() >= 0 and table.max() < limits.num_blocks:
-            return
-    columns = step.num_columns(limits.block_size)
-    most = int(columns.max())
-    # A table may name a block many times, but reads no more than a pool at once.
-    _check_range("blocks of a request", most, 0, limits.num_blocks)
-    if most > width:
-        raise ProtocolError(
-            f"a request of {int(step.seq_lens.max()):,} tokens needs {most:,} blocks; "
-            f"the step lists {width:,}"
-        )
-    used = np.arange(width) < columns[:, None]
-    ids = table[used]
-    if ids.size and (ids.min() < 0 or ids.max() >= limits.num_blocks):
-        raise ProtocolError(
-            f"block ids from {int(ids.min())} to {int(ids.max())}; this session has "
-            f"blocks 0 to {limits.num_blocks - 1}"
-        )
-
-
-def _check_slots(step: StepMetadata, limits: StepLimits) -> None:
-    slots = step.slot_mapping
-    num_slots = limits.num_blocks * limits.block_size
-    if slots.size and (slots.min() < -1 or slots.max() >= num_slots):
-        raise ProtocolError(
-            f"slots from {int(slots.min())} to {int(slots.max())}; this session has "
-            f"slots 0 to {num_slots - 1}, and -1"
-        )

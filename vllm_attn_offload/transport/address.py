@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import ipaddress
 import os
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 _FORMS = "HOST:PORT, [IPV6]:PORT or unix:PATH"
 _UCRED = struct.Struct("@iII")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, less its terminator
 
 
@@ -150,6 +152,18 @@ def check_directory(directory: Path) -> None:
         f"{os.geteuid()} or root that group and others cannot write to. Use another "
         f"one, or run: chmod go-w {directory}",
     )
+
+
+@functools.cache
+def host_id() -> str:
+    """Return what two processes have in common on one host alone: its boot id.
+
+    Empty where the kernel does not tell.
+    """
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def set_tcp_options(sock: socket.socket) -> None:

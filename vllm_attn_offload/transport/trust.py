@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from vllm_attn_offload.protocol.messages import NONCE_BYTES, compatibility_hash
+from vllm_attn_offload.protocol.messages import compatibility_hash
+from vllm_attn_offload.protocol.value_types import NONCE_BYTES
+from vllm_attn_offload.transport.certificate import certificate_expiry
 
 MIN_TOKEN_BYTES = 32
 _MAX_TOKEN_BYTES = 4096
@@ -91,6 +93,16 @@ class Credentials:
             ValueError: A file is missing or cannot be used.
         """
         return self._context(ssl.PROTOCOL_TLS_SERVER)
+
+    def expiry(self) -> float:
+        """Return when our certificate expires, as Unix time; 0 without one, or where
+        it cannot be read now."""
+        if not self.tls_cert:
+            return 0.0
+        try:
+            return certificate_expiry(self.tls_cert, self.tls_key)
+        except (OSError, ValueError):
+            return 0.0
 
     def _context(self, protocol: int) -> ssl.SSLContext | None:
         names = ("tls_cert", "tls_key", "tls_ca")
@@ -166,7 +178,7 @@ def is_proof(
 def _read_token(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            status = os.fstat(file.fileno())
             token = file.read(_MAX_TOKEN_BYTES + 1).strip()
     except OSError as error:
         raise ValueError(
@@ -174,10 +186,15 @@ def _read_token(path: str) -> bytes:
             f"file with a token of at least {MIN_TOKEN_BYTES} bytes. Make one with: "
             f"(umask 077; openssl rand -hex 32 > {path})"
         ) from error
-    if mode & 0o077:
+    mode = stat.S_IMODE(status.st_mode)
+    # Kubernetes (fsGroup) and systemd (credentials) hand a file of root's to one other
+    # user in this way.
+    is_handed = status.st_uid == 0 and os.geteuid() != 0
+    if mode & (0o037 if is_handed else 0o077):
         raise ValueError(
             f"auth_token_file {path!r} has mode {mode:04o}. Allowed: no access by "
-            f"group and others. Run: chmod 600 {path}"
+            "group and others, except that the group of a file of root's may read it. "
+            f"Run: chmod 600 {path}"
         )
     if not MIN_TOKEN_BYTES <= len(token) <= _MAX_TOKEN_BYTES:
         raise ValueError(

@@ -66,6 +66,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
 
     #: Shown in NodeInfo and in the log.
     name: str
+    #: Instructions that it was compiled for; empty: it has no such choice.
+    isa: str = ""
     #: Rows go to memory of the kernel's own and back, as on a GPU: by ``begin`` and
     #: ``finish``, which take no turn, because only the session waits for them.
     copies_rows = False

@@ -38,8 +38,7 @@ from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
 _SLOT_BYTES = 8
-#: Rows, query heads, KV heads, blocks, their stride and the window of layers that share
-#: a plan.
+#: Rows, query heads, KV heads, blocks, their stride, and the window, of alike layers.
 _KindKey = tuple[TokenLayout, int, int, int, int, int]
 
 
@@ -48,12 +47,13 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
 
     Args:
         library: The built library.
-        cpu_ids: CPUs of the node. One thread works on each; the first is the thread of
-            the session that calls, the others are pinned.
+        cpu_ids: CPUs of the node, a thread on each: that of the calling session on the
+            first, pinned ones on the others.
     """
 
     def __init__(self, library: CpuKernelLibrary, cpu_ids: Sequence[int]) -> None:
-        self.name = f"cpp ({library.isa_names[0]})"
+        self.isa = library.isa_names[0]
+        self.name = f"cpp ({self.isa})"
         self._library = library
         spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
         self._threads = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
