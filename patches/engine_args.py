@@ -107,6 +107,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_attn_offload.engine.node_metrics import export_node_metrics
         from vllm_attn_offload.engine.placement import check_local_memory
         from vllm_attn_offload.engine.reachable_nodes import check_reachable
+        from vllm_attn_offload.engine.rust_frontend import warn_of_rust_frontend
 
         check_arguments(self)
         check_cpus(config)
@@ -120,6 +121,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_first:
             forget_with(vllm_config)
             check_local_memory(config, vllm_config)
+            warn_of_rust_frontend(self, config)
         if config.on_node_loss == "recover":
             choose_scheduler(vllm_config, config.recovery_timeout_s)
         export_node_metrics(vllm_config, config)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,6 +71,29 @@ def test_serve_exports_metrics(server: Server) -> None:
     assert labels["cpus"] == ("divided" if bound else "shared")
     allowed = parse_cpu_list(bound or labels["node_cpus"])
     assert set(parse_cpu_list(labels["worker_cpus"])) <= set(allowed)
+
+
+def test_status_finds_nodes_and_engines(server: Server) -> None:
+    """From the server's URL alone."""
+    process = server("float32")
+    command = Path(sys.executable).with_name("vllm-attn-offload")
+    done = subprocess.run(
+        [command, "status", "--engine", process.url, "--json", "--timeout-s", "30"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    (node,) = document["nodes"]
+    assert node["address"].startswith("unix:")
+    assert node["state"] == "serving"
+    (session,) = node["stats"]["sessions"]
+    (engine,) = document["engines"]
+    assert engine["pool_blocks"] == session["num_blocks"]
+    assert engine["model_name"] == session["model"]
+    assert engine["generation"] == session["generation"] == 0
+    assert (engine["recovering"], engine["recoveries"]) == (0, 0)
 
 
 def test_serve_pool_is_larger_than_stock_accepts(server: Server) -> None:

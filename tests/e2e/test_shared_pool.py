@@ -17,7 +17,7 @@ from harness.serve_process import ServeProcess
 from node_process import NodeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
-from vllm_attn_offload.protocol.messages import SessionStats
+from vllm_attn_offload.protocol.session_stats import SessionStats
 
 NUM_NODES, NUM_RANKS, ROUNDS = 2, 2, 4
 #: Much less on a host where nothing else runs.
@@ -28,14 +28,16 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """Addresses of a pool whose unwritten blocks hold NaN."""
+    """Addresses of a pool whose unwritten blocks hold NaN; one has a Unix socket."""
     with ExitStack() as stack:
         addresses = []
         for index in range(NUM_NODES):
+            unix = ("--listen", f"unix:{tmp_path / 'node.sock'}")
             node = NodeProcess(
                 "127.0.0.1:0",
                 tmp_path / f"node-{index}.log",
                 *("--kv-cache-gib", "0.1"),
+                *(() if index else unix),
                 ATTN_OFFLOAD_POISON_KV="1",
             )
             stack.callback(node.kill)
@@ -97,8 +99,12 @@ def test_engines_share_a_pool(
 
         for answer in pool.map(ask, servers * ROUNDS):
             assert answer == tiny_tokens
-        for node in nodes:
+        for node, transport in zip(nodes, ("shared memory", "tcp"), strict=True):
             found = sessions(node)
+            assert {session.transport for session in found} == {transport}
+            assert {session.model for session in found} == {tiny_model}
+            assert sorted(session.engine_index for session in found) == [0, 0, 1]
+            assert all(session.counters.worker_wait_s > 0 for session in found)
             assert len(found) == NUM_RANKS + 1
             assert len({session.engine for session in found}) == NUM_RANKS + 1
             assert all(session.counters.num_layer_calls > 0 for session in found)

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from node_process import NodeProcess, eventually, running_node
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from raw_session import attach_request, make_geometry, reservation, session_of
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -21,7 +22,12 @@ from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.cpu_list import format_cpu_list
 from vllm_attn_offload.engine.node_metrics import NodeStatsReader
 from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.metrics.engine import ENGINE_METRICS
+from vllm_attn_offload.metrics.node import CERTIFICATE, NODE_METRICS, UP
+from vllm_attn_offload.metrics.session import SESSION_METRICS
 from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
+from vllm_attn_offload.protocol.session_counters import SessionCounters
+from vllm_attn_offload.protocol.session_stats import SessionStats
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS
 
 NUM_SILENT = 12
@@ -44,6 +50,22 @@ def silent() -> Iterator[list[str]]:
             for _ in range(NUM_SILENT)
         ]
         yield [f"127.0.0.1:{each.getsockname()[1]}" for each in listeners]
+
+
+def name_of(node: NodeProcess) -> str:
+    """What the node calls itself."""
+    with closing(ControlClient(node.address, 5)) as client:
+        return client.info.name
+
+
+def up(registry: CollectorRegistry) -> dict[str, float]:
+    """Whether nodes answered, by their labels."""
+    return {
+        sample.labels["node"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == UP.sample
+    }
 
 
 def reader_of(*addresses: str) -> NodeStatsReader:
@@ -70,9 +92,10 @@ def test_one_second_for_all_nodes(
             assert f'memory_node_up{{node="{address}"}} 0.0' in text
             assert f'kv_bytes_free{{node="{address}"}}' not in text
     # A host that is busy may not let the node answer within a second every time.
-    answered = [text for text in texts if f'up{{node="{node.address}"}} 1.0' in text]
+    name = name_of(node)
+    answered = [text for text in texts if f'up{{node="{name}"}} 1.0' in text]
     assert answered
-    assert f'kv_bytes_free{{node="{node.address}"}}' in answered[0]
+    assert f'kv_bytes_free{{node="{name}"}}' in answered[0]
 
 
 def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
@@ -85,6 +108,64 @@ def test_a_node_that_is_back_is_up(silent: list[str], tmp_path: Path) -> None:
             assert eventually(lambda: found.append(reader.read()[address]) or found[-1])
             assert found[-1].node.pid == node.process.pid
         assert reader.read()[address] is None
+
+
+def test_a_node_keeps_its_name(tmp_path: Path) -> None:
+    """Its address is its label until it first answers, and then no more."""
+    address = f"unix:{tmp_path / 'node.sock'}"
+    registry = CollectorRegistry()
+    with closing(reader_of(address)) as reader:
+        registry.register(StatsCollector(reader.read))
+        assert up(registry) == {address: 0}
+        with running_node(tmp_path, "--kv-cache-gib", "0.1") as node:
+            name = name_of(node)
+            assert name != address
+            assert eventually(lambda: up(registry) == {name: 1}, 30)
+        assert up(registry) == {name: 0}
+
+
+def test_nodes_of_one_name(node: NodeProcess) -> None:
+    """Prometheus would drop all series of two nodes but those of the last."""
+    with closing(ControlClient(node.address, 5)) as client:
+        answers = {"10.0.0.1:1": client.stats(), "10.0.0.2:1": client.stats()}
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(lambda: answers))
+    assert up(registry) == dict.fromkeys(answers, 1)
+
+
+def test_all_that_is_listed_is_exported(node: NodeProcess) -> None:
+    """With the labels that are listed, by a node that a worker is attached to."""
+    own = max(os.sched_getaffinity(0))
+    text = attached(node, ChannelOffer([own], 1, False))
+    shown: dict[str, set[tuple[str, ...]]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):
+                shown.setdefault(sample.name, set()).add(tuple(sorted(sample.labels)))
+    listed = {
+        metric.sample: {tuple(sorted(metric.labels))}
+        for metric in (*NODE_METRICS, *SESSION_METRICS)
+        if metric.sample != CERTIFICATE.sample  # without TLS
+    }
+    assert shown == listed
+    assert not {metric.sample for metric in ENGINE_METRICS} & set(shown)
+
+
+def test_session_that_replaces_another(node: NodeProcess) -> None:
+    """While the old one is being closed, both have the same labels."""
+    with closing(ControlClient(node.address, 5)) as client:
+        stats = client.stats()
+    sessions = [
+        SessionStats("e", 0, 10 + each, 1, 1, 1, [], SessionCounters(), "", 0, "", each)
+        for each in (1, 2, 0)
+    ]
+    both = msgspec.structs.replace(stats, sessions=sessions)
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(lambda: {"10.0.0.1:1": both}))
+    labels = {"node": stats.node.name, "engine": "e", "tp_rank": "0"}
+    name = "attn_offload:memory_node_kv_blocks"
+    assert generate_latest(registry).decode().count(f"\n{name}{{") == 1
+    assert registry.get_sample_value(name, labels) == 12
 
 
 def test_nodes_that_are_gone_are_let_go(node: NodeProcess, silent: list[str]) -> None:

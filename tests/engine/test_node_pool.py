@@ -15,6 +15,7 @@ from raw_session import make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.engine_identity import EngineIdentity
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.errors import MemoryNodeError
@@ -32,7 +33,7 @@ def test_remote_nodes_without_a_token_are_named(
     vllm_logger.addHandler(caplog.handler)
     request.addfinalizer(lambda: vllm_logger.removeHandler(caplog.handler))
     config = AttentionOffloadConfig(memory_nodes=[node], startup_timeout_s=1.0)
-    pool = NodePool(config, "engine", (), ControlClient)
+    pool = NodePool(config, EngineIdentity("engine"), (), ControlClient)
     with pytest.raises(MemoryNodeError):
         pool.join()
     is_named = f"no token is set for {node}" in caplog.text
@@ -68,7 +69,7 @@ def test_a_node_without_a_place_is_tried_once(tmp_path: Path, node_cpu: str) -> 
         config = AttentionOffloadConfig(
             kv_cache_gib=KV_GIB, standby_nodes=[standby.address]
         )
-        pool = NodePool(config, "engine", [place], ControlClient)
+        pool = NodePool(config, EngineIdentity("engine"), [place], ControlClient)
         with closing(pool):
             pool.join()
             (num_blocks,) = pool.reserve([make_geometry()], 1)

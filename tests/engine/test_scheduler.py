@@ -36,11 +36,13 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_attn_offload.client.attachment import Attachment
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.engine_report import EngineReport
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
 from vllm_attn_offload.engine.recovery import Recovery
 from vllm_attn_offload.engine.scheduler import AttentionOffloadScheduler
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.metrics.engine_state import EngineState
 
 BLOCK_SIZE = 16
 LOSS = MemoryNodeError("node", "it is gone.")
@@ -79,8 +81,10 @@ def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
 @pytest.fixture
 def recovery(vllm_config: VllmConfig) -> Iterator[Recovery]:
     notice = OutageNotice(lambda outage: None, 60.0, 10.0)
+    report = EngineReport(EngineState("model", 0), lambda state: None)
     recovery = Recovery(
-        NoNodes(), lambda attachments: [None], 60.0, lambda error: None, notice
+        *(NoNodes(), lambda attachments: [None], 60.0, lambda error: None),
+        *(notice, report),
     )
     recovery.register(vllm_config)
     yield recovery

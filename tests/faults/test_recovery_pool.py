@@ -26,6 +26,8 @@ from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.engine_identity import EngineIdentity
+from vllm_attn_offload.engine.engine_report import EngineReport
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import Outage, OutageNotice
 from vllm_attn_offload.engine.recovery import Recovery
@@ -36,6 +38,7 @@ from vllm_attn_offload.errors import (
     NodeFailedError,
 )
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
+from vllm_attn_offload.metrics.engine_state import EngineState
 from vllm_attn_offload.protocol.messages import GIB, AttachSession
 from vllm_attn_offload.worker.lost_step import LostStep
 
@@ -65,7 +68,7 @@ def opened_pool(
         functools.partial(start or _start, directory / f"local-{index}", config)
         for index in range(config.num_local_nodes)
     ]
-    pool = NodePool(config, "engine", launches, ControlClient)
+    pool = NodePool(config, EngineIdentity("engine"), launches, ControlClient)
     losses = Losses()
     try:
         pool.join()
@@ -91,6 +94,11 @@ def _start(
 def quiet(timeout_s: float) -> OutageNotice:
     """Tells nobody that nodes are away."""
     return OutageNotice(lambda outage: None, timeout_s, grace_s=10.0)
+
+
+def unseen() -> EngineReport:
+    """Shows nobody how an engine is."""
+    return EngineReport(EngineState("model", 0), lambda state: None)
 
 
 def options(**given: Any) -> AttentionOffloadConfig:
@@ -139,7 +147,7 @@ def test_heads_hold_no_more_than_the_least_node(
     large = start_node("127.0.0.1:0")
     config = AttentionOffloadConfig(memory_nodes=(large.address, small.address))
     geometry = make_geometry(num_query_heads=8, num_kv_heads=2)
-    pool = NodePool(config, "engine", [], ControlClient)
+    pool = NodePool(config, EngineIdentity("engine"), [], ControlClient)
     pool.join()
     (num_blocks,) = pool.reserve([geometry], 1)
     half_block_bytes = 2 * 2 * 16 * 1 * 64 * 4
@@ -158,7 +166,10 @@ def test_standby_takes_over(start_node: StartNode, tmp_path: Path) -> None:
     """Where the lost node stays away, and only from a standby that is large enough."""
     lost, small, spare = (start_node("127.0.0.1:0") for _ in range(3))
     greedy = NodePool(
-        AttentionOffloadConfig(memory_nodes=(small.address,)), "x", [], ControlClient
+        AttentionOffloadConfig(memory_nodes=(small.address,)),
+        EngineIdentity("x"),
+        [],
+        ControlClient,
     )
     greedy.join()
     greedy.reserve([GEOMETRY], 1)
@@ -185,7 +196,7 @@ def test_recovery_gives_new_sessions_to_the_workers(tmp_path: Path) -> None:
         return [("node", "gone again")] if len(given) == 1 else [None]
 
     with opened_pool(options(), tmp_path) as (pool, losses, before):
-        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0), unseen())
         assert not recovery.is_pending
         os.kill(ControlClient(before[0].address, 5).info.pid, signal.SIGKILL)
         recovery.report_loss(losses.get(timeout=10))
@@ -202,7 +213,7 @@ def test_recovery_gives_new_sessions_to_the_workers(tmp_path: Path) -> None:
 def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
     node = start_node("127.0.0.1:0")
     with opened_pool(options(memory_nodes=(node.address,)), tmp_path) as (pool, got, _):
-        recovery = Recovery(pool, lambda _: [None], 1.0, got.put, quiet(1.0))
+        recovery = Recovery(pool, lambda _: [None], 1.0, got.put, quiet(1.0), unseen())
         node.kill()
         recovery.report_loss(got.get(timeout=10))
         with pytest.raises(MemoryNodeError, match=r"Within 1 s \(recovery_timeout_s\)"):
@@ -213,7 +224,9 @@ def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
 def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
     """It ends, unless a token is decoded in between."""
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(
+            pool, lambda _: [None], 60.0, losses.put, quiet(60.0), unseen()
+        )
 
         def lose_and_recover() -> None:
             recovery.report_loss(MemoryNodeError("node", "poison"))
@@ -233,7 +246,7 @@ def test_recovery_outlives_a_shortage_of_descriptors(tmp_path: Path) -> None:
     shown: list[Outage | None] = []
     with opened_pool(options(), tmp_path) as (pool, losses, before):
         notice = OutageNotice(shown.append, 60.0, grace_s=10.0)
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, notice)
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, notice, unseen())
         with closing(ControlClient(before[0].address, 5)) as victim:
             os.kill(victim.info.pid, signal.SIGKILL)
         error = losses.get(timeout=10)
@@ -265,7 +278,9 @@ def test_leaving_while_a_node_is_started_again(tmp_path: Path) -> None:
         return process
 
     with opened_pool(options(), tmp_path, start=start) as (pool, losses, _):
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(
+            pool, lambda _: [None], 60.0, losses.put, quiet(60.0), unseen()
+        )
         os.kill(pids[0], signal.SIGKILL)
         recovery.report_loss(losses.get(timeout=10))
         assert reached.wait(30)
@@ -280,7 +295,9 @@ def test_leaving_while_a_node_is_started_again(tmp_path: Path) -> None:
 def test_a_node_that_refuses_its_work_ends_the_engine(tmp_path: Path) -> None:
     """With its own sentence and at once: asked again, it would refuse again."""
     with opened_pool(options(), tmp_path) as (pool, losses, (attachment,)):
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(
+            pool, lambda _: [None], 60.0, losses.put, quiet(60.0), unseen()
+        )
         with closing(_data_channel(attachment)) as client:
             client.post_layer(7, 0, 0, 0, memoryview(bytes(64)), has_queries=True)
             with pytest.raises(NodeDefectError) as refusal:
@@ -304,7 +321,7 @@ def test_a_node_that_fails_the_same_way_twice_ends_the_engine(tmp_path: Path) ->
             given.append(attachments[0])
             return [None]
 
-        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(pool, attach, 60.0, losses.put, quiet(60.0), unseen())
         failure = _out_of_memory(before[0])
         recovery.report_loss(failure)
         recovery.finish()
@@ -322,7 +339,9 @@ def test_a_node_that_fails_the_same_way_twice_ends_the_engine(tmp_path: Path) ->
 def test_failures_hours_apart_are_no_row(tmp_path: Path) -> None:
     """Nothing was decoded in between, where requests ask for one token only."""
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(pool, lambda _: [None], 0.5, losses.put, quiet(0.5))
+        recovery = Recovery(
+            pool, lambda _: [None], 0.5, losses.put, quiet(0.5), unseen()
+        )
         for _ in range(3):
             recovery.report_loss(NodeFailedError("node", "no memory for 7 bytes"))
             recovery.finish()
@@ -333,7 +352,9 @@ def test_failures_hours_apart_are_no_row(tmp_path: Path) -> None:
 
 def test_the_same_failure_of_another_node_is_a_defect(tmp_path: Path) -> None:
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, quiet(60.0))
+        recovery = Recovery(
+            pool, lambda _: [None], 60.0, losses.put, quiet(60.0), unseen()
+        )
         recovery.report_loss(NodeFailedError("node-a", "no memory for 7 bytes"))
         recovery.finish()
         recovery.report_loss(NodeFailedError("node-b", "no memory for 8 bytes"))
@@ -386,7 +407,7 @@ def test_heartbeats_while_the_model_loads(start_node: StartNode) -> None:
     config = options(
         memory_nodes=(start_node("127.0.0.1:0").address,), request_timeout_s=1.0
     )
-    pool = NodePool(config, "engine", [], Heartbeats)
+    pool = NodePool(config, EngineIdentity("engine"), [], Heartbeats)
     pool.join()
     for _ in range(3):
         assert answered.acquire(timeout=30)
@@ -401,7 +422,7 @@ def test_workers_that_cannot_attach_for_a_while(tmp_path: Path) -> None:
         return [failures.pop() if failures else None]
 
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(pool, attach, 120.0, losses.put, quiet(120.0))
+        recovery = Recovery(pool, attach, 120.0, losses.put, quiet(120.0), unseen())
         recovery.report_loss(MemoryNodeError("node", "gone"))
         recovery.finish()
         assert not recovery.is_pending

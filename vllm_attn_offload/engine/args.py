@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_attn_offload.config import COMMON_CPUS_VARIABLE
+from vllm_attn_offload.engine.engine_board import ENGINE_BOARD_VARIABLE, EngineBoard
 from vllm_attn_offload.engine.executor_choice import choose_executor, is_follower
 from vllm_attn_offload.engine.node_board import NODE_BOARD_VARIABLE, NodeBoard
 from vllm_attn_offload.engine.outage_board import BOARD_VARIABLE, OutageBoard
@@ -57,6 +58,7 @@ _VARIABLES = (
     _DATA_PARALLEL_SIZE_VARIABLE,
     BOARD_VARIABLE,
     NODE_BOARD_VARIABLE,
+    ENGINE_BOARD_VARIABLE,
     NOTE_VARIABLE,
     *_WORKER_VARIABLES,
 )
@@ -101,6 +103,7 @@ def apply_to_engine_args(engine_args: EngineArgs) -> bool:
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
     say_why_at_exit(OutageBoard.create())
     NodeBoard.create()
+    EngineBoard.create()
     # vLLM's frontend kills the engine and its nodes if they do not end at once.
     atexit.register(_remove_run_dirs, directory)
     os.environ[_DATA_PARALLEL_SIZE_VARIABLE] = str(engine_args.data_parallel_size)

@@ -21,6 +21,8 @@ from vllm_attn_offload.engine.args import (
     data_parallel_size,
     environment_of_one_engine,
 )
+from vllm_attn_offload.engine.engine_identity import EngineIdentity
+from vllm_attn_offload.engine.engine_report import EngineReport
 from vllm_attn_offload.engine.frontend import end_with_frontend
 from vllm_attn_offload.engine.kv_cache_plan import (
     block_bytes,
@@ -90,14 +92,16 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         self._prepare_cluster()
         self._pool = NodePool(
             config,
-            f"{self.vllm_config.instance_id}-{self.parallel_config.data_parallel_index}",
+            EngineIdentity.of(self.vllm_config),
             local_nodes(self.vllm_config, config),
             ControlClient,
         )
         self._ranks = RankCalls(self.collective_rpc, config)
+        self._report = EngineReport.of_engine(self.vllm_config)
         self._recovery = self._new_recovery(config)
         try:
-            self._pool.join()
+            with self._report.span("join", {"nodes": config.addresses}):
+                self._pool.join()
             super()._init_executor()
             self._ranks.check_options()
         except BaseException:
@@ -134,9 +138,10 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         geometries: list[SessionGeometry] = self.collective_rpc(
             "session_geometry", args=(self._planned,)
         )
-        num_blocks = self._pool.reserve(
-            geometries, data_parallel_size(self.vllm_config)
-        )
+        with self._report.span("reserve", {"ranks": len(geometries)}):
+            num_blocks = self._pool.reserve(
+                geometries, data_parallel_size(self.vllm_config)
+            )
         check_pool_size(
             self.vllm_config,
             shared_groups(self._planned[0]),
@@ -161,17 +166,19 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             check_groups(planned, given)
         block_size = self.cache_config.block_size
         max_blocks = -(-self.model_config.max_model_len // block_size) + 1
-        attachments = self._pool.open_sessions(
-            [kv_cache_config.num_blocks for kv_cache_config in kv_cache_configs],
-            SessionLimits(
-                self.scheduler_config.max_num_batched_tokens,
-                self._max_num_reqs(),
-                max_blocks,
-            ),
-        )
+        with self._report.span("open", {"blocks": kv_cache_configs[0].num_blocks}):
+            attachments = self._pool.open_sessions(
+                [kv_cache_config.num_blocks for kv_cache_config in kv_cache_configs],
+                SessionLimits(
+                    self.scheduler_config.max_num_batched_tokens,
+                    self._max_num_reqs(),
+                    max_blocks,
+                ),
+            )
         super().initialize_from_config(kv_cache_configs)
         for problem in filter(None, self._attach(attachments)):
             raise MemoryNodeError(*problem)
+        self._report.open_pool(min(each.num_blocks for each in kv_cache_configs))
         if self._recovery is None:
             self._pool.watch(self._give_up)
         else:
@@ -242,7 +249,8 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             config.unavailable_grace_s,
         )
         recovery = Recovery(
-            self._pool, self._attach, config.recovery_timeout_s, self._give_up, notice
+            *(self._pool, self._attach, config.recovery_timeout_s, self._give_up),
+            *(notice, self._report),
         )
         recovery.register(self.vllm_config)
         return recovery

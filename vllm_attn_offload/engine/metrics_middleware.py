@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASGI middleware of vLLM's API server: memory nodes on ``/metrics`` of any of them."""
+"""ASGI middleware of vLLM's API servers: our metrics on ``/metrics`` of any of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from vllm_attn_offload.engine.node_metrics import exported_collector
+from vllm_attn_offload.engine.node_metrics import register_exported
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,6 +48,5 @@ def _all_metrics() -> bytes:
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     registry = get_prometheus_registry()  # a new one, as vLLM's own answer has
-    if (collector := exported_collector()) is not None:
-        registry.register(collector)
+    register_exported(registry)
     return generate_latest(registry)

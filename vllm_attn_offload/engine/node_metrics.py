@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of an engine's memory nodes for vLLM's ``/metrics``."""
+"""Memory nodes and engines on vLLM's ``/metrics``."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.registry import Collector
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import run_dir
+from vllm_attn_offload.engine.engine_board import EngineBoard
 from vllm_attn_offload.engine.node_board import NodeBoard
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.launcher import local_address
-from vllm_attn_offload.metrics import StatsCollector
+from vllm_attn_offload.metrics import EngineCollector, StatsCollector
 from vllm_attn_offload.protocol.messages import Stats
 from vllm_attn_offload.transport.trust import Credentials
 
@@ -29,7 +31,14 @@ logger = get_logger(__name__)
 _SCRAPE_TIMEOUT_S = 1.0
 #: Hosts that do not answer keep one each; it is made when it is needed.
 _MAX_THREADS = 128
-_exported: tuple[NodeStatsReader, StatsCollector] | None = None
+_exported: _Exported | None = None
+
+
+class _Exported(NamedTuple):
+    """What an engine added to Prometheus' registry."""
+
+    reader: NodeStatsReader
+    collectors: Sequence[Collector]
 
 
 class NodeStatsReader:
@@ -93,7 +102,7 @@ class NodeStatsReader:
 def export_node_metrics(
     vllm_config: VllmConfig, config: AttentionOffloadConfig
 ) -> None:
-    """Register an engine's nodes with Prometheus and drop those of an older engine.
+    """Register an engine and its nodes with Prometheus and drop an older engine's.
 
     A stat-logger plugin would do the same but, by being installed, turns vLLM's
     statistics on even where ``--disable-log-stats`` was given and nothing is offloaded
@@ -101,17 +110,22 @@ def export_node_metrics(
     """
     global _exported
     if _exported is not None:
-        older, collector = _exported
-        REGISTRY.unregister(collector)
-        older.close()
+        for collector in _exported.collectors:
+            REGISTRY.unregister(collector)
+        _exported.reader.close()
     reader = NodeStatsReader(_nodes(vllm_config, config))
-    _exported = reader, StatsCollector(reader.read)
-    REGISTRY.register(_exported[1])
+    collectors: list[Collector] = [StatsCollector(reader.read)]
+    if (board := EngineBoard.find()) is not None:
+        collectors.append(EngineCollector(board.read))
+    _exported = _Exported(reader, collectors)
+    register_exported(REGISTRY)
 
 
-def exported_collector() -> StatsCollector | None:
-    """Return what this process exports, where it has an engine that offloads."""
-    return None if _exported is None else _exported[1]
+def register_exported(registry: CollectorRegistry) -> None:
+    """Add what this process exports, where it has an engine that offloads."""
+    if _exported is not None:
+        for collector in _exported.collectors:
+            registry.register(collector)
 
 
 def _nodes(

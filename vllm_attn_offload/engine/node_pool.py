@@ -15,6 +15,8 @@ from vllm_attn_offload.client.partition import (
     shard_geometry,
 )
 from vllm_attn_offload.config import AttentionOffloadConfig
+from vllm_attn_offload.engine.engine_identity import EngineIdentity
+from vllm_attn_offload.engine.join_progress import join_all
 from vllm_attn_offload.engine.node_handle import Connect, NodeHandle
 from vllm_attn_offload.engine.node_launch import Launch
 from vllm_attn_offload.engine.session_limits import SessionLimits
@@ -22,7 +24,7 @@ from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.byte_size import byte_size
 from vllm_attn_offload.protocol.geometry import SessionGeometry
-from vllm_attn_offload.protocol.messages import GIB, ReserveCapacity, Shard
+from vllm_attn_offload.protocol.messages import GIB, Shard
 
 logger = get_logger(__name__)
 
@@ -35,7 +37,7 @@ class NodePool:
 
     Args:
         config: The engine's options.
-        engine: Name of the engine in the nodes' logs and metrics.
+        engine: What the nodes are told about it.
         launches: Start or find one node each, if the options name no addresses.
         connect: Opens control channels.
     """
@@ -43,7 +45,7 @@ class NodePool:
     def __init__(
         self,
         config: AttentionOffloadConfig,
-        engine: str,
+        engine: EngineIdentity,
         launches: Sequence[Launch],
         connect: Connect,
     ) -> None:
@@ -70,11 +72,7 @@ class NodePool:
             MemoryNodeError: One of them cannot be started or reached.
         """
         self._warn_of_open_nodes()
-        timeout_s = self._config.startup_timeout_s
-        with ThreadPoolExecutor(len(self._nodes)) as threads:
-            joins = [threads.submit(node.join, timeout_s) for node in self._nodes]
-        for join in joins:
-            join.result()
+        join_all(self._nodes, self._config.startup_timeout_s)
         for node in self._nodes:
             if node.pid is not None:
                 logger.info(
@@ -114,11 +112,10 @@ class NodePool:
         for index, node in enumerate(self._nodes):
             kv_bytes = max(1, self._kv_bytes(node, num_engines) // num_ranks)
             node.reserve(
-                ReserveCapacity(
-                    engine=self._engine,
-                    shard=Shard(rank, num_ranks, index, num_nodes),
-                    geometry=shard_geometry(each, self.partition, index, num_nodes),
-                    kv_bytes=kv_bytes,
+                self._engine.request(
+                    Shard(rank, num_ranks, index, num_nodes),
+                    shard_geometry(each, self.partition, index, num_nodes),
+                    kv_bytes,
                 )
                 for rank, each in enumerate(geometries)
             )

@@ -19,6 +19,7 @@ from vllm_attn_offload.engine.ray_placement import ray_nodes
 from vllm_attn_offload.memory_node.launcher import (
     MemoryNodeProcess,
     available_host_bytes,
+    local_name,
     unpromised_host_bytes,
 )
 from vllm_attn_offload.protocol.messages import GIB
@@ -62,6 +63,7 @@ def local_nodes(
         functools.partial(
             _launch,
             directory=run_dir(engine, index),
+            name=local_name(engine, index),
             device=device,
             cpus=cpus_of_node,
             budget_gib=budget_gib,
@@ -76,6 +78,7 @@ def _launch(
     kv_cache_gib: float | None,
     *,
     directory: Path,
+    name: str,
     device: str,
     cpus: str,
     budget_gib: float | None,
@@ -89,6 +92,7 @@ def _launch(
         startup_timeout_s=startup_timeout_s,
         device=device,
         auth_token_file=auth_token_file,
+        name=name,
     )
 
 

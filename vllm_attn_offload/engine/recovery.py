@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_attn_offload.client.attachment import Attachment, NodeFailure
+from vllm_attn_offload.engine.engine_report import EngineReport
+from vllm_attn_offload.engine.loss_history import LossHistory
 from vllm_attn_offload.engine.node_pool import NodePool
 from vllm_attn_offload.engine.outage_notice import OutageNotice
-from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError, NodeFailedError
+from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
 from vllm_attn_offload.logger import get_logger
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ logger = get_logger(__name__)
 
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 2.0
-#: Losses in a row without a decoded token; the requests may be what kills nodes.
-_MAX_FRUITLESS = 5
 
 
 class Recovery:
@@ -42,6 +41,7 @@ class Recovery:
         timeout_s: Deadline from a loss to ``finish``.
         give_up: Called if the engine cannot go on.
         notice: Shows that nodes are away.
+        report: Says how recoveries went.
     """
 
     _of_engine: ClassVar[dict[str, Recovery]] = {}
@@ -53,24 +53,25 @@ class Recovery:
         timeout_s: float,
         give_up: Callable[[MemoryNodeError], None],
         notice: OutageNotice,
+        report: EngineReport,
     ) -> None:
         self._pool = pool
         self._attach = attach
         self._timeout_s = timeout_s
         self._give_up = give_up
         self._notice = notice
+        self._report = report
+        self._history = LossHistory(timeout_s)
         self._changed = threading.Condition()
         self._attached, self._lost = 0, -1
         self._is_reopening = False
         self._is_closed = False
         self._reopened: list[list[Attachment]] = []
-        self._started_s = self._reopened_s = self._finished_s = 0.0
+        self._started_s = 0.0
         self._error: MemoryNodeError | None = None
         self._end: MemoryNodeError | None = None
         self._num_attempts = 0
         self._logged: set[str] = set()
-        self._num_fruitless = 0
-        self._failures: set[str] = set()
         #: Called, in a thread, when the pool is back with nothing in it.
         self.on_back: Callable[[], None] = lambda: None
         # Now: where a loss is noticed, there may be no room for a thread.
@@ -111,7 +112,9 @@ class Recovery:
             if generation <= self._lost or self._is_closed:
                 return
             self._lost, self._error = generation, error
-            if isinstance(error, NodeDefectError) or self._failed_before(error):
+            if isinstance(error, NodeDefectError) or self._history.failed_before(
+                error, time.monotonic()
+            ):
                 self._end_with(error)
             elif self.is_pending and not self._is_reopening:
                 logger.error(
@@ -122,12 +125,15 @@ class Recovery:
     @property
     def is_on_trial(self) -> bool:
         """True from a recovery until ``note_progress``."""
-        return self._num_fruitless > 0
+        return self._history.num_fruitless > 0
 
     def note_progress(self) -> None:
         """Record that a step decoded a token since the last loss."""
-        self._num_fruitless = 0
-        self._failures.clear()
+        self._history.note_progress()
+
+    def note_recomputed(self, num_tokens: int) -> None:
+        """Count tokens of running requests that are computed again."""
+        self._report.note_recomputed(num_tokens)
 
     def finish(self) -> None:
         """Wait for new sessions and give them to the workers; in the engine's thread.
@@ -137,9 +143,8 @@ class Recovery:
                 refuse their work.
             RankSilentError: A worker does not take its sessions.
         """
-        dropped_s = time.monotonic()
-        if self._served_for_long(self._started_s):
-            self._num_fruitless = 0
+        self._report.note_dropped()
+        self._history.note_loss(self._started_s)
         while self.is_pending:
             attachments = self._wait_for_sessions()
             generation = attachments[0][0].generation
@@ -147,18 +152,13 @@ class Recovery:
             if problems:
                 self._try_again(MemoryNodeError(*problems[0]), generation)
                 continue
-            self._num_fruitless += 1
+            self._history.note_attached()
             with self._changed:
                 self._attached = generation
-        self._finished_s = time.monotonic()
-        logger.info(
-            "Attention offload: the memory nodes are back after %.2f s (generation %d; "
-            "the step in flight ended after %.2f s, the pool was open after %.2f s)",
-            self._finished_s - self._started_s,
-            self._attached,
-            dropped_s - self._started_s,
-            self._reopened_s - self._started_s,
-        )
+                # A loss that is noticed now begins the next recovery.
+                if not self.is_pending:
+                    self._report.end_recovery(generation)
+        self._history.note_recovery(time.monotonic())
 
     def close(self) -> None:
         """Stop; later losses are ignored."""
@@ -179,34 +179,19 @@ class Recovery:
                 raise self._end
             if self._is_reopening or self._is_closed:
                 raise self._late()
-            if self._num_fruitless >= _MAX_FRUITLESS:
+            if self._history.is_hopeless:
                 raise self._failed(
-                    f"nodes were lost {self._num_fruitless + 1} times in a row without "
-                    "a decoded token in between."
+                    f"nodes were lost {self._history.num_fruitless + 1} times in a row "
+                    "without a decoded token in between."
                 )
             return self._reopened
-
-    def _failed_before(self, error: MemoryNodeError) -> bool:
-        """Remember a failure; True where it is not the first of its kind."""
-        if not isinstance(error, NodeFailedError):
-            return False
-        if self._served_for_long(time.monotonic()):
-            self._failures.clear()
-        # Sizes may differ, and another node that fails so means the work is the cause.
-        kind = re.sub(r"\d+", "#", error.cause)
-        is_known = kind in self._failures
-        self._failures.add(kind)
-        return is_known
-
-    def _served_for_long(self, now_s: float) -> bool:
-        """True if what happens now is no row with what was recovered from last."""
-        return now_s - self._finished_s > self._timeout_s
 
     def _begin(self, error: MemoryNodeError) -> None:
         self._is_reopening = True
         self._started_s = time.monotonic()
         self._num_attempts = 0
         self._logged.clear()
+        self._report.begin_recovery(error)
         self._notice.begin(error)
         self._changed.notify_all()
 
@@ -215,6 +200,7 @@ class Recovery:
         self._note_failure(error)
         with self._changed:
             if generation > self._lost:
+                self._report.begin_recovery(error)
                 self._lost = generation
                 self._is_reopening = True
                 self._changed.notify_all()
@@ -225,6 +211,7 @@ class Recovery:
                 return
             self._end = error
             self._changed.notify_all()
+        self._report.give_up(error)
         self._notice.give_up(error)
         self._give_up(error)
 
@@ -253,7 +240,7 @@ class Recovery:
                 is_back = self._lost < self._pool.generation
                 if is_back:
                     self._reopened, self._is_reopening = attachments, False
-                    self._reopened_s = time.monotonic()
+                    self._report.note_reopened()
                     self._notice.end()
                     self._changed.notify_all()
             if is_back:

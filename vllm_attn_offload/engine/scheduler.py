@@ -133,6 +133,7 @@ class AttentionOffloadSchedulerMixin(_SchedulerBase):
                 len(self.running),
                 f"{num_tokens:,}",
             )
+        self._recovery.note_recomputed(num_tokens)
         self.reset_prefix_cache(reset_running_requests=True)
 
 

@@ -15,8 +15,8 @@ _MEMBERS = {
     "vllm.config.VllmConfig": (
         "additional_config attention_config cache_config compilation_config "
         "device_config ec_transfer_config instance_id kv_transfer_config lora_config "
-        "max_concurrent_batches model_config parallel_config scheduler_config "
-        "speculative_config"
+        "max_concurrent_batches model_config observability_config parallel_config "
+        "scheduler_config speculative_config"
     ),
     "vllm.config.attention.AttentionConfig": "backend_per_kind hisparse_config",
     "vllm.config.cache.CacheConfig": (
@@ -35,8 +35,9 @@ _MEMBERS = {
         "architecture attention_chunk_size dtype get_head_size get_num_layers "
         "get_vocab_size hf_config hf_text_config is_attention_free is_encoder_decoder "
         "is_hybrid is_mm_prefix_lm max_model_len original_max_model_len runner_type "
-        "use_mla"
+        "served_model_name use_mla"
     ),
+    "vllm.config.observability.ObservabilityConfig": "otlp_traces_endpoint",
     "vllm.config.parallel.ParallelConfig": (
         f"{_PARALLEL} data_parallel_external_lb data_parallel_index "
         "data_parallel_size_local local_world_size node_rank_within_dp "
@@ -96,7 +97,7 @@ _MEMBERS = {
     "vllm.v1.core.sched.output.CachedRequestData": "num_computed_tokens req_ids",
     "vllm.v1.core.sched.output.SchedulerOutput": (
         "kv_cache_block_copies new_block_ids_to_zero num_scheduled_tokens "
-        "scheduled_cached_reqs scheduled_spec_decode_tokens"
+        "scheduled_cached_reqs scheduled_spec_decode_tokens total_num_scheduled_tokens"
     ),
     "vllm.v1.core.sched.request_queue.RequestQueue": "add_request remove_requests",
     # `engine/resident_state_manager.py` replaces both.

@@ -34,6 +34,7 @@ from vllm_attn_offload.worker.failure_note import noted_failure
 from vllm_attn_offload.worker.geometry import session_geometry
 from vllm_attn_offload.worker.local_kv_cache import LocalKVCacheConfig
 from vllm_attn_offload.worker.lost_step import LostStep
+from vllm_attn_offload.worker.step_sampler import StepSampler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,6 +58,7 @@ class AttentionOffloadWorker(_WorkerBase):
     _nodes: RemoteAttention | None = None
     _exchange: LayerExchange | None = None
     _micro_batches: MicroBatchRunner | None = None
+    _sampler: StepSampler | None = None
     _generation = 0
     _geometry: SessionGeometry
     _local_kv_cache: LocalKVCacheConfig
@@ -72,6 +74,7 @@ class AttentionOffloadWorker(_WorkerBase):
         super().load_model(*args, **kwargs)
         check_layers(layer_problems(self.vllm_config))
         mark_drafter_layers(self.vllm_config, self.model_runner.get_model())
+        self._sampler = StepSampler.of_worker(self.vllm_config, self.rank)
 
     @noted_failure()
     def session_geometry(self, planned: list[KVCacheConfig]) -> SessionGeometry:
@@ -187,7 +190,10 @@ class AttentionOffloadWorker(_WorkerBase):
                 "scheduler asks for to match parts of a state's block. Allowed: whole "
                 "blocks. Drop prefix_match_unit, or run without --attention-offload."
             )
-        return self._with_loss(super().execute_model(scheduler_output))
+        if self._sampler is None:
+            return self._with_loss(super().execute_model(scheduler_output))
+        with self._sampler.around(self._nodes, scheduler_output):
+            return self._with_loss(super().execute_model(scheduler_output))
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Sample the step's tokens, and draft those that may follow."""
