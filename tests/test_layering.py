@@ -16,7 +16,7 @@ PACKAGE = "vllm_attn_offload"
 #: Each folder may import those behind it.
 LAYERS = ("engine", "worker", "attention", "client", "transport", "protocol", "native")
 #: Importable from everywhere; the names are those of ``from vllm_attn_offload import``.
-COMMON = {"__version__", "cpu_list", "errors", "logger", "versions"}
+COMMON = {"__version__", "cpu_list", "errors", "logger", "printable", "versions"}
 #: What else each folder or root module may import.
 BESIDE: dict[str, set[str]] = {
     "engine": {
@@ -32,14 +32,30 @@ BESIDE: dict[str, set[str]] = {
     "memory_node": {"transport", "protocol", "native", "metrics", "triton_kernels"},
     "planner": {
         "LLM",
-        "hooks",
+        "trust_options",
         "worker",
         "client",
         "transport",
         "protocol",
         "memory_node",
-        "ray_nodes",
     },
+    "commands": {"doctor", "hooks", "planner", "ray_nodes", "status"},
+    "doctor": {
+        "client",
+        "config",
+        "engine",
+        "hooks",
+        "memory_node",
+        "native",
+        "patches",
+        "planner",
+        "protocol",
+        "ray_nodes",
+        "transport",
+        "trust_options",
+    },
+    "status": {"client", "protocol", "transport", "trust_options"},
+    "trust_options": {"transport"},
     "compatibility": {
         "unsupported",
         "unsupported_kv_dtype",
@@ -57,7 +73,7 @@ BESIDE: dict[str, set[str]] = {
     "patches": {"compatibility", "config", "engine"},
     "plugin": {"patches"},
     "llm": {"engine", "patches"},
-    "cli": {"memory_node", "planner"},
+    "cli": {"commands", "memory_node"},
     "__init__": {"config", "llm"},
 }
 
@@ -137,6 +153,9 @@ def test_memory_node_side_imports_no_vllm() -> None:
         "metrics",
         "planner",
         "ray_nodes",
+        "doctor",
+        "status",
+        "commands",
         "triton_kernels",
     )
     assert "vllm_attn_offload.memory_node.main" in modules

@@ -14,7 +14,7 @@ def memory_node_main() -> int:
 
 
 def main() -> int:
-    """``vllm-attn-offload``: plan a deployment, calibrate, or have Ray place nodes."""
-    from vllm_attn_offload.planner.cli import main as run
+    """``vllm-attn-offload``: plan, look at and check a deployment."""
+    from vllm_attn_offload.commands import main as run
 
     return run(sys.argv[1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_attn_offload.planner.cli import main
+from vllm_attn_offload.commands import main
 from vllm_attn_offload.planner.estimate.compare import compare
 from vllm_attn_offload.planner.estimate.offload import Offload
 from vllm_attn_offload.planner.estimate.question import Question
@@ -53,7 +53,7 @@ def test_compare_every_model(
 
 def test_plan_command_in_its_own_process() -> None:
     """No GPU, no network, under 5 s, and JSON that parses."""
-    command = "import sys; from vllm_attn_offload.planner.cli import main; "
+    command = "import sys; from vllm_attn_offload.commands import main; "
     command += "sys.exit(main(sys.argv[1:]))"
     arguments = ["plan", str(CONFIGS / "llama-3-8b"), "--compute", "1xH100"]
     arguments += ["--memory", "2xH20", "--network", "400Gbps", "--context", "8192"]
@@ -199,7 +199,7 @@ def test_commands_name_the_missing_extra(
 ) -> None:
     """In one line, before anything starts."""
     command = f"import sys; sys.modules[{missing!r}] = None; "
-    command += "from vllm_attn_offload.planner.cli import main; "
+    command += "from vllm_attn_offload.commands import main; "
     command += "sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments],
@@ -216,7 +216,7 @@ def test_commands_name_the_missing_extra(
 
 def test_commands_show_where_a_broken_import_is(tmp_path: Path) -> None:
     """With its traceback: no extra brings what is missing."""
-    command = "import sys; from vllm_attn_offload.planner.cli import main; "
+    command = "import sys; from vllm_attn_offload.commands import main; "
     command += "sys.modules['vllm_attn_offload.client.control_client'] = None; "
     command += "sys.exit(main(['calibrate']))"
     done = subprocess.run(

@@ -27,8 +27,8 @@ from ray_pools import (
 )
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.commands import main
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.planner.cli import main
 from vllm_attn_offload.ray_nodes.actor_calls import (
     create_actor,
     end_actor,
@@ -101,7 +101,7 @@ def test_without_ray(tmp_path: Path) -> None:
             (tmp_path / path.name).symlink_to(path)
     script = (
         "import site, sys; site.addsitedir(sys.argv[1])\n"
-        "from vllm_attn_offload.planner.cli import main\n"
+        "from vllm_attn_offload.commands import main\n"
         "sys.exit(main(['ray', 'list']))"
     )
     ended = subprocess.run(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_attn_offload.commands import main
 from vllm_attn_offload.memory_node.launcher import MemoryNodeProcess
 from vllm_attn_offload.planner.calibrate import time_engine
 from vllm_attn_offload.planner.calibrate.calibration import (
@@ -35,7 +36,6 @@ from vllm_attn_offload.planner.calibrate.probes import (
     MemoryProbe,
     fit_line,
 )
-from vllm_attn_offload.planner.cli import main
 from vllm_attn_offload.planner.estimate import cost_model as cost
 from vllm_attn_offload.planner.hardware.catalogue import load_catalogue
 from vllm_attn_offload.planner.hardware.device import Device
@@ -217,7 +217,13 @@ def test_calibrate_command(
     arguments += ["--memory-node", addresses[0], "--cpus", str(min(allowed))]
     assert main([*arguments, "--model", str(small_model(tmp_path))]) == 0
     assert os.sched_getaffinity(0) == allowed
-    assert "--memory 1xlocal-node --network local" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "--memory 1xlocal-node --network local" in said.out
+    steps = said.err.splitlines()
+    assert [line[:22] for line in steps] == [
+        f"calibrate: step {step} of 4" for step in range(1, 5)
+    ]
+    assert "after 0 s: memory" in steps[0]
     catalogue = load_catalogue([path])
     assert catalogue.device("local-node").attention_only
     assert catalogue.networks["local"].latency_us >= 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.planner.calibrate.engine_probe import (
@@ -34,6 +34,7 @@ from vllm_attn_offload.planner.calibrate.probes import (
     Probe,
     ProbeResult,
 )
+from vllm_attn_offload.planner.calibrate.step_progress import StepProgress
 from vllm_attn_offload.planner.hardware.device import Device
 from vllm_attn_offload.planner.hardware.network import Network
 from vllm_attn_offload.planner.model.shape import ModelShape
@@ -93,20 +94,19 @@ class Calibration:
             torch.set_num_threads(len(self.cpus.split(",")))
         share = QUICK_SHARE if self.is_quick else 1.0
         results: list[ProbeResult] = []
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns) as bar, torch.inference_mode():
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
             probes = self._probes(device)
-            task = bar.add_task("", total=len(probes) + bool(self.engine_model))
+            num_steps = len(probes) + bool(self.engine_model)
+            progress = stack.enter_context(StepProgress(num_steps))
             for probe in probes:
-                bar.update(task, description=probe.title)
+                progress.begin(probe.title)
                 budget_s = BUDGETS_S.get(type(probe), NODE_BUDGET_S)
                 results.append(probe.run(budget_s * share))
-                bar.advance(task)
             if self.engine_model is not None:
                 engine = self._engine_probe(results)
-                bar.update(task, description=engine.title)
+                progress.begin(engine.title)
                 results.append(engine.run(ENGINE_BUDGET_S * share))
-                bar.advance(task)
         write_hardware(self.output, self.name, results)
         return "\n".join(note for result in results for note in result.notes)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_attn_offload.memory_node.extras import install_command, missing_modules
 from vllm_attn_offload.planner.model.config import ENGINE_DTYPES, read_model_shape
-from vllm_attn_offload.transport.trust import check_complete
+from vllm_attn_offload.trust_options import add_trust_options, given_files
 
 if TYPE_CHECKING:
     from vllm_attn_offload.planner.calibrate.calibration import Calibration
@@ -25,14 +25,6 @@ Then plan with it, without editing the file:
   vllm-attn-offload plan MODEL --hardware hardware.toml --compute 1xbox \\
       --memory 1xbox-node --network box
 """
-
-
-TRUST_OPTIONS = {
-    "auth_token_file": "file with the token of the nodes' --auth-token-file",
-    "tls_cert": "certificate (PEM) of this host",
-    "tls_key": "private key (PEM) of --tls-cert",
-    "tls_ca": "authority (PEM) that signed the certificates of host and nodes",
-}
 
 
 def add_calibrate(
@@ -63,10 +55,7 @@ def add_calibrate(
     add("--cpus", type=_cpus, metavar="LIST", help="of the compute side, such as 0-7")
     add("--node-cpus", type=_cpus, metavar="LIST", help="of a memory node started here")
     add("--quick", action="store_true", help="fewer repetitions and points")
-    trust = calibrate.add_argument_group("trust", "For memory nodes on other hosts.")
-    for name, text in TRUST_OPTIONS.items():
-        option = f"--{name.replace('_', '-')}"
-        trust.add_argument(option, default="", metavar="PATH", help=text)
+    add_trust_options(calibrate)
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
@@ -120,17 +109,9 @@ def _calibration(
         shape=read_model_shape(args.model, dtype=args.dtype) if args.model else None,
         engine_model=None if args.no_engine else args.model,
         cpus=_text(cpus),
-        trust=_trust(args),
+        trust=given_files(args),
         is_quick=args.quick,
     )
-
-
-def _trust(args: argparse.Namespace) -> dict[str, str]:
-    """The engine's options of the same names, where one is given."""
-    given = {name: getattr(args, name) for name in TRUST_OPTIONS}
-    names = ("tls_cert", "tls_key", "tls_ca")
-    check_complete({f"--{name.replace('_', '-')}": given[name] for name in names})
-    return given if any(given.values()) else {}
 
 
 def _cpus(text: str) -> frozenset[int]:

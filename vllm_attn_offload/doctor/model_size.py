@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model's own configuration: whether it can be read, and what it asks of nodes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from vllm_attn_offload.doctor.case import Case
+from vllm_attn_offload.doctor.finding import Finding
+from vllm_attn_offload.planner.model.config import (
+    ENGINE_DTYPES,
+    KV_DTYPE_BYTES,
+    read_model_shape,
+)
+from vllm_attn_offload.planner.model.shape import ModelShape
+from vllm_attn_offload.protocol.byte_size import byte_size
+
+
+def read_shape(model: str, engine_options: Sequence[str]) -> ModelShape:
+    """Read the model as the engine's own options would have it.
+
+    Raises:
+        ValueError: There is no such model, or the planner cannot describe it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    given, _ = parser.parse_known_args(engine_options)
+    dtype = given.dtype if given.dtype in ENGINE_DTYPES else "auto"
+    kv = given.kv_cache_dtype if given.kv_cache_dtype in KV_DTYPE_BYTES else "auto"
+    return read_model_shape(model, kv, dtype=dtype)
+
+
+def check_model(case: Case) -> Iterator[Finding]:
+    """Say what a token and the weights take."""
+    assert case.shape is not None
+    try:
+        shape = case.shape.result()
+    except ValueError as error:
+        yield Finding.of_error("configuration", error, "a config.json of a known model")
+        return
+    yield Finding.ok(
+        "configuration",
+        f"{shape.name}: {byte_size(int(shape.weight_bytes))} of weights, "
+        f"{shape.num_layers} layers with attention, "
+        f"{byte_size(int(shape.kv_bytes_per_token))} of KV cache a token",
+    )
+    if not case.is_engine_host:
+        yield Finding.ok("engine", "not checked: vLLM is not installed")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-attn-offload status`: memory nodes and their sessions, as they say it."""
