@@ -32,7 +32,7 @@ lint: install ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed
 	@$(BIN)/python setup.py --quiet build_py --build-lib build/typed
-	MYPYPATH=build/typed $(BIN)/mypy build/typed/vllm_attn_offload benchmarks
+	MYPYPATH=build/typed:deploy/grafana $(BIN)/mypy build/typed/vllm_attn_offload benchmarks deploy/grafana
 
 dist: install ## Build the sdist and the manylinux wheel into dist/, and check both
 	@.ci/dist

@@ -13,17 +13,18 @@ from pathlib import Path
 NO_COMPILER = "/nonexistent"
 
 
-def install_wheel(directory: Path, dist: Path) -> Path:
+def install_wheel(directory: Path, dist: Path, python: str = sys.executable) -> Path:
     """Make an environment with the wheel and what it requires, from pip's index.
 
     Args:
         directory: Where; it must not exist.
         dist: Holds the wheel.
+        python: Runs in it.
 
     Returns:
         The folder of its commands. There is no pip in it.
     """
-    return _make(directory, dist, [])
+    return _make(directory, dist, [], python)
 
 
 def install_wheel_beside_vllm(directory: Path, dist: Path) -> Path:
@@ -32,7 +33,7 @@ def install_wheel_beside_vllm(directory: Path, dist: Path) -> Path:
     But for the checkout's editable install: nothing reads this environment's ``.pth``
     files, and the wheel's own metadata comes first.
     """
-    commands = _make(directory, dist, ["--no-deps"])
+    commands = _make(directory, dist, ["--no-deps"], sys.executable)
     own = site_packages(directory)
     (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return commands
@@ -44,12 +45,12 @@ def site_packages(directory: Path) -> Path:
     return directory / "lib" / version / "site-packages"
 
 
-def _make(directory: Path, dist: Path, options: list[str]) -> Path:
+def _make(directory: Path, dist: Path, options: list[str], python: str) -> Path:
     (wheel,) = dist.glob("*.whl")
     commands = directory / "bin"
     pip = [sys.executable, "-m", "pip", "--python", str(commands / "python")]
     for command in (
-        [sys.executable, "-m", "venv", "--without-pip", str(directory)],
+        [python, "-m", "venv", "--without-pip", str(directory)],
         [*pip, "install", "--only-binary", ":all:", *options, str(wheel)],
     ):
         run = subprocess.run(

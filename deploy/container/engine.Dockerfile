@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# vLLM's CPU build and this plugin, for engines and for memory nodes:
-#   docker build --file examples/Dockerfile --tag vllm-attn-offload:cpu .
+# vLLM's CPU build and this plugin, for engines:
+#   docker build --file deploy/container/engine.Dockerfile --tag vllm-attn-offload:cpu .
 FROM python:3.11-slim-bookworm
 
 # The compiler stays: vLLM compiles when it starts.
