@@ -26,7 +26,7 @@ def log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pytest.LogCaptureFixture]:
     """What vLLM's loggers say, which hand nothing on to the root's handlers."""
-    monkeypatch.setattr(join_progress, "_INTERVAL_S", 0.2)
+    monkeypatch.setattr(join_progress, "_INTERVAL_S", 0.02)
     vllm_logger = logging.getLogger("vllm")
     vllm_logger.addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, "vllm"):

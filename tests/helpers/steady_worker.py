@@ -7,7 +7,7 @@ import torch
 from paged_batch import PagedBatch
 from raw_session import RawSession, make_geometry
 
-NUM_BLOCKS = 16
+NUM_BLOCKS = 256
 
 
 class SteadyWorker:

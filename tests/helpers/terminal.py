@@ -59,6 +59,9 @@ def running_on_terminal(*command: str | Path) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
     size = struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    # Where these are set, they are believed instead of the terminal.
+    sizes = ("COLUMNS", "LINES")
+    environment = {k: v for k, v in os.environ.items() if k not in sizes}
     process = subprocess.Popen(
         command,
         stdin=theirs,
@@ -66,7 +69,7 @@ def running_on_terminal(*command: str | Path) -> Iterator[Terminal]:
         stderr=theirs,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        env={**os.environ, "TERM": "xterm-256color", "NO_COLOR": ""},
+        env={**environment, "TERM": "xterm-256color", "NO_COLOR": ""},
     )
     os.close(theirs)
     try:

@@ -22,7 +22,7 @@ import pytest
 from harness.processes import free_port
 from hostile_node import hostile_node
 from node_process import NodeProcess, running_node
-from steady_worker import SteadyWorker
+from steady_worker import NUM_BLOCKS, SteadyWorker
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.commands import main
@@ -77,7 +77,7 @@ def test_four_nodes_and_a_dead_one(
         )
     assert lines[4] == f"node {DEAD}  {DEAD}  no answer"
     assert lines[5].startswith("session engine-")
-    assert "  rank 0  node shelf-2  transport tcp  blocks 16  KV " in lines[5]
+    assert f"  node shelf-2  transport tcp  blocks {NUM_BLOCKS}  KV " in lines[5]
     assert lines[6].startswith(f"note  {DEAD}: cannot connect")
 
 
