@@ -10,11 +10,17 @@ import time
 from collections.abc import Callable
 
 import pytest
+from hostile_node import evil_stats
 from node_process import NodeProcess
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
-from vllm_attn_offload.protocol.messages import Error, Hello, Pong
+from vllm_attn_offload.protocol.messages import (
+    MAX_CONTROL_BYTES,
+    Error,
+    Hello,
+    Pong,
+)
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import (
     HANDSHAKE_TIMEOUT_S,
@@ -40,6 +46,17 @@ def serve_once(behaviour: Callable[[socket.socket], None]) -> str:
 def receive_hello(sock: socket.socket) -> None:
     decoder = message_decoder(Hello)
     assert receive_message(sock, decoder, max_bytes=4096, timeout_s=5)
+
+
+def answer_at_length(sock: socket.socket) -> None:
+    """More than is allowed, and what looks like another answer in the middle of it."""
+    receive_hello(sock)
+    send_message(sock, evil_stats().node, 5)
+    sock.recv(1 << 10)
+    sock.sendall((MAX_CONTROL_BYTES + 1).to_bytes(4, "little"))
+    with contextlib.suppress(OSError):
+        while sock.recv(1 << 10):
+            send_message(sock, Pong(), 5)
 
 
 def stay_silent(sock: socket.socket) -> None:
@@ -117,6 +134,17 @@ def test_connect_to_a_strange_peer(
     assert time.monotonic() - started < 3
     assert error.value.node == address
     assert str(error.value).startswith(f"Memory node {address}: ")
+
+
+def test_an_answer_that_is_too_long() -> None:
+    """What follows it is no answer to the next request."""
+    with contextlib.closing(ControlClient(serve_once(answer_at_length), 5)) as client:
+        with pytest.raises(MemoryNodeError, match="a control message of 1,048,577"):
+            client.stats()
+        for _ in range(2):
+            with pytest.raises(MemoryNodeError, match="the connection broke"):
+                client.ping(5)
+        assert client.wait_until_lost(5)
 
 
 def test_connect_to_nobody() -> None:

@@ -16,11 +16,15 @@ from node_process import NodeProcess, eventually, running_node
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from raw_session import attach_request, make_geometry, reservation, session_of
+from vllm.config import VllmConfig
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
+from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import format_cpu_list
-from vllm_attn_offload.engine.node_metrics import NodeStatsReader
+from vllm_attn_offload.engine import node_metrics
+from vllm_attn_offload.engine.engine_board import ENGINE_BOARD_VARIABLE, EngineBoard
+from vllm_attn_offload.engine.node_metrics import NodeStatsReader, export_node_metrics
 from vllm_attn_offload.metrics import StatsCollector
 from vllm_attn_offload.metrics.engine import ENGINE_METRICS
 from vllm_attn_offload.metrics.node import CERTIFICATE, NODE_METRICS, UP
@@ -179,6 +183,25 @@ def test_nodes_that_are_gone_are_let_go(node: NodeProcess, silent: list[str]) ->
             nodes = {}
             assert reader.read() == {}
         assert not reader._clients
+
+
+def test_an_older_engine_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that makes engine after engine keeps the descriptors of one."""
+    monkeypatch.setenv(ENGINE_BOARD_VARIABLE, "")  # restored with what is set now
+    monkeypatch.setattr(node_metrics, "_exported", None)
+    board = EngineBoard.create()
+    config = AttentionOffloadConfig(memory_nodes=["127.0.0.1:1"])
+    num_open = []
+    for _ in range(3):
+        export_node_metrics(VllmConfig(), config)
+        num_open.append(len(os.listdir("/proc/self/fd")))
+    assert num_open[0] == num_open[-1]
+    exported = node_metrics._exported
+    assert exported is not None
+    exported.drop()
+    board.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        board.read()
 
 
 @pytest.mark.parametrize("cpus", ["shared", "divided"])

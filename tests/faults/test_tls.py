@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from paged_batch import PagedBatch, max_error
 from raw_session import RawSession, make_geometry
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.handshake import connect as connect_raw
 from vllm_attn_offload.client.neighbour import connect_nearest
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.errors import MemoryNodeError
@@ -88,6 +90,29 @@ def test_expiry_and_refusals(
         assert eventually(
             lambda: client.stats().refused["tls"] == before.refused["tls"] + 1
         )
+
+
+def test_what_is_no_refusal(
+    node_with_tls: NodeProcess, authority: Authority, token_file: Path
+) -> None:
+    """A probe that looks whether the port is open, and a break after the handshake."""
+    engine = authority.sign("engine", "DNS:engine")
+    trusted = credentials_of(engine, str(token_file))
+    address = node_with_tls.address
+    with closing(ControlClient(address, 5, trusted)) as client:
+        before = client.stats()
+        for _ in range(3):
+            with Address.parse(address).connect(5) as probe:
+                probe.shutdown(socket.SHUT_WR)
+                while probe.recv(1024):  # an alert of TLS
+                    continue
+        admitted, _ = connect_raw(address, 5, trusted)
+        with admitted:
+            os.write(admitted.fileno(), b"no record of TLS" * 100)
+            assert eventually(
+                lambda: client.stats().num_connections == before.num_connections
+            )
+        assert client.stats().refused == before.refused
 
 
 def test_a_worker_of_the_host_leaves_tls(

@@ -163,6 +163,10 @@ def test_memory_short(tmp_path: Path) -> None:
         (("--cpus", "0-0-0"), "'0-0-0' is not a list of usable CPUs"),
         (("--cpus", "0-99999999999"), "'0-99999999999' is not a list of usable CPUs"),
         (("--device", "tpu"), "'tpu' is not a device"),
+        (("--metrics-port", "99999"), "'99999' is not a port. Allowed: 0 to 65535"),
+        (("--metrics-port", "-1"), "'-1' is not a port. Allowed: 0 to 65535"),
+        (("--metrics-listen", "x..y:1"), "'x..y:1' names no host. Allowed: an IP"),
+        (("--listen", f"{70 * 'a'}:1"), "aa:1' names no host. Allowed: an IP"),
     ],
 )
 def test_wrong_options(options: tuple[str, str], message: str) -> None:

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import resource
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +19,10 @@ import httpx
 import pytest
 from node_process import COMMAND, NodeProcess, eventually
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
+from vllm_attn_offload.memory_node.connections import strangers
 from vllm_attn_offload.memory_node.health_server import HealthServer
 from vllm_attn_offload.memory_node.node_state import NodeState
 from vllm_attn_offload.transport.address import Address
@@ -97,23 +105,146 @@ def test_states() -> None:
         assert (answer.status_code, answer.text) == (status, f"{state.value}\n")
 
 
-def test_alive_while_it_touches_memory(tmp_path: Path) -> None:
-    """For a GiB, probes are answered before the node is ready, and told so."""
-    log = tmp_path / "node.log"
-    listen = f"unix:{tmp_path / 'node.sock'}"
-    options = ("--kv-cache-gib", "1", "--preallocate", "--metrics-port", "0")
-    with log.open("wb") as sink:
-        process = subprocess.Popen([COMMAND, "--listen", listen, *options], stderr=sink)
+class Scripted(Collector):
+    """Runs something for every rendering, and counts them."""
+
+    def __init__(self, act: Callable[[], object] = lambda: None) -> None:
+        self._act = act
+        self.num_collected = 0
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        self.num_collected += 1
+        self._act()
+        return iter(())
+
+
+def server_of(collector: Scripted) -> tuple[str, int]:
+    """Host and port of a server whose metrics are such."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    address = HealthServer(Address("127.0.0.1", 0), registry).address
+    return address.host, address.port
+
+
+def test_many_readers_cost_no_more_than_one() -> None:
+    collector = Scripted(lambda: time.sleep(0.05))
+    host, port = server_of(collector)
+    started = time.monotonic()
+
+    def read(_: int) -> int:
+        return httpx.get(f"http://{host}:{port}/metrics", timeout=30).status_code
+
+    with ThreadPoolExecutor(8) as readers:
+        assert set(readers.map(read, range(40))) == {200}
+    assert collector.num_collected <= 1 + (time.monotonic() - started) / 0.5
+    before = collector.num_collected
+    time.sleep(0.5)
+    read(0)
+    assert collector.num_collected == before + 1
+
+
+def test_threads_are_bounded() -> None:
+    """Also while the metrics that clients ask for, and do not wait for, are late."""
+    release = threading.Event()
+    host, port = server_of(Scripted(lambda: release.wait(30)))
+    before = threading.active_count()
+    with ExitStack() as stack:
+        stack.callback(release.set)
+        for _ in range(80):
+            sock = stack.enter_context(socket.create_connection((host, port), 5))
+            sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert eventually(lambda: threading.active_count() >= before + 32)
+        time.sleep(0.2)
+        assert threading.active_count() <= before + 32
+    assert httpx.get(f"http://{host}:{port}/healthz", timeout=10).status_code == 200
+
+
+def test_no_descriptors_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    """The server waits for one without using the CPU, and says so once."""
+    host, port = server_of(Scripted())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.socket())
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard))
+        fill_descriptors(stack)
+        sock.connect((host, port))
+        sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        used = time.process_time()
+        time.sleep(1)
+        assert time.process_time() - used < 0.3
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        sock.settimeout(5)
+        assert sock.recv(1024).startswith(b"HTTP/1.0 200 ")
+    assert caplog.text.count("cannot answer probes for now") == 1
+
+
+def fill_descriptors(stack: ExitStack) -> None:
+    """Open sockets until no more are allowed."""
+    while True:
+        try:
+            stack.enter_context(socket.socket())
+        except OSError:
+            return
+
+
+def test_no_threads_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    """Clients are let go, and the server goes on; it says so once."""
+    host, port = server_of(Scripted())
+    threading.stack_size(1 << 46)  # more than a process can map
     try:
-        assert eventually(lambda: "metrics and health on" in log.read_text(), 20)
-        url = url_of(log.read_text())
-        assert httpx.get(f"{url}/healthz", timeout=5).status_code == 200
-        ready = httpx.get(f"{url}/readyz", timeout=5)
-        if "ready on" not in log.read_text():
-            assert (ready.status_code, ready.text) == (503, "starting\n")
-        assert eventually(
-            lambda: httpx.get(f"{url}/readyz", timeout=5).status_code == 200, 60
-        )
+        for _ in range(3):
+            with socket.create_connection((host, port), 5) as sock:
+                assert sock.recv(1) == b""
+    finally:
+        threading.stack_size(0)
+    assert httpx.get(f"http://{host}:{port}/healthz", timeout=5).status_code == 200
+    assert caplog.text.count("cannot answer probes for now") == 1
+    assert "Traceback" not in caplog.text
+
+
+def test_errors_are_lines_about_strangers(caplog: pytest.LogCaptureFixture) -> None:
+    """The number of those that are written is limited, unless they are errors."""
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    host, port = server_of(Scripted(fail))
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"http://{host}:{port}/metrics", timeout=5)
+    assert eventually(lambda: "a defect" in caplog.text)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == (strangers.name, logging.WARNING)
+
+
+def test_alive_while_it_touches_memory(tmp_path: Path) -> None:
+    """Probes are answered before the node is ready, and told so."""
+    log = tmp_path / "node.log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    listen = ("--listen", f"unix:{tmp_path / 'node.sock'}")
+    options = ("--kv-cache-gib", "1", "--preallocate", "--metrics-port", str(port))
+    with log.open("wb") as sink:
+        process = subprocess.Popen([COMMAND, *listen, *options], stderr=sink)
+    told = set()
+    try:
+        # The client is made first: it takes longer than a fast host for a GiB.
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=5) as client:
+
+            def is_ready() -> bool:
+                try:
+                    ready, alive = client.get("/readyz"), client.get("/healthz")
+                except httpx.ConnectError:
+                    return False
+                assert alive.status_code == 200
+                told.add((ready.status_code, ready.text))
+                return ready.status_code == 200
+
+            assert eventually(is_ready, 60)
+        assert told == {(503, "starting\n"), (200, "serving\n")}
     finally:
         process.terminate()
         assert process.wait(30) == 0

@@ -56,12 +56,12 @@ def test_start_and_stop(tmp_path: Path) -> None:
         kv_cache_gib=0.5,
         cpus=str(cpu),
         startup_timeout_s=30,
-        name=local_name(1, 2),
+        name=local_name(Path("/tmp/attn-offload-0a1b2c3d-1-2")),
     )
     assert directory.stat().st_mode & 0o777 == 0o700
     client = ControlClient(node.address, 5)
     assert client.info.pid == node.pid
-    assert client.info.name == f"{socket.gethostname()}/local-1-2"
+    assert client.info.name == f"{socket.gethostname()}/local-0a1b2c3d-1-2"
     assert client.info.kv_bytes_total == 1 << 29
     assert psutil.Process(node.pid).cpu_affinity() == [cpu]
     client.close()

@@ -16,6 +16,8 @@ from node_process import COMMAND, NodeProcess, eventually
 from vllm_attn_offload import __version__
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.errors import MemoryNodeError
+from vllm_attn_offload.memory_node.node_identity import default_name, unix_path
+from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import Credentials
 
 START = ("--kv-cache-gib", "0.05")
@@ -69,6 +71,20 @@ def test_instance_and_name(start: Callable[..., NodeProcess], tmp_path: Path) ->
             instances.add(client.info.instance)
         node.stop()
     assert len(instances) == 2
+
+
+def test_name_of_any_socket(start: Callable[..., NodeProcess], tmp_path: Path) -> None:
+    """Peers take printable ASCII only, and metrics no long names."""
+    path = tmp_path / "n\u0153ud.sock"
+    node = start(f"unix:{path}")
+    with closing(ControlClient(node.address, 5)) as client:
+        assert client.info.name == f"{socket.gethostname()}/n_ud"
+        assert client.info.unix_path == str(path)
+    node.stop()
+    no_text = [Address(path="/tmp/n\udcff\n.sock")]
+    assert default_name(no_text) == f"{socket.gethostname()}/n__"
+    assert unix_path(no_text) == ""
+    assert len(default_name([Address(path=f"/tmp/{200 * 'x'}")])) == 128
 
 
 def test_nothing_is_left_where_one_address_is_taken(tmp_path: Path) -> None:

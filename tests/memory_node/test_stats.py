@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_refused_peers(counting_node: CountingNode, tmp_path: Path) -> None:
     with Address.parse(node.address).connect(5) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert node.counted() == {"request": 1}
+
+
+def test_a_probe_is_no_refusal(counting_node: CountingNode) -> None:
+    """It looks whether the port is open."""
+    before = counting_node.client.stats().refused
+    for _ in range(3):
+        with Address.parse(counting_node.address).connect(5) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b""
+    assert counting_node.client.stats().refused == before
 
 
 def test_refused_requests(counting_node: CountingNode) -> None:

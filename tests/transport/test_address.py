@@ -36,6 +36,17 @@ def test_parse_refuses(text: str) -> None:
         Address.parse(text)
 
 
+@pytest.mark.parametrize("host", [70 * "a", "x..y", ".", "a\0b", "\udcff"])
+def test_parse_refuses_what_no_resolver_takes(host: str) -> None:
+    with pytest.raises(ValueError, match=r"names no host\. Allowed: an IP .*Write for"):
+        Address.parse(f"{host}:7600")
+
+
+def test_parse_refuses_abstract_sockets() -> None:
+    with pytest.raises(ValueError, match=r"a null character\. Allowed: .*Use another"):
+        Address.parse("unix:\0node")
+
+
 @pytest.mark.parametrize("path", ["", "/tmp/" + 103 * "x"])
 def test_parse_refuses_path_length(path: str) -> None:
     with pytest.raises(ValueError, match=r"Allowed: 1 to 107\. Use a shorter path"):

@@ -27,6 +27,7 @@ from vllm_attn_offload.protocol.messages import (
 from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.control import (
     HANDSHAKE_TIMEOUT_S,
+    hang_up,
     message_decoder,
     receive_message,
     send_message,
@@ -84,6 +85,9 @@ def call(
 ) -> _ReplyT:
     """Send a request and wait for its reply.
 
+    A connection that brought no allowed message ends: what comes next on it may be the
+    rest of that one.
+
     Raises:
         MemoryNodeError: The node refused, is gone, or did not answer in time.
     """
@@ -101,6 +105,7 @@ def call(
     except ssl.SSLError as error:
         raise _tls_failed(address, error) from error
     except (OSError, ProtocolError) as error:
+        hang_up(sock)
         raise MemoryNodeError(address, f"the connection broke: {error}.") from error
     if isinstance(reply, Error):
         raise MemoryNodeError(address, reply.message)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.messages import ReserveCapacity, Shard
+from vllm_attn_offload.protocol.value_types import MAX_MODEL_CHARS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +20,8 @@ class EngineIdentity:
 
     Args:
         name: No other engine has it.
-        model: Name of its model, as vLLM's own metrics show it.
+        model: Name of its model, as vLLM's own metrics show it; of a longer one the
+            beginning, and "?" for what is not printable.
         index: Its data-parallel index.
     """
 
@@ -31,8 +33,9 @@ class EngineIdentity:
     def of(cls, vllm_config: VllmConfig) -> EngineIdentity:
         """Return the identity of the engine of this process."""
         index = vllm_config.parallel_config.data_parallel_index
-        model = vllm_config.model_config.served_model_name
-        return cls(f"{vllm_config.instance_id}-{index}", str(model)[:4096], index)
+        model = str(vllm_config.model_config.served_model_name)[:MAX_MODEL_CHARS]
+        shown = "".join(each if each.isprintable() else "?" for each in model)
+        return cls(f"{vllm_config.instance_id}-{index}", shown, index)
 
     def request(
         self, shard: Shard, geometry: SessionGeometry, kv_bytes: int

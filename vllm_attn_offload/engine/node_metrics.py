@@ -16,6 +16,7 @@ from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.engine.args import run_dir
 from vllm_attn_offload.engine.engine_board import EngineBoard
 from vllm_attn_offload.engine.node_board import NodeBoard
+from vllm_attn_offload.engine.slot_board import SlotBoard
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.memory_node.launcher import local_address
@@ -39,6 +40,15 @@ class _Exported(NamedTuple):
 
     reader: NodeStatsReader
     collectors: Sequence[Collector]
+    boards: Sequence[SlotBoard]
+
+    def drop(self) -> None:
+        """Take it out again and let go of nodes and boards."""
+        for collector in self.collectors:
+            REGISTRY.unregister(collector)
+        self.reader.close()
+        for board in self.boards:
+            board.close()
 
 
 class NodeStatsReader:
@@ -110,14 +120,15 @@ def export_node_metrics(
     """
     global _exported
     if _exported is not None:
-        for collector in _exported.collectors:
-            REGISTRY.unregister(collector)
-        _exported.reader.close()
-    reader = NodeStatsReader(_nodes(vllm_config, config))
+        _exported.drop()
+    found = None if config.ray_pool is None else NodeBoard.find()
+    reader = NodeStatsReader(_nodes(vllm_config, config, found))
     collectors: list[Collector] = [StatsCollector(reader.read)]
-    if (board := EngineBoard.find()) is not None:
-        collectors.append(EngineCollector(board.read))
-    _exported = _Exported(reader, collectors)
+    engines = EngineBoard.find()
+    if engines is not None:
+        collectors.append(EngineCollector(engines.read))
+    boards = [board for board in (found, engines) if board is not None]
+    _exported = _Exported(reader, collectors, boards)
     register_exported(REGISTRY)
 
 
@@ -129,11 +140,10 @@ def register_exported(registry: CollectorRegistry) -> None:
 
 
 def _nodes(
-    vllm_config: VllmConfig, config: AttentionOffloadConfig
+    vllm_config: VllmConfig, config: AttentionOffloadConfig, board: NodeBoard | None
 ) -> Callable[[], Mapping[str, Credentials]]:
     credentials = config.credentials
     known = dict.fromkeys(_addresses(vllm_config, config), credentials)
-    board = None if config.ray_pool is None else NodeBoard.find()
     if board is None:
         return lambda: known
 

@@ -63,7 +63,7 @@ def local_nodes(
         functools.partial(
             _launch,
             directory=run_dir(engine, index),
-            name=local_name(engine, index),
+            name=local_name(run_dir(engine, index)),
             device=device,
             cpus=cpus_of_node,
             budget_gib=budget_gib,

@@ -41,6 +41,12 @@ class SlotBoard:
         path = os.environ.get(cls.variable)
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC)) if path else None
 
+    def close(self) -> None:
+        """Let go of the file; nothing can be written or read afterwards."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def _write_slot(self, engine: int, record: bytes) -> None:
         slot = record.ljust(self.slot_bytes, b"\0")[: self.slot_bytes]
         os.pwrite(self._fd, slot, engine * self.slot_bytes)

@@ -123,7 +123,7 @@ def _add_other_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics-port",
-        type=int,
+        type=_port,
         metavar="PORT",
         help="the same on this port of 127.0.0.1",
     )
@@ -253,6 +253,15 @@ def _name(text: str) -> str:
             "Write for example memory-node-0."
         )
     return text
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a port. Allowed: 0 to 65535; 0 picks a free one. Write "
+            "for example 9600."
+        )
+    return int(text)
 
 
 def _positive(text: str) -> float:

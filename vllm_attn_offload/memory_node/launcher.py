@@ -43,10 +43,14 @@ def local_address(directory: Path) -> str:
     return f"unix:{directory / _SOCKET}"
 
 
-def local_name(engine: int, node: int) -> str:
-    """Name of a node that an engine starts: of its host, data-parallel index and its
-    own index."""
-    return f"{socket.gethostname()}/local-{engine}-{node}"
+def local_name(directory: Path) -> str:
+    """Name of the node in a directory that no other deployment of the host uses.
+
+    Returns:
+        Of ``attn-offload-ID-ENGINE-NODE`` (see ``run_dir``): HOST/local-ID-ENGINE-NODE.
+    """
+    unique = directory.name.removeprefix("attn-offload-")
+    return f"{socket.gethostname()}/local-{unique}"
 
 
 class MemoryNodeProcess:

@@ -29,6 +29,8 @@ from vllm_attn_offload.transport.address import Address
 
 logger = logging.getLogger(__name__)
 
+#: How long a signal may stay unnoticed, in seconds.
+_LOOK_S = 1.0
 _STDOUT, _STDERR = 1, 2
 #: For systemd's TimeoutStartSec, which memory that is being touched would exceed.
 _MORE_TIME = {"EXTEND_TIMEOUT_USEC": "60000000"}
@@ -63,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         manager.watch(lambda: node.is_accepting, stop)
     if options.parent_fd is not None:
         _stop_with_parent(options.parent_fd, stop)
-    stop.wait()
+    # The kernel may give a signal to another thread, which ends no wait of this one.
+    while not stop.wait(_LOOK_S):
+        continue
     logger.info("stopping")
     manager.notify(STOPPING="1", STATUS="Freeing the memory of engines.")
     node.stop()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Sequence
@@ -55,15 +56,18 @@ def default_name(addresses: Sequence[Address]) -> str:
     """Name a node after its host, and the port or socket where it listens first.
 
     Ports are known, so the addresses are those that were bound.
+
+    Returns:
+        What --name allows, too: 1 to 128 characters of printable ASCII. Others of the
+        socket's name become "_".
     """
     host = socket.gethostname()
-    for address in addresses:
-        if not address.path:
-            return f"{host}:{address.port}"
-    return f"{host}/{Path(addresses[0].path).stem}"
+    ports = [each.port for each in addresses if not each.path]
+    name = f"{host}:{ports[0]}" if ports else f"{host}/{Path(addresses[0].path).stem}"
+    return re.sub(r"[^ -~]", "_", name)[:128]
 
 
 def unix_path(addresses: Sequence[Address]) -> str:
-    """Absolute path of the first Unix socket; "": there is none."""
-    paths = [each.path for each in addresses if each.path]
-    return os.path.abspath(paths[0]) if paths else ""
+    """Absolute path of the first Unix socket; "": none, or none that UTF-8 can tell."""
+    paths = [os.path.abspath(each.path) for each in addresses if each.path]
+    return paths[0] if paths and paths[0].isprintable() else ""

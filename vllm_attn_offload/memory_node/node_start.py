@@ -132,7 +132,7 @@ def _serve_health(
     ProcessCollector(registry=registry)
     try:
         server = HealthServer(address, registry)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         option = (
             "--metrics-listen" if options.metrics_port is None else "--metrics-port"
         )

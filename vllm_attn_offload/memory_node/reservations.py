@@ -19,6 +19,7 @@ from vllm_attn_offload.memory_node.geometry_check import check_geometry
 from vllm_attn_offload.memory_node.kv_cache import bytes_per_block
 from vllm_attn_offload.memory_node.refusals import Refusals
 from vllm_attn_offload.memory_node.session import Session
+from vllm_attn_offload.memory_node.session_list import list_sessions
 from vllm_attn_offload.protocol.messages import (
     GIB,
     AttachSession,
@@ -236,8 +237,8 @@ class Reservations:
     def stats(self) -> list[SessionStats]:
         """Counters of the open sessions."""
         with self._lock:
-            sessions = [entry.session for entry in self._held.values()]
-        return [session.stats() for session in sessions if session]
+            held = [(each.engine_id, each.session) for each in self._held.values()]
+        return list_sessions([(name, each.stats()) for name, each in held if each])
 
     def _check_share(self, engine_id: str) -> None:
         engines = [entry.engine_id for entry in self._held.values()]

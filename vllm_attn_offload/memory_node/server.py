@@ -191,13 +191,13 @@ class MemoryNode:
             connection.log.warning(
                 "closed a connection of %s: it sent %s", connection.peer, error
             )
-        except (RefusedError, PermissionError, ssl.SSLError) as error:
-            self._refusals.count(_refused_reason(error))
-            connection.log.warning(
-                "refused a connection of %s: %s", connection.peer, error
-            )
-        except OSError as error:
-            logger.debug("a connection of %s ended: %s", connection.peer, error)
+        except (RefusedError, OSError) as error:
+            reason = None if connection.is_admitted else _refused_reason(error)
+            if reason is None:
+                logger.debug("a connection of %s ended: %s", connection.peer, error)
+                return
+            self._refusals.count(reason)
+            strangers.warning("refused a connection of %s: %s", connection.peer, error)
         finally:
             for reservation in connection.reservations:
                 self._reservations.release(reservation)
@@ -288,9 +288,13 @@ class MemoryNode:
         return msgspec.structs.replace(offer, shared_memory=False)
 
 
-def _refused_reason(
-    error: RefusedError | PermissionError | ssl.SSLError,
-) -> RefusedReason:
-    if isinstance(error, RefusedError):
-        return error.reason
-    return "tls" if isinstance(error, ssl.SSLError) else "peer"
+def _refused_reason(error: RefusedError | OSError) -> RefusedReason | None:
+    """Tell why a peer was refused; None where it went away, as probes of a port do."""
+    match error:
+        case RefusedError():
+            return error.reason
+        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+            return None
+        case ssl.SSLError():
+            return "tls"
+    return "peer" if isinstance(error, PermissionError) else None

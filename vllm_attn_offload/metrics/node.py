@@ -42,7 +42,8 @@ CERTIFICATE = OffloadMetric(
     f"{_PREFIX}_certificate_expiry_seconds",
     "gauge",
     _NODE,
-    "Unix time at which the node's certificate expires; absent without TLS.",
+    "Unix time at which the node's certificate expires; absent without TLS, or where "
+    "the date cannot be read.",
     "timestamp",
     "certificate_expires",
 )

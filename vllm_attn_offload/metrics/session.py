@@ -150,14 +150,14 @@ _FIELDS: tuple[tuple[Kind, str, str, Unit, str], ...] = (
     (
         "counter",
         "compute_pack_seconds",
-        "Time the worker spent on gathering q, k and v to send.",
+        "Time the worker spent on gathering q, k and v to send to all its nodes.",
         "seconds",
         "counters.worker_pack_s",
     ),
     (
         "counter",
         "compute_send_seconds",
-        "Time the worker spent on sending steps and layers.",
+        "Time the worker spent on sending steps and layers to all its nodes.",
         "seconds",
         "counters.worker_send_s",
     ),

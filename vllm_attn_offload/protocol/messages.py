@@ -25,6 +25,7 @@ from vllm_attn_offload.protocol.session_stats import SessionStats
 from vllm_attn_offload.protocol.value_types import (
     Bytes,
     Count,
+    ModelName,
     Nonce,
     Proof,
     Text,
@@ -125,7 +126,7 @@ class ReserveCapacity(_Message, frozen=True, tag="reserve_capacity"):
     shard: Shard
     geometry: SessionGeometry
     kv_bytes: Bytes
-    model: Text = ""
+    model: ModelName = ""
     engine_index: Index = 0
 
 

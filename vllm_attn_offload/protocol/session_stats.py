@@ -13,8 +13,10 @@ from vllm_attn_offload.protocol.value_types import Text, TransportName
 class SessionStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of one session, and its counters.
 
-    ``worker_cpu_ids`` is empty before a worker attaches, and where it is on another
-    host. ``model`` and ``engine_index``, the data-parallel one, are the engine's.
+    ``engine`` is the name that the engine chose, with ``#2`` or more behind it where
+    another connection has the name. ``worker_cpu_ids`` is empty before a worker
+    attaches, where it is on another host, and where they are too many to tell.
+    ``model`` and ``engine_index``, the data-parallel one, are the engine's.
     """
 
     engine: str

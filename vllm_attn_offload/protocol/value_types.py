@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 NONCE_BYTES = 32
+MAX_MODEL_CHARS = 256
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
@@ -16,6 +17,16 @@ Total = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Token = Annotated[
     str, msgspec.Meta(min_length=1, max_length=128, pattern=r"\A[ -~]+\Z")
 ]
+# In any script, but likewise without what ends a line or moves a cursor; short, because
+# one answer tells the models of all sessions.
+ModelName = Annotated[
+    str,
+    msgspec.Meta(
+        max_length=MAX_MODEL_CHARS,
+        pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z",
+    ),
+]
+# Not for logs and metrics, unless a node says it of itself.
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]

@@ -46,6 +46,12 @@ class Address:
                 f"{text!r} is not an address. Allowed: {_FORMS} with a port from 0 to "
                 "65535. Write for example 127.0.0.1:7600 or unix:/tmp/node.sock."
             )
+        if not _is_host(host):
+            raise ValueError(
+                f"{text!r} names no host. Allowed: an IP address, or a name whose "
+                "parts between dots have 1 to 63 characters. Write for example "
+                "127.0.0.1:7600."
+            )
         return cls(host=host, port=int(port))
 
     def __str__(self) -> str:
@@ -217,7 +223,21 @@ def _peer_uid(sock: socket.socket) -> int:
     return int(uid)
 
 
+def _is_host(host: str) -> bool:
+    """Whether a resolver takes it; what it does not is no OSError there."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return "\0" not in host
+
+
 def _checked_path(path: str, text: str) -> str:
+    if "\0" in path:
+        raise ValueError(
+            f"{text!r} has a socket path with a null character. Allowed: paths of "
+            "files. Use another path, such as /tmp/node.sock."
+        )
     num_bytes = len(os.fsencode(path))
     if not 0 < num_bytes <= _MAX_UNIX_PATH_BYTES:
         raise ValueError(

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import logging
 import os
 import ssl
 
+logger = logging.getLogger(__name__)
+
 #: OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the ssl module does not name.
 _NO_CHECK_TIME = 0x200000
+#: The process or the host has no room for a moment.
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def certificate_expiry(cert: str, key: str) -> float:
@@ -20,19 +26,41 @@ def certificate_expiry(cert: str, key: str) -> float:
         cert: File with the certificate (PEM).
         key: File with its private key (PEM), without a password.
 
-    Raises:
-        OSError: A file is missing, or the two do not belong together.
-        ValueError: The certificate has no such date.
+    Returns:
+        0 where it cannot be read, which is logged once until one of the files changes.
     """
-    stamps = tuple(
-        (status.st_mtime_ns, status.st_size, status.st_ino)
-        for status in (os.stat(cert), os.stat(key))
-    )
-    return _expiry(cert, key, stamps)
+    try:
+        return _expiry(cert, key, _stamp(cert), _stamp(key))
+    except OSError:
+        return 0.0
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    # Rights count, too: they may be why it could not be read.
+    return status.st_ctime_ns, status.st_ino
 
 
 @functools.lru_cache(maxsize=4)
-def _expiry(cert: str, key: str, stamps: tuple[tuple[int, int, int], ...]) -> float:
+def _expiry(cert: str, key: str, *stamps: tuple[int, int] | None) -> float:
+    try:
+        return _read_expiry(cert, key)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _SHORT:
+            raise  # It may be read the next time.
+        logger.warning(
+            "cannot tell when the certificate %r with the key %r expires: %s",
+            cert,
+            key,
+            error,
+        )
+        return 0.0
+
+
+def _read_expiry(cert: str, key: str) -> float:
     # The ssl module shows the dates of a peer's certificate alone, so one side of a
     # handshake in memory shows it to the other, which trusts that one at any time.
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -99,10 +99,7 @@ class Credentials:
         it cannot be read now."""
         if not self.tls_cert:
             return 0.0
-        try:
-            return certificate_expiry(self.tls_cert, self.tls_key)
-        except (OSError, ValueError):
-            return 0.0
+        return certificate_expiry(self.tls_cert, self.tls_key)
 
     def _context(self, protocol: int) -> ssl.SSLContext | None:
         names = ("tls_cert", "tls_key", "tls_ca")
