@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,21 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
         *("--kv-cache-gib", "0.25", "--cpus", str(max(os.sched_getaffinity(0)))),
     ) as process:
         yield process
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
+    """Starts nodes of a test's own; the first argument is where they listen."""
+    nodes: list[NodeProcess] = []
+
+    def start_node(listen: str, *options: str) -> NodeProcess:
+        log, room = tmp_path / "node.log", ("--kv-cache-gib", "0.1")
+        nodes.append(NodeProcess(listen, log, *room, *options))
+        return nodes[-1]
+
+    yield start_node
+    for node in nodes:
+        node.kill()
 
 
 @pytest.fixture(scope="module", params=["cpp", "torch", "triton"])

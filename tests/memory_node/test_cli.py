@@ -10,7 +10,7 @@ import stat
 import subprocess
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,19 +26,6 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [COMMAND, *options], capture_output=True, text=True, timeout=30
     )
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
-    nodes: list[NodeProcess] = []
-
-    def start_node(listen: str, *options: str) -> NodeProcess:
-        nodes.append(NodeProcess(listen, tmp_path / "node.log", *START, *options))
-        return nodes[-1]
-
-    yield start_node
-    for node in nodes:
-        node.kill()
 
 
 def test_sigterm_on_unix(start: Callable[..., NodeProcess], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -21,19 +21,6 @@ from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import Credentials
 
 START = ("--kv-cache-gib", "0.05")
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
-    nodes: list[NodeProcess] = []
-
-    def start_node(listen: str, *options: str) -> NodeProcess:
-        nodes.append(NodeProcess(listen, tmp_path / "node.log", *START, *options))
-        return nodes[-1]
-
-    yield start_node
-    for node in nodes:
-        node.kill()
 
 
 def test_tcp_and_unix(start: Callable[..., NodeProcess], tmp_path: Path) -> None:
