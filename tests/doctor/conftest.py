@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings of single checks in processes of their own, which can be limited."""
+"""Findings of single checks in processes of their own, and nodes to look at."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from doctor_findings import Look
+from doctor_nodes import OPTIONS, StartNode
+from node_process import NodeProcess
 
 from vllm_attn_offload.doctor.finding import Finding
 
@@ -62,3 +67,26 @@ def look() -> Look:
         return [Finding(**each) for each in json.loads(child.stdout)]
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartNode]:
+    """Starts nodes on loopback that end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def run(*options: str, listen: str = "127.0.0.1:0", **rest: str) -> NodeProcess:
+            log = tmp_path / f"{time.monotonic_ns()}.log"
+            node = NodeProcess(listen, log, *OPTIONS, *options, **rest)
+            stack.callback(node.kill)
+            return node
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node in good health."""
+    log = tmp_path_factory.mktemp("node") / "log"
+    node = NodeProcess("127.0.0.1:0", log, *OPTIONS)
+    yield node
+    node.kill()

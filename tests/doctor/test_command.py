@@ -18,7 +18,7 @@ from package_copies import copy_package, link_site_packages, run_command
 from vllm_attn_offload.commands import main
 from vllm_attn_offload.doctor.check import Check, run_checks
 from vllm_attn_offload.doctor.finding import Finding
-from vllm_attn_offload.doctor.options import add_options, given_options
+from vllm_attn_offload.doctor.options import add_options, given_model, given_options
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,16 @@ def test_host_of_a_node(without_vllm: Path, tmp_path: Path) -> None:
         assert "not checked: vLLM is not installed" in good.stdout
         assert "1 memory node(s) together hold 819 tokens" in good.stdout
         assert "It would serve: 0 failed" in good.stdout
+        assert "exchange" not in good.stdout
         assert "\x1b" not in good.stdout
         bad = run_command(
-            *("doctor", "--memory-nodes", f"{node.address},127.0.0.1:1", "--json"),
+            *(
+                "doctor",
+                "--memory-nodes",
+                f"{node.address},127.0.0.1:1",
+                "--json",
+                "--probe",
+            ),
             paths=[without_vllm],
             is_bare=True,
         )
@@ -57,6 +64,7 @@ def test_host_of_a_node(without_vllm: Path, tmp_path: Path) -> None:
     assert failed["check"] == "connection"
     assert failed["allowed"]
     assert failed["do"]
+    assert findings[-1]["found"] == "not measured: another check failed"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,7 @@ def test_host_of_a_node(without_vllm: Path, tmp_path: Path) -> None:
         (["--attention-offload-config", '{"nodes": 1}'], "has no option nodes"),
         (["--attention-offload-config.kv_cache_gib", "-1"], "kv_cache_gib was given"),
         (["--tls-cert", "a.pem"], "Give the missing ones: --tls-key, --tls-ca"),
+        (["--engine-options", "--dtype", "auto"], "was given without a model"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
     ],
 )
@@ -80,6 +89,8 @@ def test_bad_options(
     "arguments",
     [
         ["--timeout-s", "0"],
+        ["--timeout-s", "1e300"],
+        ["--timeout-s", "nan"],
         ["--attention-offload-config", "[]"],
         ["--attention-offload-config", "{"],
     ],
@@ -96,6 +107,13 @@ def options_of(*arguments: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     add_options(parser)
     return given_options(parser.parse_args(arguments))
+
+
+def model_of(*arguments: str) -> str:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="")
+    add_options(parser)
+    return given_model(parser.parse_args(arguments))
 
 
 def test_options_of_engines(tmp_path: Path) -> None:
@@ -118,6 +136,9 @@ def test_options_of_engines(tmp_path: Path) -> None:
     given = options_of("--config", str(file), *shorter)
     assert given["memory_nodes"] == "b:2,c:3"
     assert given["auth_token_file"] == "t"
+    assert model_of("--config", str(file)) == "some"
+    assert model_of("other", "--config", str(file)) == "other"
+    assert model_of() == ""
     file.write_text("just text\n")
     with pytest.raises(ValueError, match="holds no options"):
         options_of("--config", str(file))
@@ -129,6 +150,7 @@ def broken() -> Iterator[Finding]:
 
 
 def silent() -> Iterator[Finding]:
+    yield Finding.ok("before", "in time")
     time.sleep(60)
     yield Finding.ok("silent", "late")
 
@@ -140,8 +162,10 @@ def test_checks_that_go_wrong() -> None:
     start = time.monotonic()
     found = {check.name: findings for check, findings in run_checks(checks)}
     assert time.monotonic() - start < 30
-    assert "RuntimeError: of a test" in found["broken"][0].found
-    assert found["silent"][0].found == "no answer within 0.2 s"
+    assert [each.severity for each in found["broken"]] == ["ok", "fail"]
+    assert "RuntimeError: of a test" in found["broken"][1].found
+    assert [each.check for each in found["silent"]] == ["before", "silent"]
+    assert found["silent"][1].found == "no answer within 0.2 s"
     assert [each.severity for each in found["well"]] == ["ok"]
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from doctor_findings import CONFIGS, one
-from node_process import NodeProcess, running_node
+from node_process import NodeProcess, eventually, running_node
 from package_copies import link_vllm, replace_in, run_command
 
 from vllm_attn_offload.doctor.finding import Finding
@@ -20,6 +24,7 @@ from vllm_attn_offload.hooks.hook_table import known_releases
 
 pytestmark = pytest.mark.long
 
+_MAIN = "from vllm_attn_offload.cli import main; main()"
 CHANGED = Path("engine", "arg_utils.py")
 BEFORE = "def add_cli_args(parser: FlexibleArgumentParser)"
 AFTER = "def add_cli_args(parser: FlexibleArgumentParser, more: int = 0)"
@@ -69,6 +74,17 @@ def broken_vllm(directory: Path, source: str) -> Path:
     return directory
 
 
+def serve_config(directory: Path, address: str) -> Path:
+    """A file of `vllm serve`, with what only a server takes."""
+    path = directory / "engine.yaml"
+    model = CONFIGS / "llama-3-8b"
+    path.write_text(
+        f"model: {model}\nport: 8001\nhost: 127.0.0.1\nmax-model-len: 512\n"
+        f"attention-offload-config:\n  memory-nodes: [{address}]\n"
+    )
+    return path
+
+
 @pytest.fixture(scope="module")
 def answers(
     node: NodeProcess, tmp_path_factory: pytest.TempPathFactory
@@ -81,6 +97,10 @@ def answers(
             *(str(CONFIGS / "llama-3-8b"), *nodes),
             *("--engine-options", "--max-model-len", "1024"),
             *("--dtype", "bfloat16"),
+        ),
+        "of a file": (
+            *("--config", str(serve_config(place("file"), node.address))),
+            *("--engine-options", "--tool-call-parser", "hermes", "--api-key", "k"),
         ),
         "refused": (str(CONFIGS / "deepseek-v2-lite"), *nodes),
         "later": (),
@@ -116,6 +136,13 @@ def test_it_would_serve(answers: dict[str, Answer]) -> None:
     assert "0.32" in one(answer.findings, "vLLM", "ok").found
 
 
+def test_options_of_a_server(answers: dict[str, Answer]) -> None:
+    answer = answers["of a file"]
+    assert answer.status == 0
+    accepted = one(answer.findings, "engine", "ok").found
+    assert accepted.endswith("up to 512 tokens a request")
+
+
 def test_refused_model(answers: dict[str, Answer]) -> None:
     """With the engine's own words."""
     answer = answers["refused"]
@@ -147,3 +174,31 @@ def test_vllm_that_crashes(answers: dict[str, Answer]) -> None:
     findings = answers["crashing"].findings
     assert "ended with signal 6" in one(findings, "vLLM").found
     one(findings, "versions", "ok")
+
+
+def test_killed_command(tmp_path: Path) -> None:
+    """The process that uses vLLM ends with it."""
+    place = tmp_path / "pid"
+    path = broken_vllm(
+        tmp_path,
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(place)!r}).write_text(f'{{os.getpid()}}.')\n"
+        "time.sleep(100)\n",
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", _MAIN, "doctor"],
+        env=os.environ | {"PYTHONPATH": str(path)},
+        stdout=subprocess.DEVNULL,
+    ) as command:
+        written = eventually(lambda: place.exists() and place.read_text()[-1:], 60)
+        command.kill()
+    assert written
+    pid = int(place.read_text().rstrip("."))
+    assert eventually(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

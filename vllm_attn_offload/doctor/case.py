@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.planner.model.shape import ModelShape
 
+#: transformers, which reads it, is imported meanwhile; a hub may take far longer.
+_SHAPE_WAIT_S = 15.0
 _GPU_DRIVER = Path("/dev/nvidiactl")
 
 
@@ -27,6 +30,7 @@ class Case:
         shape: Of the model, once it is read; None without a model.
         timeout_s: Deadline for every answer of a node.
         is_probing: Whether layers are exchanged with the nodes and timed.
+        shape_due: When other checks go on without the shape, as time.monotonic().
     """
 
     config: AttentionOffloadConfig
@@ -36,6 +40,7 @@ class Case:
     shape: Future[ModelShape] | None = None
     timeout_s: float = 5.0
     is_probing: bool = False
+    shape_due: float = field(default_factory=lambda: time.monotonic() + _SHAPE_WAIT_S)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -58,7 +63,10 @@ class Case:
         return self.is_engine_host and not _GPU_DRIVER.exists()
 
     def model_shape(self) -> ModelShape | None:
-        """Return the model's sizes, or None where there are none to be had."""
-        if self.shape is None or self.shape.exception() is not None:
+        """Return the model's sizes, or None where there are none to be had in time."""
+        if self.shape is None:
+            return None
+        wait([self.shape], max(0.0, self.shape_due - time.monotonic()))
+        if not self.shape.done() or self.shape.exception() is not None:
             return None
         return self.shape.result()

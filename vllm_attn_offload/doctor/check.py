@@ -50,30 +50,36 @@ def in_background(work: Callable[[], _ResultT]) -> Future[_ResultT]:
 def run_checks(checks: Sequence[Check]) -> Iterator[tuple[Check, list[Finding]]]:
     """Start all checks, and yield what they found in their order, as they end.
 
-    What goes wrong in a check is a finding itself.
+    What goes wrong in a check is a finding itself, behind those that it made before.
     """
     start = time.monotonic()
-    running = [(each, in_background(partial(_findings, each))) for each in checks]
-    for check, future in running:
+    running: list[tuple[Check, list[Finding], Future[None]]] = []
+    for each in checks:
+        found: list[Finding] = []
+        running.append((each, found, in_background(partial(_collect, each, found))))
+    for check, found, future in running:
         left_s = start + check.deadline_s - time.monotonic()
         try:
-            yield check, future.result(max(0.0, left_s))
+            future.result(max(0.0, left_s))
         except TimeoutError:
-            yield check, [_late(check)]
+            yield check, [*found, _late(check)]
+        else:
+            yield check, found
 
 
-def _findings(check: Check) -> list[Finding]:
+def _collect(check: Check, found: list[Finding]) -> None:
     try:
-        return list(check.run())
+        for finding in check.run():
+            found.append(finding)  # at once: a late check is shown as far as it came
     except Exception as error:
-        return [
+        found.append(
             Finding.fail(
                 check.name,
                 f"this check itself failed: {type(error).__name__}: {error}",
                 "a check that ends with a finding",
                 "Report it with this line; the other checks are not touched by it.",
             )
-        ]
+        )
 
 
 def _late(check: Check) -> Finding:

@@ -24,7 +24,7 @@ from vllm_attn_offload.doctor.host_memory import (
 from vllm_attn_offload.doctor.host_software import check_plugin, check_versions
 from vllm_attn_offload.doctor.model_size import check_model, read_shape
 from vllm_attn_offload.doctor.node_examination import NodeExamination
-from vllm_attn_offload.doctor.options import add_options, given_options
+from vllm_attn_offload.doctor.options import add_options, given_model, given_options
 from vllm_attn_offload.doctor.pool import check_pool
 from vllm_attn_offload.doctor.report import Report
 
@@ -87,9 +87,10 @@ def run_doctor(args: argparse.Namespace) -> int:
     report = Report(args.json)
     with report:
         _look(_checks(case), report)
-        if case.is_probing and case.config.addresses and not report.num_fails:
+        if case.is_probing:
             # Alone, because everything else would be in its numbers.
-            _look([Check("pool", "exchange", lambda: probe_exchange(case))], report)
+            probe = functools.partial(probe_exchange, case, report.num_fails > 0)
+            _look([Check("pool", "exchange", probe)], report)
     return report.close()
 
 
@@ -103,7 +104,12 @@ def _look(checks: list[Check], report: Report) -> None:
 
 def _case(args: argparse.Namespace) -> Case:
     options = given_options(args)
-    model, extra = args.model, tuple(args.engine_options)
+    model, extra = given_model(args), tuple(args.engine_options)
+    if extra and not model:
+        raise ValueError(
+            f"--engine-options {extra[0]} was given without a model. Allowed: with "
+            "MODEL, or a model in --config. Write MODEL in front of the options."
+        )
     if args.config is not None:
         extra = ("--config", str(args.config), *extra)
     read = functools.partial(read_shape, model, extra)
@@ -159,9 +165,9 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a time. Allowed: a number of seconds above 0. Write for "
-            "example 5."
+            f"{text!r} was given. Allowed: seconds from 0.1 to 3600. Write for example "
+            "5."
         )
     return value

@@ -8,11 +8,13 @@ as soon as it is known: what comes next may end the process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +27,8 @@ from vllm_attn_offload.versions import TESTED_VLLM, is_tested, untested_message
 _Reply = Finding | dict[str, int]
 _SHOWN_NAMES = 3
 _STDOUT, _STDERR = 1, 2
+#: Of <linux/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -32,6 +36,7 @@ def main() -> int:
     # Looking through what vLLM makes of its modules takes long, and this process ends.
     gc.disable()
     request = json.load(sys.stdin)
+    _end_with(request["parent"])
     with os.fdopen(os.dup(_STDOUT), "w") as out:
         os.dup2(_STDERR, _STDOUT)
         for reply in _replies(request):
@@ -39,6 +44,13 @@ def main() -> int:
             out.write(json.dumps(line) + "\n")
             out.flush()
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed when the one that asked ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        sys.exit(1)
 
 
 def _replies(request: dict[str, Any]) -> Iterator[_Reply]:
@@ -109,11 +121,16 @@ def _not_importable(error: Exception) -> Finding:
 
 def _configuration(request: dict[str, Any]) -> Iterator[_Reply]:
     """Configure the engine as ``vllm serve`` would; nothing is started."""
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
     said = io.StringIO()
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser = make_arg_parser(FlexibleArgumentParser())
     arguments = [
         *("--model", request["model"], "--skip-tokenizer-init"),
         *("--attention-offload-config", json.dumps(request["options"])),
@@ -122,7 +139,7 @@ def _configuration(request: dict[str, Any]) -> Iterator[_Reply]:
     try:
         with contextlib.redirect_stderr(said):
             args = parser.parse_args(arguments)
-        config = EngineArgs.from_cli_args(args).create_engine_config()
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except SystemExit:
         last = (said.getvalue().strip().splitlines() or ["no message"])[-1]
         _, _, problem = last.partition("error: ")

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_attn_offload.doctor.case import Case
 from vllm_attn_offload.doctor.finding import Finding
-from vllm_attn_offload.planner.model.config import find_config
+from vllm_attn_offload.doctor.model_size import config_directory
 
 _MODULE = "vllm_attn_offload.doctor.engine_checks"
 
@@ -78,20 +78,11 @@ class EngineProcess:
 
     def _request(self) -> dict[str, Any]:
         return {
-            "model": self._directory(),
+            "model": config_directory(self._case.model),
             "options": self._case.options,
             "engine_options": self._case.engine_options,
+            "parent": os.getpid(),
         }
-
-    def _directory(self) -> str:
-        """Where the model's configuration is; empty where it is in none of its own."""
-        if not self._case.model:
-            return ""
-        try:
-            found = find_config(self._case.model)
-        except ValueError:
-            return ""  # said by the look at the model
-        return str(found.parent) if found.name == "config.json" else ""
 
 
 def _crash(status: int, said: Any) -> Finding:

@@ -19,8 +19,29 @@ _HEADS = (16, 4, 128)
 _NUM_LAYERS = 16
 
 
-def probe_exchange(case: Case) -> Iterator[Finding]:
-    """Open a session on every node in use, fill it, and decode some steps."""
+def probe_exchange(case: Case, has_failed: bool = False) -> Iterator[Finding]:
+    """Open a session on every node in use, fill it, and decode some steps.
+
+    Args:
+        case: What the engine would be.
+        has_failed: Whether another check has; nothing is measured then.
+    """
+    if not case.config.addresses:
+        yield Finding.warn(
+            _NAME,
+            "not measured: no node of this engine runs before it does",
+            "addresses of memory nodes that run",
+            "Name them with --memory-nodes, or leave --probe out.",
+        )
+        return
+    if has_failed:
+        yield Finding.warn(
+            _NAME,
+            "not measured: another check failed",
+            "checks that do not fail",
+            "Correct what failed, and ask again.",
+        )
+        return
     if missing := missing_modules("torch"):
         yield Finding.warn(
             _NAME,

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vllm_attn_offload.doctor.case import Case
 from vllm_attn_offload.doctor.finding import Finding
 from vllm_attn_offload.planner.model.config import (
     ENGINE_DTYPES,
     KV_DTYPE_BYTES,
+    find_config,
     read_model_shape,
 )
 from vllm_attn_offload.planner.model.shape import ModelShape
@@ -32,13 +34,28 @@ def read_shape(model: str, engine_options: Sequence[str]) -> ModelShape:
     return read_model_shape(model, kv, dtype=dtype)
 
 
+def config_directory(model: str) -> str:
+    """Where an engine finds the model; empty where it has no directory of its own."""
+    found = _find(model)
+    return str(found.parent) if found and found.name == "config.json" else ""
+
+
+def _find(model: str) -> Path | None:
+    if not model:
+        return None
+    try:
+        return find_config(model)
+    except ValueError:
+        return None  # said by the look at the model
+
+
 def check_model(case: Case) -> Iterator[Finding]:
     """Say what a token and the weights take."""
     assert case.shape is not None
     try:
         shape = case.shape.result()
     except ValueError as error:
-        yield Finding.of_error("configuration", error, "a config.json of a known model")
+        yield _unknown(case, error)
         return
     yield Finding.ok(
         "configuration",
@@ -48,3 +65,25 @@ def check_model(case: Case) -> Iterator[Finding]:
     )
     if not case.is_engine_host:
         yield Finding.ok("engine", "not checked: vLLM is not installed")
+
+
+def _unknown(case: Case, error: ValueError) -> Finding:
+    """What the planner cannot describe may still serve: the engine's check says it."""
+    allowed = "a config.json of a model that the planner knows"
+    finding = Finding.of_error("configuration", error, allowed)
+    if _find(case.model) is None:
+        return finding
+    if not case.is_engine_host or not config_directory(case.model):
+        # What to do is said for the planner's own options.
+        return Finding.fail(
+            finding.check,
+            finding.found,
+            finding.allowed,
+            "Run doctor where vLLM is, with the model's directory: vLLM judges it.",
+        )
+    return Finding.warn(
+        finding.check,
+        f"room in tokens not checked: {finding.found}",
+        finding.allowed,
+        "See below whether vLLM takes the model; its log says how many tokens fit.",
+    )

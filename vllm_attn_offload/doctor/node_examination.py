@@ -41,11 +41,13 @@ class NodeExamination:
         self._case = case
         self._stats: Stats | None = None
         self._has_ended = threading.Event()
+        self._created = time.monotonic()
 
     @property
     def deadline_s(self) -> float:
-        """Seconds that it may take: name server, connection and three answers."""
-        return 4 * self._case.timeout_s + 5
+        """Seconds that it may take: name server, connection, three answers, model."""
+        model_s = max(0.0, self._case.shape_due - self._created)
+        return 4 * self._case.timeout_s + 5 + (model_s if self._case.shape else 0.0)
 
     def answer(self) -> Stats | None:
         """Wait for the node's answer; None where there is none."""

@@ -46,7 +46,8 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     options = spelled_alike(args.attention_offload_config)
     if args.config is not None:
-        options = _of_file(args.config) | options
+        of_file = _of_file(args.config).get(_FILE_KEY)
+        options = spelled_alike(of_file or {}) | options
     values = vars(args)
     for field in dataclasses.fields(AttentionOffloadConfig):
         dotted = values[f"{_OPTION}.{field.name}"]
@@ -57,6 +58,17 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     options |= {name: path for name, path in given_files(args).items() if path}
     AttentionOffloadConfig.from_dict(options)
     return options
+
+
+def given_model(args: argparse.Namespace) -> str:
+    """Return MODEL, or the model of the file; empty where neither names one.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    if args.model or args.config is None:
+        return str(args.model)
+    return str(_of_file(args.config).get("model") or "")
 
 
 def _of_file(path: Path) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def _of_file(path: Path) -> dict[str, Any]:
             f"--config {path} holds no options. Allowed: a YAML file of names and "
             "values. Write for example attention-offload-config: {kv_cache_gib: 4}."
         )
-    return spelled_alike(spelled_alike(content).get(_FILE_KEY) or {})
+    return spelled_alike(content)
 
 
 def _json_object(text: str) -> dict[str, Any]:
