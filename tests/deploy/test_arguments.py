@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def engine_of(command: list[str], model: str) -> AttentionOffloadConfig:
     return serve_options([verb, model, *arguments])
 
 
+def health_of(service: dict[str, Any]) -> str:
+    """Program of Python that a service's health check runs."""
+    kind, python, option, program = service["healthcheck"]["test"]
+    assert (kind, python, option) == ("CMD", "python", "-c")
+    return str(program)
+
+
 def tool_options(arguments: list[str]) -> argparse.Namespace:
     """Options of a ``vllm-attn-offload`` that operates."""
     parser = argparse.ArgumentParser()
@@ -90,14 +98,14 @@ def test_chart(values: Path) -> None:
 
 
 def test_image() -> None:
-    """Its entry point is the command, and its own arguments are the probe's."""
+    """Its entry point is the command, and health is left to who knows the port."""
     file = (DEPLOY / "container" / "Dockerfile").read_text().replace("\\\n", "")
     found = dict(re.findall(r"^(ENTRYPOINT|CMD|EXPOSE|USER) +(.+)$", file, re.M))
     assert json.loads(found["ENTRYPOINT"]) == [COMMAND.name]
     parsed = parse_options(json.loads(found["CMD"]))
     ports = [parsed.listen[0].port, parsed.metrics_listen.port]
     assert found["EXPOSE"].split() == list(map(str, ports))
-    assert f"127.0.0.1:{parsed.metrics_listen.port}/healthz" in file
+    assert "HEALTHCHECK" not in re.sub("^#.*$", "", file, flags=re.M)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", found["USER"])
 
 
@@ -110,11 +118,14 @@ def test_compose(compose: dict[str, Any], smollm2: str) -> None:
         parsed = parse_options(service["command"])
         assert parsed.auth_token_file == TOKEN
         assert service["read_only"] is True
+        assert f":{parsed.metrics_listen.port}/readyz" in health_of(service)
         addresses.append(f"{name}:{parsed.listen[0].port}")
     config = engine_of(engine["command"], smollm2)
     assert list(config.memory_nodes) == addresses
     assert config.auth_token_file == TOKEN
-    assert engine["depends_on"].keys() == services.keys()
+    assert engine["depends_on"] == dict.fromkeys(
+        services, {"condition": "service_healthy"}
+    )
 
 
 def test_compose_files(compose: dict[str, Any]) -> None:
@@ -173,6 +184,25 @@ def test_ray_cluster(smollm2: str) -> None:
     # The operator writes it into a command of bash.
     (resources,) = shlex.split(nodes["rayStartParams"]["resources"])
     assert json.loads(resources) == {"memory_node": 1}
+
+
+def test_ray_image() -> None:
+    """It is built with what KubeRay's probes need, by arguments that the file has."""
+    text = (EXAMPLES / "ray-cluster.yaml").read_text()
+    comments = " ".join(re.findall(r"^# ?(.*)$", text, re.M)).replace("\\", "")
+    (build,) = re.findall(r"docker build .+? dist\b", comments)
+    words = shlex.split(build)
+    given = dict(
+        each.split("=", 1)
+        for option, each in pairwise(words)
+        if option == "--build-arg"
+    )
+    file = (DEPLOY / "container" / "Dockerfile").read_text()
+    assert given.keys() == set(re.findall(r"^ARG (\w+)=", file, re.M))
+    assert given["PACKAGES"] == "wget"
+    assert given["REQUIREMENTS"].startswith("ray[default]==")
+    assert comments.count(given["REQUIREMENTS"]) == 2
+    assert f"image: {words[words.index('--tag') + 1]}\n" in text
 
 
 def page_commands() -> list[list[str]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes and preStop of the chart, and the image's health check, on a real node."""
+"""Probes and preStop of the chart, and compose's health check, on a real node."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 from harness.processes import free_port
 from helm_chart import DEPLOY, NAMESPACE, container_of, needs_helm, pod_of, rendered
 from node_container import NodeContainer, on_this_host
@@ -116,13 +117,16 @@ def test_pre_stop_waits_for_engines(
 
 
 @needs_helm
-def test_health_check_of_the_image(
+def test_health_check_of_the_composition(
     container: NodeContainer, node: subprocess.Popen[bytes]
 ) -> None:
-    file = (DEPLOY / "container" / "Dockerfile").read_text().replace("\\\n", "")
-    (text,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*\])$", file, re.M)
+    """It passes while the node serves."""
+    text = (DEPLOY / "examples" / "docker-compose.yml").read_text()
+    service = yaml.safe_load(text)["services"]["node-1"]
+    kind, *test = service["healthcheck"]["test"]
+    assert kind == "CMD"
     port = str(container.ports["metrics"])
-    command = [each.replace("9600", port) for each in on_this_host(json.loads(text))]
+    command = [each.replace("9600", port) for each in on_this_host(test)]
     assert subprocess.run(command).returncode == 0
     node.send_signal(signal.SIGTERM)
     assert node.wait(10) == 0

@@ -101,6 +101,16 @@ def test_command() -> None:
     assert service()["LoadCredential"].startswith("token:")
 
 
+def test_a_place_for_a_socket() -> None:
+    """What the unit says about sockets names the place that it may write to."""
+    (listen,) = re.findall(r"LISTEN=(unix:\S+)", UNIT.read_text())
+    assert listen.rpartition("/")[0] == f"unix:/run/{service()['RuntimeDirectory']}"
+    assert service()["ProtectSystem"] == "strict"
+    command = unit_command("0", CREDENTIALS_DIRECTORY="/x", LISTEN=listen)
+    (parsed,) = parse_options(command[1:]).listen
+    assert parsed.is_local
+
+
 def test_node_is_a_notify_service(notifications: socket.socket, tmp_path: Path) -> None:
     """It says that it serves, feeds the watchdog, and says that it stops."""
     assert service()["Type"] == "notify"

@@ -54,10 +54,12 @@ class Terminal:
 
 
 @contextmanager
-def running_on_terminal(*command: str | Path) -> Iterator[Terminal]:
+def running_on_terminal(
+    *command: str | Path, columns: int = _COLUMNS, rows: int = _ROWS
+) -> Iterator[Terminal]:
     """Start a command in a session of its own; it is killed with the context."""
     ours, theirs = pty.openpty()
-    size = struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0)
+    size = struct.pack("HHHH", rows, columns, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     # Where these are set, they are believed instead of the terminal.
     sizes = ("COLUMNS", "LINES")

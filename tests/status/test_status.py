@@ -26,8 +26,6 @@ from steady_worker import NUM_BLOCKS, SteadyWorker
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.commands import main
-from vllm_attn_offload.status.look_taker import LookTaker
-from vllm_attn_offload.transport.trust import NO_CREDENTIALS
 
 #: Nobody listens there.
 DEAD = "127.0.0.1:1"
@@ -162,25 +160,6 @@ def test_imbalance(
     document = json.loads(status(*addresses, "--json").stdout)
     assert document["imbalance"] == pytest.approx(6 / 4)
     assert "\nnote  imbalance 1.50: " in status(*addresses).stdout
-
-
-def test_a_node_that_was_started_again_has_no_rates(tmp_path: Path) -> None:
-    """Its counters began anew; the connection is made again."""
-    options = ("--kv-cache-gib", "0.1", "--name", "again")
-    taker = LookTaker([f"unix:{tmp_path}/node.sock"], "", NO_CREDENTIALS, 30.0)
-    with running_node(tmp_path, *options):
-        assert taker.look(has_rates=True).nodes[0].rates is None
-        assert taker.look(has_rates=True).nodes[0].rates is not None
-    (gone,) = taker.look(has_rates=True).nodes
-    assert (gone.look.state, gone.rates) == ("no answer", None)
-    with running_node(tmp_path, *options):
-        (back,) = taker.look(has_rates=True).nodes
-        assert (back.look.state, back.look.name) == ("serving", "again")
-        assert back.rates is None
-        assert taker.look(has_rates=True).nodes[0].rates is not None
-    with running_node(tmp_path, *options):
-        # Nobody looked while it was away.
-        assert taker.look(has_rates=True).nodes[0].rates is None
 
 
 def test_tokens(tmp_path: Path, status: Any) -> None:

@@ -21,7 +21,9 @@ OnTerminal = Callable[..., AbstractContextManager[Terminal]]
 @pytest.fixture
 def on_terminal(command: Path) -> OnTerminal:
     """Runs ``status`` there."""
-    return lambda *arguments: running_on_terminal(command, "status", *arguments)
+    return lambda *arguments, **size: running_on_terminal(
+        command, "status", *arguments, **size
+    )
 
 
 def test_one_look(addresses: list[str], on_terminal: OnTerminal) -> None:
@@ -58,6 +60,29 @@ def test_watch(
         terminal.read_until(lambda written: LEAVE_SCREEN in written)
         assert terminal.end() == 0
     assert b"Traceback" not in terminal.written
+
+
+def test_a_small_terminal(
+    addresses: list[str],
+    on_terminal: OnTerminal,
+    work_on: Callable[[int], SteadyWorker],
+) -> None:
+    """Problems are seen before a screen ends, and columns are whole or left out."""
+    dead = "127.0.0.1:1"
+    for index in range(4):
+        work_on(index).step()
+    arguments = (*addresses, dead, "--watch", "0.2")
+    with on_terminal(*arguments, columns=80, rows=16) as terminal:
+        terminal.read_until(lambda written: b" KiB" in written or b" %" in written)
+        terminal.press(CTRL_C)
+        terminal.read_until(lambda written: LEAVE_SCREEN in written)
+        assert terminal.end() == 1
+    text = terminal.written.decode()
+    assert f"{dead}: cannot connect" in text
+    assert "attended/s" in text
+    assert "busy" in text
+    assert "kernel" not in text
+    assert "…" not in text.partition("cannot connect")[2].partition("engine")[0]
 
 
 def test_a_hostile_node(

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import http.client
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from urllib.parse import urlsplit
 
 from prometheus_client import Metric
@@ -36,7 +39,7 @@ class EngineServer:
 
     Args:
         url: Of the server, with or without ``http://`` and ``/metrics``.
-        timeout_s: Deadline for every answer.
+        timeout_s: Longest silence on its connection.
 
     Raises:
         ValueError: ``url`` is none of a server.
@@ -55,9 +58,41 @@ class EngineServer:
         self._timeout_s = timeout_s
         # A proxy of the environment is for other hosts than those of a cluster.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._asked: Future[EngineAnswer] | None = None
 
-    def read(self) -> EngineAnswer:
-        """Ask for the metrics and take from them what is ours."""
+    def ask(self) -> None:
+        """Begin to ask for the metrics, for a `read` that follows."""
+        # One that is still being asked is not asked twice.
+        if self._asked is None or self._asked.done():
+            asked: Future[EngineAnswer] = Future()
+            self._asked = asked
+            # Not an executor, whose threads the end of the command would wait for.
+            threading.Thread(target=self._ask, args=(asked,), daemon=True).start()
+
+    def read(self, until_s: float) -> EngineAnswer:
+        """Take from the metrics what is ours.
+
+        Args:
+            until_s: Without an answer at this time of the monotonic clock it is said to
+                have none, however much of it has come.
+        """
+        assert self._asked is not None
+        left_s = max(until_s - time.monotonic(), 0.0)
+        wait([self._asked], left_s)
+        if self._asked.done():
+            return self._asked.result()
+        return self._failed(
+            f"it did not answer within {left_s:.2g} s. Check that it is not "
+            "overloaded, or raise --timeout-s."
+        )
+
+    def _ask(self, asked: Future[EngineAnswer]) -> None:
+        try:
+            asked.set_result(self._answer())
+        except Exception as error:
+            asked.set_exception(error)
+
+    def _answer(self) -> EngineAnswer:
         try:
             with self._opener.open(f"{self.url}/metrics", timeout=self._timeout_s) as r:
                 text = r.read(_MAX_BYTES).decode(errors="replace")

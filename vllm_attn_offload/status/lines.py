@@ -31,8 +31,9 @@ def report_lines(report: Report) -> Iterator[str]:
             yield "  ".join(_session_fields(node, session, rates))
     for row in report.engine.engines if report.engine else []:
         yield "  ".join(_engine_fields(row))
-    for note in report.notes():
-        yield f"note  {note}"
+    for note in (report.imbalance_note(), *report.problems()):
+        if note:
+            yield f"note  {note}"
 
 
 def _node_fields(node: NodeReport) -> Iterator[str]:

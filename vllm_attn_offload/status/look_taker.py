@@ -15,6 +15,7 @@ from vllm_attn_offload.transport.address import Address
 from vllm_attn_offload.transport.trust import Credentials
 
 if TYPE_CHECKING:
+    from vllm_attn_offload.status.engine_answer import EngineAnswer
     from vllm_attn_offload.status.engine_server import EngineServer
 
 
@@ -25,7 +26,7 @@ class LookTaker:
         addresses: Memory nodes, as the user wrote them.
         engine_url: A server whose ``/metrics`` name more of them; empty: none.
         credentials: What to show nodes, and to ask of them.
-        timeout_s: Deadline for the server, and for all nodes together.
+        timeout_s: Deadline for the server and all nodes together.
 
     Raises:
         ValueError: There is nothing to look at, or an address, the URL or a file of the
@@ -53,6 +54,7 @@ class LookTaker:
         self._addresses = addresses
         self._server = _server(engine_url, timeout_s) if engine_url else None
         self._reader = NodeReader(credentials, timeout_s)
+        self._timeout_s = timeout_s
         self._before: dict[str, NodeLook] = {}
 
     def look(self, *, has_rates: bool) -> Report:
@@ -61,16 +63,27 @@ class LookTaker:
         Args:
             has_rates: Whether rates are wanted, which the first look does not have.
         """
-        answer = self._server.read() if self._server else None
+        until_s = time.monotonic() + self._timeout_s
+        # Nodes that are known do not wait for the server.
+        known = list(dict.fromkeys((*self._addresses, *self._before)))
+        self._reader.ask(known)
+        answer = self._engine_answer(until_s)
         named = answer.addresses if answer else []
         # A server that is silent for once does not hide its nodes.
         if answer and answer.problem:
             named = list(self._before)
         addresses = list(dict.fromkeys((*self._addresses, *named)))
-        looks = self._reader.read(addresses)
+        self._reader.ask([each for each in addresses if each not in known])
+        looks = self._reader.read(addresses, until_s)
         nodes = [NodeReport.of(self._before.get(look.address), look) for look in looks]
         self._before = {look.address: look for look in looks}
         return Report(nodes, answer, time.time(), has_rates)
+
+    def _engine_answer(self, until_s: float) -> EngineAnswer | None:
+        if self._server is None:
+            return None
+        self._server.ask()
+        return self._server.read(until_s)
 
 
 def _server(url: str, timeout_s: float) -> EngineServer:

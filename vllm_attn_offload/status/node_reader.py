@@ -24,7 +24,7 @@ class NodeReader:
 
     Args:
         credentials: What to show nodes, and to ask of them.
-        timeout_s: Deadline of a look, whatever the number of nodes.
+        timeout_s: Of a look, whatever the number of nodes.
     """
 
     def __init__(self, credentials: Credentials, timeout_s: float) -> None:
@@ -33,8 +33,8 @@ class NodeReader:
         self._clients: dict[str, ControlClient] = {}
         self._asked: dict[str, Future[NodeLook]] = {}
 
-    def read(self, addresses: Sequence[str]) -> list[NodeLook]:
-        """Ask all nodes; those without an answer in time are said to have none."""
+    def ask(self, addresses: Sequence[str]) -> None:
+        """Begin to ask these nodes, for a `read` that follows."""
         for address in addresses:
             asked = self._asked.get(address)
             # One that is still being asked is not asked twice.
@@ -44,37 +44,44 @@ class NodeReader:
                 threading.Thread(
                     target=self._ask, args=(address, asked), daemon=True
                 ).start()
+
+    def read(self, addresses: Sequence[str], until_s: float) -> list[NodeLook]:
+        """Take the answers of nodes that were asked.
+
+        Args:
+            addresses: The nodes.
+            until_s: Those without an answer at this time of the monotonic clock are
+                said to have none.
+        """
         asked_now = [self._asked[address] for address in addresses]
-        wait(asked_now, self._timeout_s)
+        left_s = max(until_s - time.monotonic(), 0.0)
+        wait(asked_now, left_s)
         return [
-            asked.result() if asked.done() else self._silent(address)
+            asked.result() if asked.done() else self._silent(address, left_s)
             for address, asked in zip(addresses, asked_now, strict=True)
         ]
 
     def _ask(self, address: str, asked: Future[NodeLook]) -> None:
-        try:
-            asked.set_result(self._look(address))
-        except Exception as error:
-            asked.set_exception(error)
+        asked.set_result(self._look(address))
 
     def _look(self, address: str) -> NodeLook:
         known = self._clients.pop(address, None)
         if known is not None:
             try:
                 return self._ask_client(address, known)
-            except MemoryNodeError:
+            except Exception:
                 known.close()  # The node may have been started again.
         client = None
         try:
             timeout_s = self._timeout_s + _SLACK_S
             client = ControlClient(address, timeout_s, self._credentials)
             return self._ask_client(address, client)
-        except MemoryNodeError as error:
+        except Exception as error:
+            # Also a token's file that is missing for a moment: other nodes are shown.
             if client is not None:
                 client.close()
-            is_silent = isinstance(error.__cause__, OSError)
-            state = "no answer" if is_silent else "refuses"
-            return NodeLook(address, time.monotonic(), state=state, problem=error.cause)
+            state, problem = _failure(error)
+            return NodeLook(address, time.monotonic(), state=state, problem=problem)
 
     def _ask_client(self, address: str, client: ControlClient) -> NodeLook:
         stats = client.stats()
@@ -88,11 +95,19 @@ class NodeReader:
         client.ping(self._timeout_s + _SLACK_S)
         return time.perf_counter() - started
 
-    def _silent(self, address: str) -> NodeLook:
+    def _silent(self, address: str, waited_s: float) -> NodeLook:
         return NodeLook(
             address,
             time.monotonic(),
             state="no answer",
-            problem=f"it did not answer within {self._timeout_s:g} s. Check that it "
+            problem=f"it did not answer within {waited_s:.2g} s. Check that it "
             "runs and that this host reaches it, or raise --timeout-s.",
         )
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """Return state and problem of a node that could not be asked."""
+    if not isinstance(error, MemoryNodeError):
+        return "refuses", f"it could not be asked ({error!r})."
+    is_silent = isinstance(error.__cause__, OSError)
+    return "no answer" if is_silent else "refuses", error.cause

@@ -43,11 +43,17 @@ class NodeReport:
             return 0
         return self.stats.node.kv_bytes_total - self.stats.node.kv_bytes_free
 
-    @property
-    def attended_tokens(self) -> float:
-        """Since the look before, or else since the sessions were opened."""
-        if self.rates is not None:
-            return self.rates.attended_tokens_per_s * self.rates.seconds
+    def attended_tokens(self, *, has_rates: bool) -> float | None:
+        """Return those of its sessions, None where they are not known or it has none.
+
+        Args:
+            has_rates: Per second since the look before; else since sessions were
+                opened.
+        """
+        if self.stats is None or not self.stats.sessions:
+            return None
+        if has_rates:
+            return self.rates.attended_tokens_per_s if self.rates else None
         return self.total("num_attended_tokens")
 
     def total(self, counter: str) -> float:

@@ -44,22 +44,26 @@ class Report:
     @property
     def imbalance(self) -> float | None:
         """Attended tokens of the busiest node over the mean; None of a single one."""
-        attended = [
-            each.attended_tokens
-            for each in self.nodes
-            if each.stats and each.stats.sessions
+        # Of rates, or of totals: a node that missed the look before has no rates.
+        of_nodes = [
+            each.attended_tokens(has_rates=self.has_rates) for each in self.nodes
         ]
+        attended = [each for each in of_nodes if each is not None]
         if len(attended) < 2 or sum(attended) <= 0:
             return None
         return max(attended) * len(attended) / sum(attended)
 
-    def notes(self) -> Iterator[str]:
-        """Sentences about what is not as it should be, and the imbalance."""
-        if self.imbalance is not None:
-            yield (
-                f"imbalance {self.imbalance:.2f}: attended tokens of the busiest node "
-                "over the mean"
-            )
+    def imbalance_note(self) -> str:
+        """Return the imbalance with what it is; empty where there is none."""
+        if self.imbalance is None:
+            return ""
+        return (
+            f"imbalance {self.imbalance:.2f}: attended tokens of the busiest node over "
+            "the mean"
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Sentences about what is not as it should be."""
         for node in self.nodes:
             yield from _notes_of(node, self.unix_time)
         if self.engine is not None and self.engine.problem:

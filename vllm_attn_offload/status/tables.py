@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from vllm_attn_offload.protocol.session_stats import SessionStats
@@ -24,17 +20,26 @@ from vllm_attn_offload.status.cells import (
     used_cell,
 )
 from vllm_attn_offload.status.engine_row import EngineRow
+from vllm_attn_offload.status.fitted_table import FittedTable
 from vllm_attn_offload.status.node_report import NodeReport
 from vllm_attn_offload.status.rates import Rates
 from vllm_attn_offload.status.report import Report, clock
 
 _STATE_STYLES = {"serving": "green", "refuses": "yellow", "no answer": "bold red"}
 _BAR_CHARS = 14
+#: Columns that a narrow terminal goes without, the first ones first.
+_OPTIONAL_OF_NODES = ("kernel\nISA", "receive", "in/s\nout/s", "up\nping", "queue")
+_OPTIONAL_OF_SESSIONS = ("transport", "generation", "blocks", "KV", "model")
+_OPTIONAL_OF_ENGINES = (
+    *("recomputed tokens", "generation", "last recovery", "pool blocks"),
+)
 
 
 def report_tables(report: Report) -> RenderableType:
-    """Nodes, their sessions, engines, and notes below."""
-    parts: list[RenderableType] = [_title(report), _nodes(report)]
+    """Problems, nodes, their sessions, engines, and the imbalance."""
+    # A screen cuts what is below its height.
+    problems = (Text(f"  {each}") for each in report.problems())
+    parts: list[RenderableType] = [_title(report), *problems, _nodes(report)]
     sessions = [
         (node, session, rates)
         for node in report.nodes
@@ -44,7 +49,8 @@ def report_tables(report: Report) -> RenderableType:
         parts.append(_sessions(sessions, has_rates=report.has_rates))
     if report.engine and report.engine.engines:
         parts.append(_engines(report.engine.engines))
-    parts += [Text(f"  {note}") for note in report.notes()]
+    if note := report.imbalance_note():
+        parts.append(Text(f"  {note}"))
     return Group(*parts)
 
 
@@ -54,16 +60,7 @@ def _title(report: Report) -> Text:
     return title.append(f"   {clock(report.unix_time)}", "not bold dim")
 
 
-def _table(*columns: str, numbers: Iterable[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", collapse_padding=True)
-    right = set(numbers)
-    for column in columns:
-        justify: JustifyMethod = "right" if column in right else "left"
-        table.add_column(column, justify=justify, no_wrap=True)
-    return table
-
-
-def _nodes(report: Report) -> Table:
+def _nodes(report: Report) -> FittedTable:
     if report.has_rates:
         activity: tuple[str, ...] = (
             "attended/s",
@@ -76,7 +73,7 @@ def _nodes(report: Report) -> Table:
         activity = ("attended", "in\nout")
     numbers = (*activity, "up\nping")
     columns = ("node\naddress", "state\nversion", "kernel\nISA", "KV memory")
-    table = _table(*columns, *numbers, numbers=numbers)
+    table = FittedTable((*columns, *numbers), numbers, _OPTIONAL_OF_NODES)
     for node in report.nodes:
         look = node.look
         name = _stacked(look.name, look.address if look.stats else "")
@@ -124,11 +121,11 @@ def _activity(node: NodeReport, *, has_rates: bool) -> tuple[str, ...]:
 
 def _sessions(
     rows: list[tuple[NodeReport, SessionStats, Rates | None]], *, has_rates: bool
-) -> Table:
+) -> FittedTable:
     activity = ("attended/s", "worker waits") if has_rates else ("attended",)
     numbers = ("rank", "generation", "blocks", "KV", *activity)
     columns = ("engine", "model", "node", "transport", *numbers)
-    table = _table(*columns, numbers=numbers)
+    table = FittedTable(columns, numbers, _OPTIONAL_OF_SESSIONS)
     shown = None
     rows.sort(key=lambda row: (row[1].engine, row[1].tp_rank))
     for node, session, rates in rows:
@@ -157,12 +154,12 @@ def _session_activity(
     return count_cell(rates.attended_tokens_per_s), share_cell(rates.worker_wait)
 
 
-def _engines(rows: list[EngineRow]) -> Table:
+def _engines(rows: list[EngineRow]) -> FittedTable:
     numbers = (
         *("engine", "pool blocks", "generation", "recoveries", "last recovery"),
         "recomputed tokens",
     )
-    table = _table("model", *numbers, "state", numbers=numbers)
+    table = FittedTable(("model", *numbers, "state"), numbers, _OPTIONAL_OF_ENGINES)
     for row in rows:
         last = row.last_recovery_s
         state = Text("recovering", "bold red") if row.recovering else Text("")
