@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -70,7 +71,7 @@ def running_on_terminal(
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
         env={**environment, "TERM": "xterm-256color", "NO_COLOR": ""},
     )
     os.close(theirs)
@@ -80,3 +81,13 @@ def running_on_terminal(
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to its background jobs, in a new process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    heed_ctrl_c()

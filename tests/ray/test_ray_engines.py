@@ -54,8 +54,13 @@ def serve(model: str, log: Path, **offload: Any) -> ServeProcess:
 
 def up_nodes(server: ServeProcess) -> set[str]:
     """Addresses of the nodes that ``/metrics`` shows as running."""
-    pattern = r'memory_node_up\{node="([^"]+)"\} 1\.0'
-    return set(re.findall(pattern, server.metrics()))
+    text = server.metrics()
+    up = set(re.findall(r'memory_node_up\{node="([^"]+)"\} 1\.0', text))
+    return {
+        re.findall(r'address="([^"]+)"', labels)[0]
+        for labels in re.findall(r"memory_node_info\{(.*)\} 1\.0", text)
+        if re.findall(r'node="([^"]+)"', labels)[0] in up
+    }
 
 
 def ask(server: ServeProcess) -> list[list[int]]:

@@ -23,6 +23,7 @@ from harness.processes import free_port
 from hostile_node import hostile_node
 from node_process import NodeProcess, running_node
 from steady_worker import NUM_BLOCKS, SteadyWorker
+from terminal import heed_ctrl_c
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.commands import main
@@ -120,7 +121,9 @@ def test_watch_writes_rates_of_what_happened(
     """One JSON object a line; the counters' differences are those of the rates."""
     workers = [work_on(0), work_on(1)]
     arguments = ["status", *addresses[:2], "--watch", "0.2", "--json"]
-    with subprocess.Popen([command, *arguments], stdout=subprocess.PIPE) as watch:
+    with subprocess.Popen(
+        [command, *arguments], stdout=subprocess.PIPE, preexec_fn=heed_ctrl_c
+    ) as watch:
         assert watch.stdout is not None
         first = json.loads(watch.stdout.readline())
         assert [node["rates"] for node in first["nodes"]] == [None, None]
