@@ -8,8 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
-from vllm.platforms import current_platform
-from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_attn_offload.client.attachment import Attachment, NodeFailure
@@ -40,7 +39,6 @@ from vllm_attn_offload.engine.resident_state_manager import register_resident_st
 from vllm_attn_offload.engine.session_limits import SessionLimits
 from vllm_attn_offload.engine.start_failure import tells_why
 from vllm_attn_offload.engine.state_pool import StatePool, shared_groups
-from vllm_attn_offload.engine.step_nap import StepNap
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.logger import get_logger
 from vllm_attn_offload.protocol.geometry import SessionGeometry
@@ -49,7 +47,7 @@ from vllm_attn_offload.worker.lost_step import LossReader, LostStep
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
-    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.executor.abstract import FailureCallback
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -83,7 +81,6 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
         self.failure_note = FailureNote()
         config = AttentionOffloadConfig.of_engine(self.vllm_config)
         self._on_failure: FailureCallback | None = None
-        self._nap = StepNap() if current_platform.is_cpu() else None
         self._planned: list[KVCacheConfig] = []
         self._states = StatePool(
             self.vllm_config, lambda: self.collective_rpc("free_device_bytes")
@@ -185,15 +182,6 @@ class AttentionOffloadExecutorMixin(_ExecutorBase):
             self._pool.watch(self._recovery.report_loss)
             reader = LossReader(self._report_lost_step)
             self.kv_output_aggregator = cast("KVOutputAggregator", reader)
-
-    def execute_model(  # type: ignore[override]
-        self, scheduler_output: SchedulerOutput, non_block: bool = False
-    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
-        """Start a step; on CPUs its result is waited for asleep."""
-        result = super().execute_model(scheduler_output, non_block)
-        if self._nap is not None and isinstance(result, FutureWrapper):
-            result.get_response = functools.partial(self._nap.wait, result.get_response)
-        return result
 
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: GrammarOutput | None, non_block: bool = False
