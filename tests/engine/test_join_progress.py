@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from node_process import NodeProcess, eventually
+from stopped import stop_process
 
 from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.config import AttentionOffloadConfig
@@ -46,7 +47,7 @@ def test_remote_nodes_that_are_late_are_named(
     config = AttentionOffloadConfig(memory_nodes=[each.address for each in nodes])
     pool = NodePool(config, EngineIdentity("engine"), (), ControlClient)
     try:
-        nodes[1].process.send_signal(signal.SIGSTOP)
+        stop_process(nodes[1].process.pid)
         with closing(pool), ThreadPoolExecutor(1) as threads:
             joined = threads.submit(pool.join)
             late = f"1 of 2 memory node(s) not there yet: {nodes[1].address}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from node_process import NodeProcess, running_node
 from steady_worker import SteadyWorker
+from stopped import stop_process
 
 from vllm_attn_offload.status.look_taker import LookTaker
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
@@ -55,7 +56,7 @@ def test_imbalance_of_rates_only(
 
     assert imbalance() is None
     assert imbalance() == pytest.approx(1.0, rel=0.9)
-    os.kill(nodes[1].process.pid, signal.SIGSTOP)
+    stop_process(nodes[1].process.pid)
     try:
         (_, silent) = taker.look(has_rates=True).nodes
     finally:
