@@ -53,9 +53,11 @@ BESIDE: dict[str, set[str]] = {
         "ray_nodes",
         "transport",
         "trust_options",
+        "seconds_option",
     },
-    "status": {"client", "protocol", "transport", "trust_options"},
+    "status": {"client", "protocol", "transport", "trust_options", "seconds_option"},
     "trust_options": {"transport"},
+    "seconds_option": set(),
     "compatibility": {
         "unsupported",
         "unsupported_kv_dtype",

@@ -22,9 +22,12 @@ from vllm_attn_offload.client.control_client import ControlClient
 from vllm_attn_offload.client.handshake import call, connect
 from vllm_attn_offload.config import AttentionOffloadConfig
 from vllm_attn_offload.cpu_list import format_cpu_list
-from vllm_attn_offload.engine import node_metrics
 from vllm_attn_offload.engine.engine_board import ENGINE_BOARD_VARIABLE, EngineBoard
-from vllm_attn_offload.engine.node_metrics import NodeStatsReader, export_node_metrics
+from vllm_attn_offload.engine.node_metrics import (
+    NodeStatsReader,
+    drop_exported,
+    export_node_metrics,
+)
 from vllm_attn_offload.metrics import StatsCollector
 from vllm_attn_offload.metrics.engine import ENGINE_METRICS
 from vllm_attn_offload.metrics.node import CERTIFICATE, NODE_METRICS, UP
@@ -188,7 +191,6 @@ def test_nodes_that_are_gone_are_let_go(node: NodeProcess, silent: list[str]) ->
 def test_an_older_engine_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that makes engine after engine keeps the descriptors of one."""
     monkeypatch.setenv(ENGINE_BOARD_VARIABLE, "")  # restored with what is set now
-    monkeypatch.setattr(node_metrics, "_exported", None)
     board = EngineBoard.create()
     config = AttentionOffloadConfig(memory_nodes=["127.0.0.1:1"])
     num_open = []
@@ -196,9 +198,8 @@ def test_an_older_engine_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         export_node_metrics(VllmConfig(), config)
         num_open.append(len(os.listdir("/proc/self/fd")))
     assert num_open[0] == num_open[-1]
-    exported = node_metrics._exported
-    assert exported is not None
-    exported.drop()
+    drop_exported()
+    assert len(os.listdir("/proc/self/fd")) < num_open[0]
     board.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         board.read()

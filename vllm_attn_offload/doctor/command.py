@@ -27,6 +27,7 @@ from vllm_attn_offload.doctor.node_examination import NodeExamination
 from vllm_attn_offload.doctor.options import add_options, given_model, given_options
 from vllm_attn_offload.doctor.pool import check_pool
 from vllm_attn_offload.doctor.report import Report
+from vllm_attn_offload.seconds_option import seconds
 
 DOCTOR_HELP = "find what would keep an engine or a memory node from serving"
 _EPILOG = """examples:
@@ -161,13 +162,4 @@ def _host_checks(case: Case) -> list[Check]:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given. Allowed: seconds from 0.1 to 3600. Write for example "
-            "5."
-        )
-    return value
+    return seconds(text, "Write for example 5.")

@@ -119,8 +119,7 @@ def export_node_metrics(
     (vllm/v1/engine/async_llm.py).
     """
     global _exported
-    if _exported is not None:
-        _exported.drop()
+    drop_exported()
     found = None if config.ray_pool is None else NodeBoard.find()
     reader = NodeStatsReader(_nodes(vllm_config, config, found))
     collectors: list[Collector] = [StatsCollector(reader.read)]
@@ -130,6 +129,14 @@ def export_node_metrics(
     boards = [board for board in (found, engines) if board is not None]
     _exported = _Exported(reader, collectors, boards)
     register_exported(REGISTRY)
+
+
+def drop_exported() -> None:
+    """Let go of the nodes and boards of this process's engine, if it has one."""
+    global _exported
+    if _exported is not None:
+        _exported.drop()
+        _exported = None
 
 
 def register_exported(registry: CollectorRegistry) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vllm_attn_offload.seconds_option import seconds
 from vllm_attn_offload.status.lines import report_lines
 from vllm_attn_offload.status.look_taker import LookTaker
 from vllm_attn_offload.trust_options import add_trust_options, given_credentials
@@ -141,13 +142,6 @@ def _shown_as_lines(
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given. Allowed: seconds from 0.1 to 3600. Write addresses "
-            "before this option, and for example --watch 2."
-        )
-    return value
+    return seconds(
+        text, "Write addresses before this option, and for example --watch 2."
+    )

@@ -9,7 +9,8 @@ import logging
 import os
 import ssl
 
-logger = logging.getLogger(__name__)
+# Not by `get_logger`, which imports vLLM.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 #: OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the ssl module does not name.
 _NO_CHECK_TIME = 0x200000
