@@ -146,7 +146,8 @@ def test_recovery_is_counted_and_traced(
     (span,) = receiver.named("attn_offload.recovery")
     shown = attributes(span)
     assert shown["attn_offload.node"].endswith("-1-0/sock")
-    assert "it was lost" in shown["attn_offload.cause"]
+    # Whichever notices first, the step or the channel, tells it in its own words.
+    assert "was lost" in shown["attn_offload.cause"]
     assert shown["attn_offload.seconds"] == pytest.approx(lasted_s)
     tokens = by_engine(server, "recomputed_tokens_total")
     assert [0, shown["attn_offload.recomputed_tokens"]] == tokens
