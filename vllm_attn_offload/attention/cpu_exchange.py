@@ -37,6 +37,10 @@ class CpuExchange(LayerExchange):
         nodes, sinks = self._nodes, attention.sinks
         is_first = metadata.step is None
         step = metadata.step or metadata.ensure_sent(nodes, layer)
+        is_alone = not is_first and metadata.baton is None and sinks is None
+        if is_alone and step.remote_rows is None and not step.partition.prefills:
+            nodes.exchange(step, layer, *qkv, output)
+            return
         nodes.post_layer(step, layer, *qkv, with_lse=sinks is not None)
         if is_first:
             metadata.send_later(nodes)

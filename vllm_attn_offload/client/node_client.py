@@ -9,26 +9,19 @@ import msgspec
 import torch
 
 from vllm_attn_offload.client.handshake import call
+from vllm_attn_offload.client.layer_call import LayerCall
 from vllm_attn_offload.client.neighbour import connect_nearest
-from vllm_attn_offload.errors import (
-    MemoryNodeError,
-    NodeDefectError,
-    NodeFailedError,
-    ProtocolError,
-)
+from vllm_attn_offload.client.node_replies import NodeReplies, lost_session
+from vllm_attn_offload.errors import MemoryNodeError, ProtocolError
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.messages import Attached, AttachSession
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.cuda_memory import SharedDevice
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
 from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
+from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
-_MAX_ERROR_BYTES = 1 << 16
-#: Answers to one micro-batch, which may stand before an error, and their size.
-_MAX_UNREAD_REPLIES = 4
-_MAX_UNREAD_BYTES = 16 << 20
-_UNREAD_TIMEOUT_S = 0.5
 _ROWS_ON_DEVICE = FrameFlag.ON_DEVICE.value | FrameFlag.FUSED.value
 #: Keys and values that a node may be behind with before its answer is waited for.
 MAX_UNACKNOWLEDGED_BYTES = 64 << 20
@@ -59,7 +52,6 @@ class NodeClient:
         self.address = address
         self._timeout_s = timeout_s
         self._header = FrameHeader()
-        self._reply_header = FrameHeader()
         self._unacknowledged = 0
         sock = connect_nearest(address, timeout_s, credentials)
         try:
@@ -71,10 +63,19 @@ class NodeClient:
             )
         except (OSError, ProtocolError) as error:
             sock.close()
-            raise self._lost(error) from error
+            raise lost_session(address, error) from error
         except MemoryNodeError:
             sock.close()
             raise
+        self._replies = NodeReplies(address, self._transport)
+
+    def layer_call(self) -> LayerCall | None:
+        """Return what `exchange` takes; None where the library is not on both sides."""
+        transport = self._transport
+        # Rows in device memory go another way, those of its prefills in two calls.
+        if type(transport) is not SharedMemoryTransport:
+            return None
+        return LayerCall(transport, self._timeout_s)
 
     @property
     def transport_name(self) -> str:
@@ -111,7 +112,7 @@ class NodeClient:
         try:
             return self._transport.payload_buffer(num_bytes)
         except (OSError, ValueError) as error:
-            raise self._not_sent(error) from error
+            raise self._replies.not_sent(error) from error
 
     def post_layer(
         self,
@@ -171,10 +172,34 @@ class NodeClient:
             NodeFailedError: It could not compute.
         """
         try:
-            self._receive_out_header(layer, out.nbytes, allowance_s)
+            self._replies.receive_out(
+                layer, out.nbytes, self._timeout_s + allowance_s
+            )
             self._transport.receive_payload_into(out)
         except (OSError, ProtocolError) as error:
-            raise self._lost(error) from error
+            raise lost_session(self.address, error) from error
+
+    def exchange(self, call: LayerCall, layer: int, allowance_s: float) -> None:
+        """Send all rows of a layer and receive its output, in one call.
+
+        Args:
+            call: Result of `layer_call`, which names the rows.
+            layer: Index of the layer in the session's geometry.
+            allowance_s: As for `receive_out`.
+
+        Raises:
+            MemoryNodeError: As `receive_out`, or nothing could be sent.
+        """
+        self._unacknowledged = 0
+        replies = self._replies
+        try:
+            if not call.run(layer, self._timeout_s + allowance_s, replies.header):
+                replies.check_out(layer, call.out_bytes)
+                raise ProtocolError("output that is not in host memory")
+        except (OSError, ProtocolError, ValueError) as error:
+            if not call.is_sent:
+                raise replies.not_sent(error) from error
+            raise lost_session(self.address, error) from error
 
     def rows_buffer(self, num_bytes: int) -> torch.Tensor | None:
         """Device memory for the next LAYER's rows, to be complete when posted.
@@ -193,7 +218,7 @@ class NodeClient:
                 transport.rows_buffer(num_bytes) if transport.fits(num_bytes) else None
             )
         except OSError as error:
-            raise self._not_sent(error) from error
+            raise self._replies.not_sent(error) from error
 
     def post_rows(
         self, step: int, micro_batch: int, layer: int, num_bytes: int
@@ -225,12 +250,12 @@ class NodeClient:
         transport = self._transport
         assert isinstance(transport, DeviceMemoryTransport)
         try:
-            self._receive_out_header(layer, num_bytes, allowance_s)
-            if not self._reply_header.flags & FrameFlag.ON_DEVICE.value:
+            self._replies.receive_out(layer, num_bytes, self._timeout_s + allowance_s)
+            if not self._replies.header.flags & FrameFlag.ON_DEVICE.value:
                 raise ProtocolError("output that is not in device memory")
             return transport.receive_rows(num_bytes)
         except (OSError, ProtocolError) as error:
-            raise self._lost(error) from error
+            raise lost_session(self.address, error) from error
 
     def keep_rows(self, until: Callable[[], None]) -> None:
         """Call ``until``, which waits for the device, before received rows are lost."""
@@ -241,56 +266,8 @@ class NodeClient:
         """End the data channel."""
         self._transport.close()
 
-    def _receive_out_header(
-        self, layer: int, num_bytes: int, allowance_s: float
-    ) -> None:
-        header = self._reply_header
-        self._transport.receive_header(header, self._timeout_s + allowance_s)
-        if header.kind == FrameKind.ERROR:
-            raise self._refusal(header)
-        if header.kind != FrameKind.OUT or header.layer != layer:
-            raise ProtocolError(f"a frame of kind {header.kind} was not expected")
-        if header.num_bytes != num_bytes:
-            raise ProtocolError(
-                f"{header.num_bytes:,} bytes of output; {num_bytes:,} expected"
-            )
-
     def _send(self, *payload: memoryview) -> None:
         try:
             self._transport.send(self._header, *payload)
         except OSError as error:
-            raise self._not_sent(error) from error
-
-    def _not_sent(self, error: Exception) -> MemoryNodeError:
-        """What the node said before it stopped taking frames, if it said anything."""
-        header, transport = self._reply_header, self._transport
-        try:
-            for _ in range(_MAX_UNREAD_REPLIES):
-                transport.receive_header(header, _UNREAD_TIMEOUT_S)
-                if header.kind == FrameKind.ERROR:
-                    return self._refusal(header)
-                if header.num_bytes > _MAX_UNREAD_BYTES:
-                    break
-                if not header.flags & FrameFlag.ON_DEVICE.value:
-                    transport.receive_payload(header.num_bytes)
-        except (OSError, ProtocolError):
-            pass
-        return self._lost(error)
-
-    def _refusal(self, header: FrameHeader) -> MemoryNodeError:
-        is_failure = header.flags & FrameFlag.FAILED.value
-        kind = NodeFailedError if is_failure else NodeDefectError
-        return kind(self.address, self._read_error(header))
-
-    def _read_error(self, header: FrameHeader) -> str:
-        if header.num_bytes > _MAX_ERROR_BYTES:
-            raise ProtocolError(f"an error message of {header.num_bytes:,} bytes")
-        payload = self._transport.receive_payload(header.num_bytes)
-        return bytes(payload).decode(errors="replace")
-
-    def _lost(self, error: Exception) -> MemoryNodeError:
-        kind = NodeDefectError if isinstance(error, ProtocolError) else MemoryNodeError
-        return kind(
-            self.address,
-            f"its session was lost ({error}). See the log of 'vllm-memory-node' there.",
-        )
+            raise self._replies.not_sent(error) from error

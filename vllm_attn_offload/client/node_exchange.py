@@ -62,6 +62,8 @@ class NodeExchange:
         self._query_rows: torch.Tensor | None = None
         self._stored_rows: torch.Tensor | None = None
         self._allowance_s = 0.0
+        self._call = client.layer_call()
+        self._is_whole = False
         self._step_buffer = memoryview(bytearray(0))
         self._out = self._lse = torch.empty(0)
         self._reply = torch.empty(0, dtype=torch.uint8)
@@ -87,6 +89,12 @@ class NodeExchange:
         )
         step = share.step
         self._num_rows = step.num_query_rows
+        self._is_whole = 0 < self._num_rows == step.num_tokens and all(
+            rows is None
+            for rows in (self._query_rows, self._stored_rows, self._positions)
+        )
+        if self._call is not None:
+            self._call.begin_step(number, micro_batch)
         self._allowance_s = slowest_token_s * _num_scores(step, self._block_size)
         num_bytes = step.num_bytes
         if self._step_buffer.nbytes < num_bytes:
@@ -137,6 +145,40 @@ class NodeExchange:
             has_queries=self._num_rows > 0,
         )
         times.send_s += time.perf_counter() - packed
+
+    def exchange(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> bool:
+        """Send a layer's rows, all of them, and receive the output, in one call.
+
+        Args:
+            layer: Index of the layer in the session's geometry.
+            query: As for `post`.
+            key: As for `post`.
+            value: As for `post`.
+            output: As for `receive_into`.
+
+        Returns:
+            False where it takes `post` and `receive_into`; nothing was done.
+        """
+        call, times = self._call, self._times
+        if (
+            call is None
+            or not self._is_whole
+            or not call.name_rows(query, key, value, output)
+        ):
+            return False
+        started = time.perf_counter()
+        self._client.exchange(call, layer, self._allowance_s)
+        sent_s = call.sent_s
+        times.send_s += sent_s
+        times.wait_s += time.perf_counter() - started - sent_s
+        return True
 
     def receive_into(self, layer: int, output: torch.Tensor) -> None:
         """Receive the node's output, which is all of ``output``, where it belongs.

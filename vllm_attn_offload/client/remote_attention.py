@@ -12,23 +12,18 @@ import torch
 from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.loss_guard import LossGuard
 from vllm_attn_offload.client.node_client import NodeClient
-from vllm_attn_offload.client.node_exchange import ROWS_PER_READ, NodeExchange
+from vllm_attn_offload.client.node_exchange import NodeExchange
 from vllm_attn_offload.client.node_heads import NodeHeads
 from vllm_attn_offload.client.partial_outputs import PartialOutputs
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.sent_step import SentStep
+from vllm_attn_offload.client.slowest_node import slowest_token_s
 from vllm_attn_offload.client.step_partition import partition_step
 from vllm_attn_offload.errors import MemoryNodeError
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.step import StepMetadata
 
-#: Attention is allowed these rates before its node counts as lost. One core is twenty
-#: times faster and more; turns are a slice for each engine, so this covers a queue of
-#: twenty engines that are as busy. Waiting for one's turn alone takes milliseconds of
-#: the deadline that every answer has.
-_SLOWEST_BYTES_PER_S = 50e6
-_SLOWEST_FLOP_PER_S = 1e9
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
 
@@ -65,7 +60,7 @@ class RemoteAttention:
             widest_window(geometry, group) for group in range(len(geometry.groups))
         ]
         self._guard = LossGuard(tolerate=tolerate_loss)
-        self._token_s = _slowest_token_s(geometry)
+        self._token_s = slowest_token_s(geometry)
         # One per node, by micro-batch and group.
         self._exchanges: dict[tuple[int, int], list[NodeExchange]] = {}
         self._times = ExchangeTimes()
@@ -153,6 +148,34 @@ class RemoteAttention:
             output.zero_()
             if lse is not None:
                 lse.zero_()
+
+    def exchange(
+        self,
+        step: SentStep,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Do what `post_layer` and `collect` do, in one call where that is possible.
+
+        Args:
+            step: Result of ``begin_step``, all of whose rows are the nodes'.
+            layer: Index of the layer in the session's geometry.
+            query: As for `post_layer`.
+            key: As for `post_layer`.
+            value: As for `post_layer`.
+            output: ``[num_tokens, num_heads, v_head_size]``, filled.
+        """
+        if step.is_plain and self._guard.loss is None and output.is_contiguous():
+            with self._guard:
+                node = self._exchanges[step.key][0]
+                if node.exchange(layer, query, key, value, output):
+                    self._times.num_layer_calls += 1
+                    return
+        self.post_layer(step, layer, query, key, value)
+        self.collect(step, layer, output)
 
     def rows_buffer(self, step: SentStep, num_bytes: int) -> torch.Tensor | None:
         """Device memory for a layer's rows ``q | k | v``, one per token.
@@ -283,18 +306,3 @@ def widest_window(geometry: SessionGeometry, group: int) -> int:
     """Most tokens that a row sees in any layer of a KV group; 0: all."""
     windows = [each.sliding_window for each in geometry.layers if each.group == group]
     return 0 if 0 in windows else max(windows, default=0)
-
-
-def _slowest_token_s(geometry: SessionGeometry) -> float:
-    """Seconds for one token and ``ROWS_PER_READ`` rows in a layer, on a slow node.
-
-    Its K and V are read once, or, with many query heads for each, computing is longer.
-    """
-    return max(
-        (layer.head_size + layer.v_head_size)
-        * max(
-            layer.num_kv_heads * 4 / _SLOWEST_BYTES_PER_S,
-            layer.num_query_heads * 2 * ROWS_PER_READ / _SLOWEST_FLOP_PER_S,
-        )
-        for layer in geometry.layers
-    )

@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from contextlib import AbstractContextManager
 
+from vllm_attn_offload.native.turns import create_turn
+
 
 class FairLock:
     """Lets one thread at a time compute, engine by engine.
@@ -21,7 +23,7 @@ class FairLock:
         self._guard = threading.Lock()
         # Engines in line, each with its sessions in line.
         self._line: dict[str, deque[threading.Lock]] = {}
-        self._is_taken = False
+        self._turn = create_turn()
 
     @property
     def num_waiting(self) -> int:
@@ -29,25 +31,32 @@ class FairLock:
         with self._guard:
             return sum(map(len, self._line.values()))
 
-    def turns_of(self, engine: str) -> AbstractContextManager[None]:
+    def turns_of(self, engine: str) -> Turns:
         """Return the context of every turn of an engine; any thread may enter it.
 
         The next in line has the lock already when it is left.
         """
-        return _Turns(self, engine)
+        return Turns(self, engine)
 
 
-class _Turns(AbstractContextManager[None]):
+class Turns(AbstractContextManager[None]):
+    """The turns of one engine.
+
+    Attributes:
+        address: Of the word that C code takes and leaves while nobody waits
+            (`native/turns.py`); 0: there is none.
+    """
+
     # Entered once per layer: the lock's own fields, and no call in between.
     def __init__(self, lock: FairLock, engine: str) -> None:
         self._lock = lock
         self._engine = engine
+        self.address = lock._turn.address
 
     def __enter__(self) -> None:
         lock = self._lock
         with lock._guard:
-            if not lock._is_taken:
-                lock._is_taken = True
+            if lock._turn.take_or_ask():
                 return
             turn = threading.Lock()
             turn.acquire()
@@ -55,13 +64,19 @@ class _Turns(AbstractContextManager[None]):
         turn.acquire()
 
     def __exit__(self, *exception: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """End a turn, also one that C code has taken."""
         lock = self._lock
         with lock._guard:
             if not lock._line:
-                lock._is_taken = False
+                lock._turn.end()
                 return
             engine = next(iter(lock._line))
             sessions = lock._line.pop(engine)
-            sessions.popleft().release()
+            first = sessions.popleft()
             if sessions:
                 lock._line[engine] = sessions
+            lock._turn.pass_on(is_wanted=bool(lock._line))
+            first.release()

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 
-from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.native.channel import load_channels
 from vllm_attn_offload.protocol.messages import Attached, ChannelOffer, SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
@@ -47,16 +47,16 @@ def open_node_channel(
     Raises:
         OSError: The worker is gone.
     """
-    waits, spin = load_waits(), _node_spin_us(sock, offer)
+    channels, spin = load_channels(), _node_spin_us(sock, offer)
     layout = SlotLayout(NUM_SLOTS, request_bytes, reply_bytes)
     memory = _create_memory(sock, offer, layout)
-    if memory is None or waits is None:
+    if memory is None or channels is None:
         send_message(sock, Attached(spin_us=spin), timeout_s)
         return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
     setup = ChannelSetup(
         sock,
         memory,
-        waits,
+        channels,
         *_allocate_rows(offer, device_rows),
         is_node=True,
         stall_timeout_s=timeout_s,
@@ -131,7 +131,7 @@ def _obstacle(sock: socket.socket, offer: ChannelOffer | None) -> str:
         return "its connection is TCP"
     if offer is None or not offer.shared_memory:
         return "it has no C library"
-    if load_waits() is None:
+    if load_channels() is None:
         return "this node was installed without a compiler"
     return ""
 

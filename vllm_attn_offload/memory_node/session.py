@@ -35,6 +35,7 @@ from vllm_attn_offload.protocol.value_types import TRANSPORT_NAMES
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.cuda_memory import DeviceRows
 from vllm_attn_offload.transport.device_memory import DeviceMemoryTransport
+from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Session:
             worker_kv_bytes=self.worker_kv_bytes,
             worker_state_bytes=self.worker_state_bytes,
             worker_cpu_ids=self.worker_cpu_ids,
-            counters=msgspec.structs.replace(self._counters, cpu_s=self._clock.cpu_s),
+            counters=self._all_counters(),
             model=self._reserved.model,
             engine_index=self._reserved.engine_index,
             transport=TRANSPORT_NAMES[self._transport.name if self._transport else ""],
@@ -121,9 +122,9 @@ class Session:
             self._pool.while_open(lambda: self._use(transport))
             while True:
                 kind = NO_KIND
-                transport.receive_header(header, None)
+                is_begun = self._receive(transport, header)
                 kind = header.kind
-                self._serve_frame(transport, header)
+                self._serve_frame(transport, header, is_begun)
         except ProtocolError as error:
             self._refusals.count_frame(kind)
             logger.warning("session of %s refused: %s", self._engine, error)
@@ -153,13 +154,28 @@ class Session:
     def _use(self, transport: Transport) -> None:
         self._transport = transport
 
-    def _serve_frame(self, transport: Transport, header: FrameHeader) -> None:
+    def _all_counters(self) -> SessionCounters:
+        counters = msgspec.structs.replace(self._counters, cpu_s=self._clock.cpu_s)
+        loop = self._pool.loop
+        return counters if loop is None else loop.counters(counters)
+
+    def _receive(self, transport: Transport, header: FrameHeader) -> bool:
+        """Wait for a frame; True for a LAYER that is stored and attended in part."""
+        loop = self._pool.loop
+        if loop is None or not isinstance(transport, SharedMemoryTransport):
+            transport.receive_header(header, None)
+            return False
+        return loop.receive(transport, header)
+
+    def _serve_frame(
+        self, transport: Transport, header: FrameHeader, is_begun: bool
+    ) -> None:
         started = time.perf_counter()
         if header.kind == FrameKind.STEP:
             self._serve_step(transport, header)
             self._counters.plan_s += time.perf_counter() - started
         elif header.kind == FrameKind.LAYER:
-            self._serve_layer(transport, header, started)
+            self._serve_layer(transport, header, started, is_begun)
             self._counters.layer_s += time.perf_counter() - started
         else:
             raise ProtocolError(
@@ -186,6 +202,8 @@ class Session:
         key = (header.micro_batch, header.group)
         # Its layers are done: the kernel may use its plan's memory again.
         previous = self._steps.pop(key, None)
+        if self._pool.loop is not None:
+            self._pool.loop.forget(*key)
         plan = self._attention.plan(
             header.group, self.geometry, step, previous and previous.plan
         )
@@ -193,12 +211,19 @@ class Session:
         counters.worker_pack_s, counters.worker_send_s, counters.worker_wait_s = (
             read_worker_times(payload)
         )
-        self._steps[key] = PlannedStep.of(header.step, step, plan, limits.block_size)
+        planned = PlannedStep.of(header.step, step, plan, limits.block_size)
+        self._steps[key] = planned
+        if self._pool.loop is not None:
+            self._pool.loop.add_step(*key, planned)
         counters.num_steps += 1
         counters.bytes_received += header.num_bytes
 
     def _serve_layer(
-        self, transport: Transport, header: FrameHeader, started: float
+        self,
+        transport: Transport,
+        header: FrameHeader,
+        started: float,
+        is_begun: bool,
     ) -> None:
         planned, layout = self._planned_layer(header)
         if header.flags & _ON_DEVICE:
@@ -216,7 +241,13 @@ class Session:
             if lse_bytes
             else LayerCall(payload, layout, reply, None)
         )
-        self._pool.compute(header.layer, planned.plan, call, transport.has_ended)
+        self._pool.compute(
+            header.layer,
+            planned.plan,
+            call,
+            transport.has_ended,
+            is_begun=is_begun,
+        )
         attended = time.perf_counter()
         if num_rows or header.flags & _WANT_ACK:
             header.kind, header.num_bytes = FrameKind.OUT, reply.nbytes

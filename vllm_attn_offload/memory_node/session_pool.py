@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vllm_attn_offload.memory_node.decode_attention.base import (
     DecodeAttention,
     LayerCall,
+    LoopAttention,
     SharedRowsAttention,
 )
+from vllm_attn_offload.memory_node.fair_lock import Turns
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
+from vllm_attn_offload.memory_node.layer_loop import LayerLoop
 from vllm_attn_offload.protocol.geometry import SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.session_counters import SessionCounters
@@ -39,7 +42,12 @@ class SessionPool:
         attention: The node's kernel.
         turns: Context in which nobody else computes.
         counters: Times are added to it.
+
+    Attributes:
+        loop: Computes without the interpreter; None: this kernel cannot.
     """
+
+    loop: LayerLoop | None
 
     def __init__(
         self,
@@ -63,6 +71,7 @@ class SessionPool:
                 )
                 for layer in geometry.layers
             ]
+            self.loop = self._layer_loop(geometry)
         except BaseException:
             self._cache.close()
             raise
@@ -84,7 +93,13 @@ class SessionPool:
             use()
 
     def compute(
-        self, layer: int, plan: Any, call: LayerCall, has_ended: Callable[[], bool]
+        self,
+        layer: int,
+        plan: Any,
+        call: LayerCall,
+        has_ended: Callable[[], bool],
+        *,
+        is_begun: bool = False,
     ) -> None:
         """Store and attend, slice by slice, in turn with other engines.
 
@@ -93,6 +108,7 @@ class SessionPool:
             plan: Plan of the step.
             call: The layer's payload and result buffers.
             has_ended: Asked between slices if nobody waits for the result any more.
+            is_begun: All rows are stored; the attention goes on.
 
         Raises:
             ConnectionResetError: The pool was closed, or nobody waits.
@@ -100,7 +116,7 @@ class SessionPool:
         attention = self._attention
         if attention.copies_rows:
             attention.begin(plan, call)
-        num_stored, is_done = 0, False
+        num_stored, is_done = call.layout.num_tokens if is_begun else 0, False
         while not is_done:
             asked = time.perf_counter()
             with self._turns:
@@ -162,6 +178,8 @@ class SessionPool:
         """
         with self._turns:
             self._pools.clear()
+            if self.loop is not None:
+                self.loop.close()
             then()
         # Not in the turn: unmapping 1 GiB takes up to 0.1 s.
         self._cache.close()
@@ -195,6 +213,12 @@ class SessionPool:
         is_done = attention.attend(pool, plan, call, SLICE_S)
         counters.attend_s += time.perf_counter() - started
         return num_tokens, is_done
+
+    def _layer_loop(self, geometry: SessionGeometry) -> LayerLoop | None:
+        attention, turns = self._attention, self._turns
+        if not isinstance(attention, LoopAttention) or not isinstance(turns, Turns):
+            return None
+        return LayerLoop(attention, geometry, self._pools, turns, SLICE_S)
 
     def _raise_if_closed(self) -> None:
         if not self._pools:

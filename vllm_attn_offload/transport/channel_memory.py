@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.native.channel import Channel, RingPlace
 from vllm_attn_offload.native.waits import Signal
 from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES
 from vllm_attn_offload.protocol.messages import SlotLayout
@@ -96,14 +97,24 @@ class ChannelMemory:
             memory[i * _SIGNAL_STRIDE :][:8].cast("Q") for i in range(NUM_SIGNALS)
         ]
         headers, slots = NUM_SIGNALS * _SIGNAL_STRIDE, _control_bytes(layout)
-        self.requests = _ring(
-            memory, layout.num_slots, headers, slots, layout.request_bytes, counts[1]
-        )
-        headers += layout.num_slots * _HEADER_STRIDE
-        slots += layout.num_slots * _pages(layout.request_bytes)
-        self.replies = _ring(
-            memory, layout.num_slots, headers, slots, layout.reply_bytes, counts[3]
-        )
+        rings, places = [], []
+        for num_bytes, count in (
+            (layout.request_bytes, counts[1]),
+            (layout.reply_bytes, counts[3]),
+        ):
+            stride = _pages(num_bytes)
+            rings.append(
+                _ring(memory, layout.num_slots, headers, slots, num_bytes, count)
+            )
+            places.append(
+                RingPlace(
+                    self._address + headers, self._address + slots, stride, num_bytes
+                )
+            )
+            headers += layout.num_slots * _HEADER_STRIDE
+            slots += layout.num_slots * stride
+        self.requests, self.replies = rings
+        self._places = places
 
     @classmethod
     def create(cls: type[_SelfT], layout: SlotLayout) -> _SelfT:
@@ -164,6 +175,31 @@ class ChannelMemory:
             socket=sock.fileno(),
             spin_ns=spin_ns,
         )
+
+    def channel(self, sock: socket.socket, spin_ns: int, *, is_node: bool) -> Channel:
+        """Return one side of the channel, as the C library takes it.
+
+        Args:
+            sock: Shows that the peer is gone.
+            spin_ns: Longest spin before a wait blocks.
+            is_node: True for the node, which sends replies.
+        """
+        signals = [self.signal(i, sock, spin_ns) for i in range(NUM_SIGNALS)]
+        requests, replies = signals[:2], signals[2:]
+        (sent, freed), (received, released) = (
+            (replies, requests) if is_node else (requests, replies)
+        )
+        places = self._places[::-1] if is_node else self._places
+        channel = Channel(
+            out_ring=places[0],
+            in_ring=places[1],
+            sent=sent,
+            freed=freed,
+            received=received,
+            released=released,
+        )
+        channel.hold_no_slots(len(self.requests.slots))
+        return channel
 
     def close(self) -> None:
         """Let go of the memory; it is unmapped once no view of a slot is left."""

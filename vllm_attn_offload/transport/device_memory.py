@@ -70,8 +70,7 @@ class DeviceMemoryTransport(SharedMemoryTransport):
         slots = self._rows_out
         # Takes the frame's slot, as all payloads do; not where another thread closed.
         self.payload_buffer(0)
-        assert self._taken is not None
-        return slots[self._taken][:num_bytes]
+        return slots[self._channel.taken][:num_bytes]
 
     def receive_rows(self, num_bytes: int) -> torch.Tensor:
         """Return the rows of the current frame.
@@ -84,7 +83,7 @@ class DeviceMemoryTransport(SharedMemoryTransport):
         """
         slots = self._rows_in
         self._current_slot()  # there is none where another thread closed the channel
-        rows = slots[self._current_index]
+        rows = slots[self._channel.current]
         if num_bytes > rows.numel():
             raise ProtocolError(
                 f"{num_bytes:,} bytes of rows; a slot of device memory takes "

@@ -10,7 +10,7 @@ import os
 import socket
 
 from vllm_attn_offload.errors import ProtocolError
-from vllm_attn_offload.native.waits import load_waits
+from vllm_attn_offload.native.channel import load_channels
 from vllm_attn_offload.protocol.messages import Attached, ChannelOffer
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import ChannelMemory
@@ -49,7 +49,7 @@ def offer_channel(
         num_threads: Threads that work while the node waits.
         device: The worker's device, where it can map memory of others there.
     """
-    shares = sock.family == socket.AF_UNIX and load_waits() is not None
+    shares = sock.family == socket.AF_UNIX and load_channels() is not None
     return ChannelOffer(
         cpu_ids=sorted(process_cpu_ids()),
         num_threads=num_threads,
@@ -77,8 +77,8 @@ def open_worker_channel(
         OSError: The node is gone, or its memory cannot be mapped.
         ProtocolError: The node passed something else than the announced memory.
     """
-    waits, spin = load_waits(), _worker_spin_us(sock, attached)
-    if attached.shared_memory is None or waits is None:
+    channels, spin = load_channels(), _worker_spin_us(sock, attached)
+    if attached.shared_memory is None or channels is None:
         return SocketTransport(sock, stall_timeout_s=timeout_s, spin_us=spin)
     memory = ChannelMemory.receive(sock, attached.shared_memory, timeout_s)
     try:
@@ -89,7 +89,7 @@ def open_worker_channel(
     setup = ChannelSetup(
         sock,
         memory,
-        waits,
+        channels,
         rows,
         attached.device_memory,
         is_node=False,

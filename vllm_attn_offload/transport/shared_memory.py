@@ -8,25 +8,29 @@ import ctypes
 import socket
 import threading
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_attn_offload.errors import ProtocolError
+from vllm_attn_offload.native.channel import (
+    MALFORMED,
+    OVERRUN,
+    TOO_LONG,
+    Channel,
+    NativeChannels,
+)
 from vllm_attn_offload.native.waits import (
     INTERRUPTED,
     READY,
     TIMED_OUT,
-    NativeWaits,
-    Signal,
     milliseconds,
 )
-from vllm_attn_offload.protocol.frames import FrameHeader
+from vllm_attn_offload.protocol.frames import FRAME_HEADER_BYTES, FrameHeader
 from vllm_attn_offload.protocol.messages import SlotLayout
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.channel_memory import (
     NO_RING,
-    NUM_SIGNALS,
     ChannelMemory,
     Slot,
 )
@@ -45,7 +49,7 @@ class ChannelSetup:
         sock: Unix socket of the attachment; owned by the transport, and unused
             otherwise.
         memory: Slots and counters; owned by the transport.
-        waits: The C library.
+        channels: The C library.
         rows: Device memory beside the slots, owned by the transport; None: there is
             none.
         rows_layout: Its slots, as many as ``memory`` has.
@@ -56,7 +60,7 @@ class ChannelSetup:
 
     sock: socket.socket
     memory: ChannelMemory
-    waits: NativeWaits
+    channels: NativeChannels
     rows: DeviceMemory | None
     rows_layout: SlotLayout | None
     is_node: bool
@@ -79,27 +83,21 @@ class SharedMemoryTransport(Transport):
     name = "shared memory"
 
     def __init__(self, setup: ChannelSetup) -> None:
-        memory, spin_ns = setup.memory, setup.spin_us * 1000
-        self._sock, self._memory = setup.sock, memory
-        self._stall_timeout_s = setup.stall_timeout_s
-        self._wait_for, self._post = setup.waits.wait, setup.waits.post
-        signals = [memory.signal(i, setup.sock, spin_ns) for i in range(NUM_SIGNALS)]
-        requests, replies = signals[:2], signals[2:]
-        ours, theirs = (replies, requests) if setup.is_node else (requests, replies)
-        self._sent, self._freed = ours
-        self._received, self._released = theirs
-        self._sent_ref = ctypes.byref(self._sent)
-        self._released_ref = ctypes.byref(self._released)
+        memory = setup.memory
+        self._sock, self._memory, self._native = setup.sock, memory, setup.channels
+        self._stall_ms = milliseconds(setup.stall_timeout_s)
+        self._channel = memory.channel(
+            setup.sock, setup.spin_us * 1000, is_node=setup.is_node
+        )
+        self._ref = ctypes.byref(self._channel)
+        self._outgoing, self._frame = (
+            _header_of(self._channel, field)
+            for field in (Channel.outgoing, Channel.frame)
+        )
         rings = memory.replies, memory.requests
         self._out, self._in = rings if setup.is_node else rings[::-1]
-        self._num_slots = len(self._out.slots)
-        self._num_sent = self._num_freed = self._num_received = 0
-        self._free = list(range(self._num_slots))
-        self._held: deque[int] = deque()  # slots of frames that are not freed, in order
-        self._taken: int | None = None
         self._lent: memoryview | None = None
         self._current: Slot | None = None
-        self._current_index = 0
         # A thread that finds the channel closed as it leaves releases the memory: none
         # is unmapped under a thread in C. Flags, because locks cost more per frame.
         self._is_closed = self._is_sending = self._is_receiving = False
@@ -126,31 +124,80 @@ class SharedMemoryTransport(Transport):
                 _check_size(header.num_bytes, slot)
                 _copy(payload, slot.payload)
             self._lent = None
-            place = self._num_sent % self._num_slots
-            header.pack_into(self._out.headers[place])
-            self._out.slot_indices[place][0] = index
-            self._held.append(index)
-            self._taken = None
-            self._num_sent += 1
-            self._post(self._sent_ref)
+            header.pack_into(self._outgoing)
+            self._native.send(self._ref)
         finally:
             self._is_sending = False
             if self._is_closed:
                 self._release()
 
     def receive_header(self, header: FrameHeader, timeout_s: float | None) -> None:
+        status = self.call(self._native.receive, self._ref, timeout_s)
+        self.read_header(header, status, timeout_s)
+
+    @property
+    def channel_address(self) -> int:
+        """Address of the C library's side of the channel (`native/channel.py`)."""
+        return ctypes.addressof(self._channel)
+
+    def call(
+        self,
+        function: Callable[[Any, int], int],
+        argument: Any,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Call a C function that sends and receives on this channel.
+
+        Args:
+            function: Called again, for the rest of the time, after an interruption.
+            argument: Its first one; the second is the time in milliseconds.
+            timeout_s: None: no deadline.
+
+        Raises:
+            ConnectionResetError: The channel is closed.
+        """
+        self._current = None
         self._is_receiving = True
         try:
-            slot = self._next_slot(header, timeout_s)
+            if self._is_closed:
+                raise ConnectionResetError("the channel was closed")
+            return self._uninterrupted(function, argument, milliseconds(timeout_s))
         finally:
             self._is_receiving = False
             if self._is_closed:
                 self._release()
-        if header.num_bytes > slot.payload.nbytes:
+
+    def read_header(
+        self, header: FrameHeader, status: int, timeout_s: float | None
+    ) -> None:
+        """Take the frame that a C function found, as `receive_header` takes one.
+
+        Args:
+            header: Overwritten.
+            status: The function's result.
+            timeout_s: Its deadline.
+
+        Raises:
+            ConnectionError: The peer closed the channel.
+            TimeoutError: No frame came in time.
+            ProtocolError: What came is not a frame.
+        """
+        if status == OVERRUN:
+            raise ProtocolError("more frames were announced than there are slots")
+        if status == MALFORMED:
+            raise ProtocolError("what was received is not a frame of this protocol")
+        if status not in (READY, TOO_LONG):
+            raise _ended(status, _NOTHING_CAME, timeout_s)
+        header.unpack_from(self._frame)
+        if status == TOO_LONG:
             raise ProtocolError(
                 f"a frame of {header.num_bytes:,} bytes; at most "
-                f"{slot.payload.nbytes:,} fit this channel"
+                f"{self._channel.in_ring.slot_bytes:,} fit this channel"
             )
+        slots = self._in.slots
+        if not slots:
+            raise ConnectionResetError("the channel was closed")
+        self._current = slots[self._channel.current]
 
     def receive_payload(self, num_bytes: int) -> memoryview:
         return self._current_slot().view(num_bytes)
@@ -187,41 +234,25 @@ class SharedMemoryTransport(Transport):
         """The slot of the next frame; the same until it is sent."""
         if self._is_closed:
             raise BrokenPipeError("the channel was closed")
-        if self._taken is None:
-            # Writes to a slot depend on this read: no processor moves them before it.
-            self._note_freed(self._out.num_freed[0])
-            if not self._free:
-                target = self._num_freed + 1
-                self._wait(self._freed, target, self._stall_timeout_s, _NOTHING_TAKEN)
-                self._note_freed(target)
-            self._taken = self._free.pop()
-        return self._taken
+        if self._channel.taken < 0:
+            status = self._uninterrupted(self._native.take, self._ref, self._stall_ms)
+            if status != READY or self._is_closed:
+                raise _ended(status, _NOTHING_TAKEN, None)
+        return self._channel.taken
 
-    def _note_freed(self, num_freed: int) -> None:
-        # A peer that counts wrongly frees no slot but those in use.
-        while self._num_freed < num_freed and self._held:
-            self._free.append(self._held.popleft())
-            self._num_freed += 1
-
-    def _next_slot(self, header: FrameHeader, timeout_s: float | None) -> Slot:
-        if self._is_closed:
-            raise ConnectionResetError("the channel was closed")
-        if self._current is not None:
-            self._current = None
-            self._post(self._released_ref)
-        target = self._num_received + 1
-        if self._received.seen < target:
-            self._wait(self._received, target, timeout_s, _NOTHING_CAME)
-            if self._received.seen >= target + self._num_slots:
-                raise ProtocolError("more frames were announced than there are slots")
-        place = self._num_received % self._num_slots
-        index = self._in.slot_indices[place][0]
-        if index >= self._num_slots or not header.unpack_from(self._in.headers[place]):
-            raise ProtocolError("what was received is not a frame of this protocol")
-        self._num_received = target
-        self._current_index = index
-        self._current = self._in.slots[index]
-        return self._current
+    def _uninterrupted(
+        self, function: Callable[[Any, int], int], argument: Any, timeout_ms: int
+    ) -> int:
+        started = time.monotonic()
+        status = function(argument, timeout_ms)
+        while status == INTERRUPTED and not self._is_closed:
+            # Signal handlers have run here, and one may have closed the channel.
+            left_ms = timeout_ms
+            if timeout_ms >= 0:
+                spent_ms = int((time.monotonic() - started) * 1000)
+                left_ms = max(0, timeout_ms - spent_ms)
+            status = function(argument, left_ms)
+        return status
 
     def _current_slot(self) -> Slot:
         slot = self._current
@@ -229,25 +260,16 @@ class SharedMemoryTransport(Transport):
             raise ConnectionResetError("the channel was closed")
         return slot
 
-    def _wait(
-        self, signal: Signal, target: int, timeout_s: float | None, problem: str
-    ) -> None:
-        signal.target = target
-        reference: Any = ctypes.byref(signal)
-        started = time.monotonic()
-        status = self._wait_for(reference, milliseconds(timeout_s))
-        if status == READY:
-            return
-        while status == INTERRUPTED and not self._is_closed:
-            # Signal handlers have run here, and one may have closed the channel.
-            left_s = timeout_s
-            if left_s is not None:
-                left_s = max(0.0, left_s - (time.monotonic() - started))
-            status = self._wait_for(reference, milliseconds(left_s))
-        if status == TIMED_OUT:
-            raise TimeoutError(problem.format(timeout_s))
-        if status != READY or self._is_closed:
-            raise ConnectionResetError("the peer closed the connection")
+
+def _ended(status: int, problem: str, timeout_s: float | None) -> OSError:
+    if status == TIMED_OUT:
+        return TimeoutError(problem.format(timeout_s))
+    return ConnectionResetError("the peer closed the connection")
+
+
+def _header_of(channel: Channel, field: Any) -> memoryview:
+    whole = memoryview(channel).cast("B")
+    return whole[field.offset : field.offset + FRAME_HEADER_BYTES]
 
 
 def _check_size(num_bytes: int, slot: Slot) -> None:

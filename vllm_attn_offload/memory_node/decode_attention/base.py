@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import msgspec
 
 from vllm_attn_offload.memory_node.kv_arena import KVArena
+from vllm_attn_offload.native.layer_loop import ServedLayer
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import PayloadLayout
 from vllm_attn_offload.protocol.step import StepMetadata
@@ -166,6 +167,24 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
     def finish(self, plan: PlanT, call: LayerCall) -> None:
         """Wait for what ``attend`` began and bring it back, where ``copies_rows``."""
         raise NotImplementedError
+
+
+class LoopAttention(DecodeAttention[PoolT, PlanT]):
+    """A kernel that C code calls (`native/layer_loop.py`).
+
+    Attributes:
+        threads_address: Of its threads.
+    """
+
+    threads_address: int
+
+    @abstractmethod
+    def served_layer(self, pool: PoolT) -> ServedLayer:
+        """What ``store`` and ``attend`` take from a layer's pool, beside its rows."""
+
+    @abstractmethod
+    def served_plan(self, plan: PlanT) -> tuple[int, int]:
+        """Addresses of a plan for each kind of layers, and of the step's slots."""
 
 
 class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):

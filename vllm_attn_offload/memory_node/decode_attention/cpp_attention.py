@@ -19,21 +19,19 @@ import numpy.typing as npt
 from vllm_attn_offload.errors import ProtocolError
 from vllm_attn_offload.memory_node.capacity import CapacityError
 from vllm_attn_offload.memory_node.decode_attention.base import (
-    DecodeAttention,
     LayerCall,
+    LoopAttention,
 )
-from vllm_attn_offload.native.attention import (
-    CpuCache,
-    CpuKernelLibrary,
+from vllm_attn_offload.memory_node.decode_attention.cpp_layer_kind import (
+    CppLayerKind,
+    create_cache,
 )
-from vllm_attn_offload.native.kernel_inputs import (
-    DTYPES,
-    AttendInput,
-    PlanInput,
-    StoreInput,
-)
+from vllm_attn_offload.memory_node.decode_attention.cpp_step_plan import CppStepPlan
+from vllm_attn_offload.native.attention import CpuKernelLibrary
+from vllm_attn_offload.native.kernel_inputs import DTYPES
+from vllm_attn_offload.native.layer_loop import ServedLayer
 from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
-from vllm_attn_offload.protocol.layer import DTYPE_BYTES, TokenLayout
+from vllm_attn_offload.protocol.layer import TokenLayout
 from vllm_attn_offload.protocol.step import StepMetadata
 
 _SPIN_US = 50
@@ -42,7 +40,7 @@ _SLOT_BYTES = 8
 _KindKey = tuple[TokenLayout, int, int, int, int, int]
 
 
-class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
+class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
     """The kernels of the C++ library, on threads that all sessions share.
 
     Args:
@@ -57,6 +55,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         self._library = library
         spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
         self._threads = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
+        self.threads_address = self._threads
         # By the identity of its geometry, which the value keeps alive.
         self._sessions: weakref.WeakValueDictionary[int, _SessionKinds] = (
             weakref.WeakValueDictionary()
@@ -69,7 +68,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
             CapacityError: The kernels do not support the layer's head sizes.
         """
         try:
-            cache = _create_cache(self._library, layer, 1, block_size, dtype)
+            cache = create_cache(self._library, layer, 1, block_size, dtype)
         except ValueError as error:
             raise CapacityError(
                 f"no block of layer {layer.name} can be held: {error} Or start the "
@@ -93,6 +92,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         slopes = np.array(layer.alibi_slopes, np.float32)
         return _Pool(
             session=session,
+            group=layer.group,
             kind=session.add_kind(layer, num_blocks, block_stride),
             # The view ends at once: a region with views cannot be unmapped.
             address=addressof(c_char.from_buffer(region)),
@@ -109,8 +109,8 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         group: int,
         geometry: SessionGeometry,
         step: StepMetadata,
-        previous: _KernelPlan | None,
-    ) -> _KernelPlan:
+        previous: CppStepPlan | None,
+    ) -> CppStepPlan:
         plan = previous
         if plan is None:
             session = self._sessions.get(id(geometry))
@@ -124,7 +124,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         return plan
 
     def store(
-        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, first: int, last: int
+        self, pool: _Pool, plan: CppStepPlan, call: LayerCall, first: int, last: int
     ) -> None:
         calls, key, value = plan.kinds[pool.kind], call.layout.key, call.layout.value
         address = addressof(c_char.from_buffer(call.payload))
@@ -139,7 +139,7 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
         self._library.store(self._threads, calls.cache, store)
 
     def attend(
-        self, pool: _Pool, plan: _KernelPlan, call: LayerCall, slice_s: float = 0.0
+        self, pool: _Pool, plan: CppStepPlan, call: LayerCall, slice_s: float = 0.0
     ) -> bool:
         calls, query, lse = plan.kinds[pool.kind], call.layout.query, call.lse
         attend = calls.attend
@@ -155,12 +155,30 @@ class CppDecodeAttention(DecodeAttention["_Pool", "_KernelPlan"]):
             self._threads, calls.plan, attend, int(slice_s * 1e6)
         )
 
+    def served_layer(self, pool: _Pool) -> ServedLayer:
+        kind = pool.session.kinds[pool.group][pool.kind]
+        return ServedLayer(
+            cache=kind.cache.handle,
+            blocks=pool.address,
+            alibi_slopes=pool.slopes_address,
+            kind=pool.kind,
+            dtype=DTYPES[kind.dtype],
+            softmax_scale=pool.softmax_scale,
+            soft_cap=pool.soft_cap,
+            k_scale=pool.k_scale,
+            v_scale=pool.v_scale,
+        )
+
+    def served_plan(self, plan: CppStepPlan) -> tuple[int, int]:
+        return addressof(plan.plans), plan.slots_address
+
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
     """One layer's blocks; ``kind`` counts within the layer's group."""
 
     session: _SessionKinds
+    group: int
     kind: int
     address: int
     softmax_scale: float
@@ -171,91 +189,13 @@ class _Pool:
     slopes_address: int | None
 
 
-class _LayerKind:
-    """Layers of a group that can share a plan, and their cache geometry.
-
-    ``dtype`` is that of payloads and results; blocks may be of fp8 instead.
-    """
-
-    def __init__(
-        self,
-        library: CpuKernelLibrary,
-        layer: LayerGeometry,
-        cache: CpuCache,
-        dtype: str,
-    ) -> None:
-        self.rows = TokenLayout.of(layer)
-        self.num_query_heads = layer.num_query_heads
-        self.sliding_window = layer.sliding_window
-        self.dtype = dtype
-        self.cache = cache
-        weakref.finalize(self, library.destroy_cache, self.cache).atexit = False
-
-
-class _KindCalls:
-    """The C plan of one step for one kind of layers, and the arguments of its calls."""
-
-    def __init__(self, library: CpuKernelLibrary, kind: _LayerKind) -> None:
-        item_bytes, dtype = DTYPE_BYTES[kind.dtype], DTYPES[kind.dtype]
-        # Keeps the cache geometry alive, which the plan refers to.
-        self.kind = kind
-        self.cache = kind.cache
-        self.plan = library.create_plan(kind.cache)
-        self.store = StoreInput(source_dtype=dtype)
-        self.attend = AttendInput(
-            out_stride=kind.rows.out * item_bytes,
-            query_dtype=dtype,
-            out_dtype=dtype,
-        )
-        weakref.finalize(self, library.destroy_plan, self.plan).atexit = False
-
-
-class _KernelPlan:
-    """A step of one KV cache group, planned for each kind of its layers.
-
-    ``slots_address`` is that of its int64 slots.
-    """
-
-    slots_address: int
-
-    def __init__(self, library: CpuKernelLibrary, kinds: Sequence[_LayerKind]) -> None:
-        self._library = library
-        self._slots = np.empty(0, np.int64)
-        self._input = PlanInput()
-        self.kinds = tuple(_KindCalls(library, kind) for kind in kinds)
-
-    def fill(self, threads: int, step: StepMetadata) -> None:
-        """Plan a step, whose arrays may change afterwards.
-
-        Raises:
-            ValueError: The lengths or blocks of the step contradict the cache.
-        """
-        if self._slots.shape[0] < step.num_tokens:
-            self._slots = np.empty(step.num_tokens, np.int64)
-        self._slots[: step.num_tokens] = step.slot_mapping
-        call, width = self._input, step.block_table.shape[1]
-        call.query_start_loc = step.query_start_loc.ctypes.data
-        call.seq_lens = step.seq_lens.ctypes.data
-        call.query_positions = step.query_positions.ctypes.data
-        call.block_table = step.block_table.ctypes.data
-        call.first_block = step.first_block.ctypes.data
-        indices = step.block_indices
-        call.block_indices = None if indices is None else indices.ctypes.data
-        call.num_seqs, call.max_blocks, call.table_stride = step.num_reqs, width, width
-        for calls in self.kinds:
-            call.num_query_heads = calls.kind.num_query_heads
-            call.sliding_window = calls.kind.sliding_window
-            self._library.plan_step(threads, calls.plan, call)
-        self.slots_address = self._slots.ctypes.data
-
-
 class _SessionKinds:
     """Kinds of layers that one session's pools share; ends with the last of them."""
 
     def __init__(self, library: CpuKernelLibrary, geometry: SessionGeometry) -> None:
         self._library = library
         self._geometry = geometry
-        self._kinds: list[dict[_KindKey, _LayerKind]] = [{} for _ in geometry.groups]
+        self._kinds: list[dict[_KindKey, CppLayerKind]] = [{} for _ in geometry.groups]
 
     def add_kind(self, layer: LayerGeometry, num_blocks: int, block_stride: int) -> int:
         """Index of the layer's kind in its group."""
@@ -265,7 +205,7 @@ class _SessionKinds:
         key = (TokenLayout.of(layer), *heads, *blocks, layer.sliding_window)
         if key not in kinds:
             block_size = self._geometry.groups[layer.group].block_size
-            cache = _create_cache(
+            cache = create_cache(
                 self._library,
                 layer,
                 num_blocks,
@@ -273,28 +213,14 @@ class _SessionKinds:
                 self._geometry.block_dtype,
                 block_stride,
             )
-            kinds[key] = _LayerKind(self._library, layer, cache, self._geometry.dtype)
+            kinds[key] = CppLayerKind(self._library, layer, cache, self._geometry.dtype)
         return list(kinds).index(key)
 
-    def create_plan(self, group: int) -> _KernelPlan:
+    @property
+    def kinds(self) -> list[list[CppLayerKind]]:
+        """Kinds of each group's layers, by their index."""
+        return [list(kinds.values()) for kinds in self._kinds]
+
+    def create_plan(self, group: int) -> CppStepPlan:
         """An empty plan of the group's layers."""
-        return _KernelPlan(self._library, list(self._kinds[group].values()))
-
-
-def _create_cache(
-    library: CpuKernelLibrary,
-    layer: LayerGeometry,
-    num_blocks: int,
-    block_size: int,
-    dtype: str,
-    block_stride: int = 0,
-) -> CpuCache:
-    return library.create_cache(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=layer.num_kv_heads,
-        head_size=layer.head_size,
-        v_head_size=layer.v_head_size,
-        dtype=dtype,
-        block_stride=block_stride,
-    )
+        return CppStepPlan(self._library, list(self._kinds[group].values()))

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain C interface of the memory node's CPU library. Python mirrors it in
-// native/attention.py and native/waits.py; every change here bumps AO_ABI_VERSION.
+// native/attention.py, waits.py, channel.py and layer_loop.py; every change here bumps
+// AO_ABI_VERSION.
 #ifndef ATTN_OFFLOAD_ABI_H_
 #define ATTN_OFFLOAD_ABI_H_
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 6
+#define AO_ABI_VERSION 7
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // AO_FP8_E4M3 (no infinity, 448 the largest) is a cache's only: queries, outputs and
@@ -115,6 +116,152 @@ struct AoReceive {
   int64_t deadline_ns;  // of all bytes, while a call is interrupted; 0 at first
 };
 
+// What a channel may find in place of a frame, beside AoWaitStatus.
+enum AoFrameStatus {
+  AO_FRAME_OVERRUN = 5,    // more frames were announced than there are slots
+  AO_FRAME_MALFORMED = 6,  // no header, or a slot that there is not
+  AO_FRAME_TOO_LONG = 7,   // for the slots of the channel
+};
+
+enum AoFrameKind { AO_FRAME_LAYER = 2, AO_FRAME_OUT = 3 };
+enum AoFrameFlag { AO_FLAG_WANT_LSE = 1, AO_FLAG_FUSED = 2 };
+
+#define AO_FRAME_MAGIC 0x4F415631u
+#define AO_MAX_SLOTS 64
+
+// The header in front of a payload, as protocol/frames.py has it.
+struct AoFrame {
+  uint32_t magic;
+  uint16_t kind;
+  uint16_t layer;
+  uint64_t step;
+  uint16_t micro_batch;
+  uint16_t group;
+  uint32_t flags;
+  uint64_t num_bytes;
+};
+
+// Shared memory of one direction. Frame n has place n modulo the number of slots, 64
+// bytes: its header, then the index (uint32) of the slot with its payload.
+struct AoRing {
+  char* headers;
+  char* slots;
+  int64_t slot_stride;
+  int64_t slot_bytes;
+};
+
+// One side of a channel through shared memory; private to that side. One thread sends
+// and one receives at a time.
+struct AoChannel {
+  AoRing out;
+  AoRing in;
+  AoSignal sent;      // posted by this side, like released
+  AoSignal freed;     // waited for, like received
+  AoSignal received;
+  AoSignal released;
+  AoFrame outgoing;   // of the next frame that is sent
+  AoFrame frame;      // of the last one that came
+  uint64_t num_sent;
+  uint64_t num_freed;
+  uint64_t num_received;
+  int32_t num_slots;
+  int32_t taken;      // slot of the next frame, or -1
+  int32_t current;    // slot of `frame`, or -1
+  int32_t num_free;
+  int32_t first_held; // held_slots is a ring of num_slots
+  int32_t num_held;
+  int32_t free_slots[AO_MAX_SLOTS];
+  int32_t held_slots[AO_MAX_SLOTS];  // of frames that are not freed, in order
+};
+
+// A layer of a session, for ao_serve_layers.
+struct AoServedLayer {
+  const struct AoCache* cache;
+  void* blocks;               // as AoStoreInput's cache
+  const float* alibi_slopes;
+  int32_t group;              // KV cache group
+  int32_t kind;               // index of its plan in a step of the group
+  int32_t stores;             // 0: payloads are of q alone
+  int32_t dtype;              // of payloads
+  int32_t q_bytes;            // of a row
+  int32_t k_bytes;
+  int32_t v_bytes;
+  int32_t out_bytes;
+  int32_t lse_bytes;
+  float softmax_scale;
+  float soft_cap;
+  float k_scale;
+  float v_scale;
+};
+
+// A planned step of one KV group and one micro-batch.
+struct AoServedStep {
+  uint64_t number;
+  int64_t num_tokens;
+  int64_t num_query_rows;
+  int64_t num_attended_tokens;
+  const int64_t* slots;
+  struct AoPlan* const* plans;  // by kind; null: no step was planned
+};
+
+struct AoServeCounters {
+  int64_t num_layer_calls;
+  int64_t num_attended_tokens;
+  int64_t bytes_received;
+  int64_t bytes_sent;
+  int64_t store_ns;
+  int64_t attend_ns;
+  int64_t send_ns;
+  int64_t layer_ns;
+};
+
+struct AoLayerServer {
+  AoChannel* channel;
+  struct AoPool* pool;
+  int32_t* turn;
+  const AoServedLayer* layers;
+  const AoServedStep* steps;  // [num_micro_batches, num_groups]
+  int32_t num_layers;
+  int32_t num_groups;
+  int32_t num_micro_batches;
+  int32_t is_open;            // read in a turn: the layers' blocks are mapped
+  int64_t max_payload_bytes;  // stored in one turn
+  int64_t slice_ns;
+  int64_t reply_bytes;        // of a layer that is to be answered first; 0: of none
+  AoServeCounters counters;
+};
+
+enum AoServeStatus {
+  AO_SERVE_PASS_ON = 16,     // others wait for the turn: pass it on and call again
+  AO_SERVE_UNFINISHED = 17,  // channel->frame is stored, and a slice of it attended
+  AO_SERVE_REFUSED = 18,     // channel->frame failed, or the session was closed
+};
+
+// A layer of a worker whose rows all go to one node.
+struct AoExchange {
+  AoChannel* channel;
+  const char* query;
+  const char* key;     // null: the layer stores nothing
+  const char* value;
+  char* out;
+  int64_t query_stride;  // bytes between rows
+  int64_t key_stride;
+  int64_t value_stride;
+  int64_t num_rows;
+  int64_t out_bytes;   // of all rows
+  uint64_t step;
+  int64_t sent_ns;     // what sending took, packing included
+  int32_t q_bytes;     // of a row
+  int32_t k_bytes;
+  int32_t v_bytes;
+  int32_t layer;
+  int32_t micro_batch;
+  int32_t take_ms;     // deadline for a free slot
+  int32_t is_sent;     // 0 at first, kept after an interruption
+};
+
+enum AoExchangeStatus { AO_EXCHANGE_OTHER = 16 };  // channel->frame is something else
+
 struct AoPool;
 struct AoCache;
 struct AoPlan;
@@ -165,5 +312,29 @@ AO_EXPORT int32_t ao_receive(AoReceive* call, int32_t timeout_ms);
 // Raises the counter by one. What was written before is visible to a waiter that sees
 // it. Never blocks.
 AO_EXPORT void ao_signal_post(AoSignal* signal);
+
+// Makes channel->taken a slot that the peer does not read: an AoWaitStatus.
+AO_EXPORT int32_t ao_channel_take(AoChannel* channel, int32_t timeout_ms);
+// Sends the taken slot with the header channel->outgoing. Never blocks.
+AO_EXPORT void ao_channel_send(AoChannel* channel);
+// Gives channel->current back and waits for the next frame: an AoWaitStatus or an
+// AoFrameStatus. Its payload is in slot channel->current until the next call.
+AO_EXPORT int32_t ao_channel_receive(AoChannel* channel, int32_t timeout_ms);
+
+// A word that is 0 while nobody has the turn, 1 while somebody has, 2 while others wait.
+// Takes the turn if nobody has it; returns whether it did.
+AO_EXPORT int32_t ao_turn_take(int32_t* turn);
+// Says that others wait; returns whether somebody has the turn.
+AO_EXPORT int32_t ao_turn_ask(int32_t* turn);
+AO_EXPORT void ao_turn_set(int32_t* turn, int32_t value);
+
+// Serves layers until a frame comes that it leaves to the caller, which then is
+// channel->frame: AO_WAIT_READY. Otherwise an AoWaitStatus, an AoFrameStatus or, where
+// the caller now has the turn, an AoServeStatus.
+AO_EXPORT int32_t ao_serve_layers(AoLayerServer* server, int32_t timeout_ms);
+
+// Sends a layer, unless is_sent, and waits for its output: an AoWaitStatus (READY: out is
+// filled), AoFrameStatus or AoExchangeStatus. After AO_WAIT_INTERRUPTED, call again.
+AO_EXPORT int32_t ao_exchange(AoExchange* call, int32_t timeout_ms);
 
 #endif  // ATTN_OFFLOAD_ABI_H_
