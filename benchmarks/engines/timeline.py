@@ -41,12 +41,20 @@ def start_recording(worker: Any) -> None:
     nodes.post_layer = _noting(nodes.recorded, "post", nodes.post_layer)
     nodes.collect = _noting(nodes.recorded, "wait", nodes.collect)
 
+    def both(step: Any, layer: int, *tensors: Any) -> None:
+        *rows, output = tensors
+        nodes.post_layer(step, layer, *rows)
+        nodes.collect(step, layer, output)
+
+    # One call for both has no end of the first.
+    nodes.exchange = both
+
 
 def stop_recording(worker: Any) -> list[Event]:
     """Runs in the worker: undo `start_recording`; returns what was noted."""
     nodes = worker._nodes
     events: list[Event] = nodes.recorded
-    del nodes.post_layer, nodes.collect, nodes.recorded
+    del nodes.post_layer, nodes.collect, nodes.exchange, nodes.recorded
     return events
 
 
@@ -54,9 +62,9 @@ def _noting(
     events: list[Event], name: str, method: Callable[..., None]
 ) -> Callable[..., None]:
     @functools.wraps(method)
-    def call(step: Any, layer: int, *arguments: Any) -> None:
+    def call(step: Any, layer: int, *arguments: Any, **options: Any) -> None:
         begin = time.monotonic()
-        method(step, layer, *arguments)
+        method(step, layer, *arguments, **options)
         events.append([name, step.micro_batch, layer, begin, time.monotonic()])
 
     return call
@@ -137,17 +145,20 @@ def run_node(events_path: Path, options: list[str]) -> int:
     """A memory node that notes when it serves layers."""
     from vllm_attn_offload.memory_node import main
     from vllm_attn_offload.memory_node.session import Session
+    from vllm_attn_offload.memory_node.session_pool import SessionPool
 
     events: list[Event] = []
     serve = Session._serve_layer
 
-    def noting(session: Session, transport: Any, header: Any, started: float) -> None:
+    def noting(session: Session, transport: Any, header: Any, *rest: Any) -> None:
         place = [header.micro_batch, header.layer]
         begin = time.monotonic()
-        serve(session, transport, header, started)
+        serve(session, transport, header, *rest)
         events.append(["attend", *place, begin, time.monotonic()])
 
     setattr(Session, serve.__name__, noting)
+    # C code notes nothing.
+    setattr(SessionPool, SessionPool._layer_loop.__name__, lambda *_: None)
     atexit.register(lambda: events_path.write_text(json.dumps(events), "utf-8"))
     return main.main(options)
 

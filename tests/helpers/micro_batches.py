@@ -14,16 +14,21 @@ from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 NUM_BLOCKS = 64
 
 
-def assert_micro_batches_are_exact(address: str, steps: list[list[int]]) -> None:
+def assert_micro_batches_are_exact(
+    address: str, steps: list[list[int]], *, is_shared: bool = False
+) -> None:
     """Send both STEP frames before a layer of either.
 
     Args:
         address: The memory node.
         steps: Tokens that each of two requests adds per step, in both micro-batches.
+        is_shared: As for `RawSession`.
     """
     geometry = make_geometry()
     batches = [PagedBatch(geometry, NUM_BLOCKS, 2, seed) for seed in (0, 1)]
-    with closing(RawSession(address, geometry, NUM_BLOCKS)) as session:
+    with closing(
+        RawSession(address, geometry, NUM_BLOCKS, is_shared=is_shared)
+    ) as session:
         for number, num_new in enumerate(steps, 1):
             rows = []
             for index, batch in enumerate(batches):

@@ -9,6 +9,7 @@ import select
 import socket
 from typing import Any
 
+import msgspec
 import torch
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -32,7 +33,7 @@ from vllm_attn_offload.protocol.step import (
     StepMetadata,
     write_step,
 )
-from vllm_attn_offload.transport.socket_transport import SocketTransport
+from vllm_attn_offload.transport.negotiate import offer_channel, open_worker_channel
 from vllm_attn_offload.transport.trust import NO_CREDENTIALS, Credentials
 
 TIMEOUT_S = 10.0
@@ -125,6 +126,7 @@ class RawSession:
         num_blocks: Blocks of its pool.
         credentials: What to show the node.
         max_blocks_per_req: Longest block table that the session asks for.
+        is_shared: Send frames through shared memory; the node is on a Unix socket.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class RawSession:
         num_blocks: int,
         credentials: Credentials = NO_CREDENTIALS,
         max_blocks_per_req: int = 64,
+        *,
+        is_shared: bool = False,
     ) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
@@ -146,8 +150,12 @@ class RawSession:
             session_of(self.reservation, num_blocks, max_blocks_per_req)
         )
         self._sock, _ = connect(address, TIMEOUT_S, credentials)
-        call(self._sock, address, attach_request(opened, geometry), Attached, TIMEOUT_S)
-        self.transport = SocketTransport(self._sock, stall_timeout_s=TIMEOUT_S)
+        attach = attach_request(opened, geometry)
+        if is_shared:
+            attach = msgspec.structs.replace(attach, offer=offer_channel(self._sock, 1))
+        attached = call(self._sock, address, attach, Attached, TIMEOUT_S)
+        self.transport = open_worker_channel(self._sock, attached, timeout_s=TIMEOUT_S)
+        assert (self.transport.name == "shared memory") == is_shared
         self._step = 0
 
     def send(self, header: FrameHeader, payload: bytes | memoryview = b"") -> None:
@@ -227,7 +235,7 @@ class RawSession:
         return out.view(num_rows, heads, v_head_size), lse
 
     def has_reply(self, timeout_s: float = TIMEOUT_S) -> bool:
-        """Whether the node begins to answer in time; reads nothing."""
+        """Whether the node begins to answer in time on its socket; reads nothing."""
         return bool(select.select([self._sock], [], [], timeout_s)[0])
 
     def receive(self) -> tuple[int, bytes]:

@@ -172,9 +172,7 @@ class NodeClient:
             NodeFailedError: It could not compute.
         """
         try:
-            self._replies.receive_out(
-                layer, out.nbytes, self._timeout_s + allowance_s
-            )
+            self._replies.receive_out(layer, out.nbytes, self._timeout_s + allowance_s)
             self._transport.receive_payload_into(out)
         except (OSError, ProtocolError) as error:
             raise lost_session(self.address, error) from error

@@ -56,9 +56,8 @@ class RemoteAttention:
         self.layer_index = {
             layer.name: index for index, layer in enumerate(geometry.layers)
         }
-        self._windows = [
-            widest_window(geometry, group) for group in range(len(geometry.groups))
-        ]
+        groups = range(len(geometry.groups))
+        self._windows = [geometry.widest_window(group) for group in groups]
         self._guard = LossGuard(tolerate=tolerate_loss)
         self._token_s = slowest_token_s(geometry)
         # One per node, by micro-batch and group.
@@ -162,15 +161,15 @@ class RemoteAttention:
 
         Args:
             step: Result of ``begin_step``, all of whose rows are the nodes'.
-            layer: Index of the layer in the session's geometry.
-            query: As for `post_layer`.
-            key: As for `post_layer`.
-            value: As for `post_layer`.
+            layer: As for `post_layer`, like ``query``, ``key`` and ``value``.
+            query: See there.
+            key: See there.
+            value: See there.
             output: ``[num_tokens, num_heads, v_head_size]``, filled.
         """
         if step.is_plain and self._guard.loss is None and output.is_contiguous():
+            node = self._exchanges[step.key][0]
             with self._guard:
-                node = self._exchanges[step.key][0]
                 if node.exchange(layer, query, key, value, output):
                     self._times.num_layer_calls += 1
                     return
@@ -300,9 +299,3 @@ class RemoteAttention:
                 len(self._clients), num_rows, num_heads, size, output.dtype
             )
         return partials
-
-
-def widest_window(geometry: SessionGeometry, group: int) -> int:
-    """Most tokens that a row sees in any layer of a KV group; 0: all."""
-    windows = [each.sliding_window for each in geometry.layers if each.group == group]
-    return 0 if 0 in windows else max(windows, default=0)

@@ -57,16 +57,13 @@ class LayerLoop:
     ) -> None:
         self._attention, self._turns = attention, turns
         self._num_groups = len(geometry.groups)
-        self._layers = (ServedLayer * len(pools))(
-            *map(attention.served_layer, pools)
-        )
+        self._layers = (ServedLayer * len(pools))(*map(attention.served_layer, pools))
         item_bytes = DTYPE_BYTES[geometry.dtype]
         for served, layer in zip(self._layers, geometry.layers, strict=True):
             rows = TokenLayout.of(layer)
             served.group, served.stores = layer.group, layer.stores
             served.q_bytes, served.k_bytes, served.v_bytes, served.out_bytes = (
-                elements * item_bytes
-                for elements in (rows.q, rows.k, rows.v, rows.out)
+                elements * item_bytes for elements in (rows.q, rows.k, rows.v, rows.out)
             )
             served.lse_bytes = 4 * layer.num_query_heads
         self._steps = (ServedStep * (MAX_MICRO_BATCHES * self._num_groups))()

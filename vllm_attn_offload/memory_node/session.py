@@ -17,10 +17,11 @@ from vllm_attn_offload.memory_node.decode_attention.base import (
     SharedRowsAttention,
 )
 from vllm_attn_offload.memory_node.frame_error import send_error
-from vllm_attn_offload.memory_node.frame_sizes import MAX_MICRO_BATCHES, FrameSizes
+from vllm_attn_offload.memory_node.frame_sizes import FrameSizes
 from vllm_attn_offload.memory_node.planned_step import PlannedStep
 from vllm_attn_offload.memory_node.refusals import NO_KIND, Refusals
 from vllm_attn_offload.memory_node.session_pool import SessionPool
+from vllm_attn_offload.memory_node.session_steps import SessionSteps
 from vllm_attn_offload.memory_node.thread_clock import ThreadClock
 from vllm_attn_offload.protocol.frames import FrameFlag, FrameHeader, FrameKind
 from vllm_attn_offload.protocol.layer import PayloadLayout
@@ -30,7 +31,7 @@ from vllm_attn_offload.protocol.messages import (
 )
 from vllm_attn_offload.protocol.session_counters import SessionCounters
 from vllm_attn_offload.protocol.session_stats import SessionStats
-from vllm_attn_offload.protocol.step_reader import read_step, read_worker_times
+from vllm_attn_offload.protocol.step_reader import read_worker_times
 from vllm_attn_offload.protocol.value_types import TRANSPORT_NAMES
 from vllm_attn_offload.transport.base import Transport
 from vllm_attn_offload.transport.cuda_memory import DeviceRows
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _WANT_LSE = FrameFlag.WANT_LSE.value
-_FUSED = FrameFlag.FUSED.value
 _WANT_ACK = FrameFlag.WANT_ACK.value
 _ON_DEVICE = FrameFlag.ON_DEVICE.value
 
@@ -78,11 +78,11 @@ class Session:
         self._refusals = refusals
         self._attention = attention
         self.sizes = sizes
-        self._steps: dict[tuple[int, int], PlannedStep] = {}
         self._counters = SessionCounters()
         self._pool = SessionPool(
             self.geometry, opened.num_blocks, attention, turns, self._counters
         )
+        self._steps = SessionSteps(self.geometry, sizes, attention, self._pool.loop)
         self._step = memoryview(bytearray(0))
         self._transport: Transport | None = None
         self._clock = ThreadClock()
@@ -183,38 +183,17 @@ class Session:
             )
 
     def _serve_step(self, transport: Transport, header: FrameHeader) -> None:
-        if header.group >= len(self.sizes.limits):
-            raise ProtocolError(f"a STEP for KV group {header.group}")
-        if header.micro_batch >= MAX_MICRO_BATCHES:
-            raise ProtocolError(f"a STEP for micro-batch {header.micro_batch}")
-        limits = self.sizes.limits[header.group]
-        if header.num_bytes > limits.max_step_bytes:
-            raise ProtocolError(
-                f"a STEP of {header.num_bytes:,} bytes; at most "
-                f"{limits.max_step_bytes:,} fit this session"
-            )
+        self._steps.check_size(header)
         # Copied first: where memory is shared, a worker could change what was checked.
         if self._step.nbytes < header.num_bytes:
             self._step = memoryview(bytearray(header.num_bytes))
         payload = self._step[: header.num_bytes]
         transport.receive_payload_into(payload)
-        step = read_step(payload, limits)
-        key = (header.micro_batch, header.group)
-        # Its layers are done: the kernel may use its plan's memory again.
-        previous = self._steps.pop(key, None)
-        if self._pool.loop is not None:
-            self._pool.loop.forget(*key)
-        plan = self._attention.plan(
-            header.group, self.geometry, step, previous and previous.plan
-        )
+        self._steps.plan(header, payload)
         counters = self._counters
         counters.worker_pack_s, counters.worker_send_s, counters.worker_wait_s = (
             read_worker_times(payload)
         )
-        planned = PlannedStep.of(header.step, step, plan, limits.block_size)
-        self._steps[key] = planned
-        if self._pool.loop is not None:
-            self._pool.loop.add_step(*key, planned)
         counters.num_steps += 1
         counters.bytes_received += header.num_bytes
 
@@ -225,7 +204,7 @@ class Session:
         started: float,
         is_begun: bool,
     ) -> None:
-        planned, layout = self._planned_layer(header)
+        planned, layout = self._steps.of_layer(header)
         if header.flags & _ON_DEVICE:
             self._serve_rows(transport, header, planned, layout)
             return
@@ -297,30 +276,3 @@ class Session:
         self._counters.add(
             planned.num_attended_tokens, layout.num_bytes, num_bytes, 0.0, send_s
         )
-
-    def _planned_layer(self, header: FrameHeader) -> tuple[PlannedStep, PayloadLayout]:
-        """The step and the payload of a LAYER, whose header is checked."""
-        layers = self.geometry.layers
-        if header.layer >= len(layers):
-            raise ProtocolError(f"layer {header.layer}; this session has {len(layers)}")
-        planned = self._steps.get((header.micro_batch, layers[header.layer].group))
-        if planned is None or planned.number != header.step:
-            raise ProtocolError(
-                f"layer {header.layer} of step {header.step} before its STEP frame"
-            )
-        key = (self.sizes.kinds[header.layer], header.flags & _FUSED)
-        layout = planned.layouts.get(key)
-        if layout is None:
-            layout = planned.layouts[key] = self.sizes.layout(
-                header.layer,
-                planned.num_query_rows,
-                planned.num_tokens,
-                is_fused=bool(header.flags & _FUSED),
-            )
-        if header.num_bytes != layout.num_bytes:
-            raise ProtocolError(
-                f"layer {header.layer} with {header.num_bytes:,} bytes; "
-                f"{planned.num_query_rows:,} query rows and {planned.num_tokens:,} "
-                f"tokens need {layout.num_bytes:,}"
-            )
-        return planned, layout

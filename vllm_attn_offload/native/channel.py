@@ -20,7 +20,7 @@ from typing import Any
 from vllm_attn_offload.native.library import check_version, find_library
 from vllm_attn_offload.native.waits import Signal
 
-#: What `NativeChannels.receive` may find in place of a frame, beside the codes of waits.
+#: What `NativeChannels.receive` may find in place of a frame, beside codes of waits.
 OVERRUN, MALFORMED, TOO_LONG = 5, 6, 7
 #: What `NativeChannels.exchange` may find in place of the layer's output.
 OTHER_FRAME = 16
@@ -94,8 +94,8 @@ class Exchange(Structure):
     """A layer whose rows all go to one node: ``AoExchange``.
 
     Rows of q, k and v take ``q_bytes``, ``k_bytes`` and ``v_bytes`` and lie
-    ``query_stride``, ``key_stride`` and ``value_stride`` bytes apart; ``key`` is 0 where
-    the layer stores nothing. ``out`` has ``out_bytes``. ``sent_ns`` is filled.
+    ``query_stride``, ``key_stride`` and ``value_stride`` bytes apart; ``key`` is 0
+    where the layer stores nothing. ``out`` has ``out_bytes``. ``sent_ns`` is filled.
     """
 
     _fields_ = [

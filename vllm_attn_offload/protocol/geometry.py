@@ -74,6 +74,11 @@ class SessionGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Type of the elements of blocks."""
         return self.kv_dtype or self.dtype
 
+    def widest_window(self, group: int) -> int:
+        """Most tokens that a row sees in any layer of a KV group; 0: all."""
+        windows = [each.sliding_window for each in self.layers if each.group == group]
+        return 0 if 0 in windows else max(windows, default=0)
+
     def digest(self) -> str:
         """Hash that worker and node compare before a tensor is exchanged."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

@@ -36,7 +36,9 @@ class CppStepPlan:
 
     slots_address: int
 
-    def __init__(self, library: CpuKernelLibrary, kinds: Sequence[CppLayerKind]) -> None:
+    def __init__(
+        self, library: CpuKernelLibrary, kinds: Sequence[CppLayerKind]
+    ) -> None:
         self._library = library
         self._slots = np.empty(0, np.int64)
         self._input = PlanInput()

@@ -155,20 +155,20 @@ struct AoRing {
 struct AoChannel {
   AoRing out;
   AoRing in;
-  AoSignal sent;      // posted by this side, like released
-  AoSignal freed;     // waited for, like received
+  AoSignal sent;   // posted by this side, like released
+  AoSignal freed;  // waited for, like received
   AoSignal received;
   AoSignal released;
-  AoFrame outgoing;   // of the next frame that is sent
-  AoFrame frame;      // of the last one that came
+  AoFrame outgoing;  // of the next frame that is sent
+  AoFrame frame;     // of the last one that came
   uint64_t num_sent;
   uint64_t num_freed;
   uint64_t num_received;
   int32_t num_slots;
-  int32_t taken;      // slot of the next frame, or -1
-  int32_t current;    // slot of `frame`, or -1
+  int32_t taken;    // slot of the next frame, or -1
+  int32_t current;  // slot of `frame`, or -1
   int32_t num_free;
-  int32_t first_held; // held_slots is a ring of num_slots
+  int32_t first_held;  // held_slots is a ring of num_slots
   int32_t num_held;
   int32_t free_slots[AO_MAX_SLOTS];
   int32_t held_slots[AO_MAX_SLOTS];  // of frames that are not freed, in order
@@ -177,13 +177,13 @@ struct AoChannel {
 // A layer of a session, for ao_serve_layers.
 struct AoServedLayer {
   const struct AoCache* cache;
-  void* blocks;               // as AoStoreInput's cache
+  void* blocks;  // as AoStoreInput's cache
   const float* alibi_slopes;
-  int32_t group;              // KV cache group
-  int32_t kind;               // index of its plan in a step of the group
-  int32_t stores;             // 0: payloads are of q alone
-  int32_t dtype;              // of payloads
-  int32_t q_bytes;            // of a row
+  int32_t group;    // KV cache group
+  int32_t kind;     // index of its plan in a step of the group
+  int32_t stores;   // 0: payloads are of q alone
+  int32_t dtype;    // of payloads
+  int32_t q_bytes;  // of a row
   int32_t k_bytes;
   int32_t v_bytes;
   int32_t out_bytes;
@@ -224,10 +224,10 @@ struct AoLayerServer {
   int32_t num_layers;
   int32_t num_groups;
   int32_t num_micro_batches;
-  int32_t is_open;            // read in a turn: the layers' blocks are mapped
+  int32_t is_open;  // read in a turn: the layers' blocks are mapped
   int64_t max_payload_bytes;  // stored in one turn
   int64_t slice_ns;
-  int64_t reply_bytes;        // of a layer that is to be answered first; 0: of none
+  int64_t reply_bytes;  // of a layer that is to be answered first; 0: of none
   AoServeCounters counters;
 };
 
@@ -241,23 +241,23 @@ enum AoServeStatus {
 struct AoExchange {
   AoChannel* channel;
   const char* query;
-  const char* key;     // null: the layer stores nothing
+  const char* key;  // null: the layer stores nothing
   const char* value;
   char* out;
   int64_t query_stride;  // bytes between rows
   int64_t key_stride;
   int64_t value_stride;
   int64_t num_rows;
-  int64_t out_bytes;   // of all rows
+  int64_t out_bytes;  // of all rows
   uint64_t step;
-  int64_t sent_ns;     // what sending took, packing included
-  int32_t q_bytes;     // of a row
+  int64_t sent_ns;  // what sending took, packing included
+  int32_t q_bytes;  // of a row
   int32_t k_bytes;
   int32_t v_bytes;
   int32_t layer;
   int32_t micro_batch;
-  int32_t take_ms;     // deadline for a free slot
-  int32_t is_sent;     // 0 at first, kept after an interruption
+  int32_t take_ms;  // deadline for a free slot
+  int32_t is_sent;  // 0 at first, kept after an interruption
 };
 
 enum AoExchangeStatus { AO_EXCHANGE_OTHER = 16 };  // channel->frame is something else
@@ -321,7 +321,7 @@ AO_EXPORT void ao_channel_send(AoChannel* channel);
 // AoFrameStatus. Its payload is in slot channel->current until the next call.
 AO_EXPORT int32_t ao_channel_receive(AoChannel* channel, int32_t timeout_ms);
 
-// A word that is 0 while nobody has the turn, 1 while somebody has, 2 while others wait.
+// A word: 0 while nobody has the turn, 1 while somebody has, 2 while others wait, too.
 // Takes the turn if nobody has it; returns whether it did.
 AO_EXPORT int32_t ao_turn_take(int32_t* turn);
 // Says that others wait; returns whether somebody has the turn.
@@ -333,8 +333,8 @@ AO_EXPORT void ao_turn_set(int32_t* turn, int32_t value);
 // the caller now has the turn, an AoServeStatus.
 AO_EXPORT int32_t ao_serve_layers(AoLayerServer* server, int32_t timeout_ms);
 
-// Sends a layer, unless is_sent, and waits for its output: an AoWaitStatus (READY: out is
-// filled), AoFrameStatus or AoExchangeStatus. After AO_WAIT_INTERRUPTED, call again.
+// Sends a layer, unless is_sent, and waits for its output: an AoWaitStatus (READY: out
+// is filled), AoFrameStatus or AoExchangeStatus. After AO_WAIT_INTERRUPTED, call again.
 AO_EXPORT int32_t ao_exchange(AoExchange* call, int32_t timeout_ms);
 
 #endif  // ATTN_OFFLOAD_ABI_H_

@@ -20,6 +20,8 @@ struct AoPlan {
   // Copies what it needs of `input`. The plan is empty after an error.
   int32_t build(const AoPlanInput& input, int num_threads);
   int32_t attend(AoPool* pool, const AoAttendInput& input, int64_t budget_ns);
+  // Whether a layer is work for several threads.
+  bool is_split() const { return num_chunks() > 1; }
 
  private:
   struct Slice;

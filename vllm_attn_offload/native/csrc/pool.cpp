@@ -62,6 +62,15 @@ void AoPool::run(Body body, void* context, int max_threads) {
   wait_for_workers();
 }
 
+void AoPool::expect_job() {
+  if (workers_.empty() || spin_ns_ == 0) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++expected_;
+  }
+  job_started_.notify_all();
+}
+
 void AoPool::wait_for_workers() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -73,15 +82,22 @@ void AoPool::wait_for_workers() {
   worker_left_.wait(lock, all_left);
 }
 
-// Spins only if the last job came within the spin time: an idle node never does.
-bool AoPool::wait_for_job(uint64_t seen, bool may_spin) {
+// Spins only if the last job came within the spin time, or one is expected: an idle node
+// never does.
+bool AoPool::wait_for_job(uint64_t seen, uint64_t* seen_expected, bool may_spin) {
   const auto has_job = [this, seen] {
     return generation_.load(std::memory_order_acquire) != seen;
   };
   const int64_t started = now_ns();
-  if (!spin_until(may_spin ? spin_ns_ : 0, has_job)) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    job_started_.wait(lock, has_job);
+  bool has_come = spin_until(may_spin ? spin_ns_ : 0, has_job);
+  while (!has_come) {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      job_started_.wait(lock,
+                        [&] { return has_job() || expected_ != *seen_expected; });
+      *seen_expected = expected_;
+    }
+    has_come = spin_until(spin_ns_, has_job);
   }
   return now_ns() - started <= spin_ns_;
 }
@@ -89,14 +105,16 @@ bool AoPool::wait_for_job(uint64_t seen, bool may_spin) {
 void AoPool::work(int thread, int cpu_id) {
   if (cpu_id >= 0) attn_offload::pin_current_thread(cpu_id);
   uint64_t seen = 0;
+  uint64_t seen_expected = 0;
   bool may_spin = false;
   while (true) {
-    may_spin = wait_for_job(seen, may_spin);
+    may_spin = wait_for_job(seen, &seen_expected, may_spin);
     Body body;
     void* context;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       seen = generation_.load(std::memory_order_relaxed);
+      seen_expected = expected_;
       if (is_stopping_) return;
       if (!is_open_ || joined_ >= max_workers_) continue;
       ++joined_;

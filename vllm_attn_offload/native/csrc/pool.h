@@ -51,13 +51,16 @@ struct AoPool {
 
   int num_threads() const { return int(workers_.size()) + 1; }
 
+  // Says that a job will come soon: workers that sleep wake up and spin for it.
+  void expect_job();
+
   // Runs body on the caller and on up to max_threads - 1 workers; body takes its share
   // from a counter in `context` and returns when nothing is left.
   void run(Body body, void* context, int max_threads);
 
  private:
   void work(int thread, int cpu_id);
-  bool wait_for_job(uint64_t seen, bool may_spin);
+  bool wait_for_job(uint64_t seen, uint64_t* seen_expected, bool may_spin);
   void wait_for_workers();
 
   const int64_t spin_ns_;
@@ -67,6 +70,7 @@ struct AoPool {
   attn_offload::Condition worker_left_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> active_{0};  // workers inside body
+  uint64_t expected_ = 0;       // counts calls of expect_job
   bool is_open_ = false;        // whether workers may still join
   bool is_stopping_ = false;
   int max_workers_ = 0;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Serves the layers of planned steps without the interpreter. Whatever is unusual, long
 // or wrong is left to memory_node/session.py, which does and says the same about all.
+#include <poll.h>
+
 #include "channel.h"
+#include "plan.h"
 #include "pool.h"
 #include "turn.h"
 
@@ -82,6 +85,13 @@ int32_t attend(const AoLayerServer& server, const Layer& layer, const char* payl
   return ao_attend(server.pool, layer.step->plans[shape.kind], &input, server.slice_ns);
 }
 
+// True if no other session waits, and the worker still does.
+bool is_alone(const AoLayerServer& server) {
+  pollfd polled = {server.channel->received.socket, POLLIN | POLLRDHUP, 0};
+  return __atomic_load_n(server.turn, __ATOMIC_RELAXED) == 1 &&
+         poll(&polled, 1, 0) == 0;
+}
+
 // Stores and attends in a turn. An error is found again, and told, by the caller.
 int32_t compute(AoLayerServer* server, const Layer& layer) {
   AoChannel& channel = *server->channel;
@@ -91,7 +101,10 @@ int32_t compute(AoLayerServer* server, const Layer& layer) {
   const int64_t stored = now_ns();
   server->counters.store_ns += stored - begun;
   if (status != AO_OK) return status;
-  status = attend(*server, layer, payload, slot_of(channel.out, channel.taken));
+  // After a slice it goes on where nobody else waits for the turn.
+  do {
+    status = attend(*server, layer, payload, slot_of(channel.out, channel.taken));
+  } while (status == AO_UNFINISHED && is_alone(*server));
   server->counters.attend_ns += now_ns() - stored;
   return status;
 }
@@ -109,15 +122,18 @@ void reply(AoLayerServer* server) {
   counters.send_ns += now_ns() - begun;
 }
 
-// AO_OK: answered. AO_UNFINISHED: the frame is the caller's, who may wait for an answer's
-// slot or for a turn. Or an AoServeStatus.
+// AO_OK: answered. AO_UNFINISHED: the frame is the caller's, who may wait for a slot or
+// a turn. Or an AoServeStatus.
 int32_t serve(AoLayerServer* server) {
   const int64_t begun = now_ns();
   Layer layer;
-  if (!find_layer(*server, &layer) || ao_channel_take(server->channel, 0) != AO_OK ||
+  if (!find_layer(*server, &layer) ||
+      ao_channel_take(server->channel, 0) != AO_WAIT_READY ||
       !ao_turn_take(server->turn))
     return AO_UNFINISHED;
   if (!server->is_open) return AO_SERVE_REFUSED;
+  // Threads wake up while this one stores.
+  if (layer.step->plans[layer.shape->kind]->is_split()) server->pool->expect_job();
   const int32_t status = compute(server, layer);
   if (status == AO_UNFINISHED) return AO_SERVE_UNFINISHED;
   if (status != AO_OK) return AO_SERVE_REFUSED;

@@ -138,8 +138,7 @@ class NodeSession:
             for layer in range(num_layers):
                 between()
                 started = time.perf_counter()
-                self._nodes.post_layer(step, layer, *qkv)
-                self._nodes.collect(step, layer, output)
+                self._nodes.exchange(step, layer, *qkv, output)
                 spent_s += time.perf_counter() - started
             if number:  # the first step plans, allocates and wakes
                 exchanges.append(spent_s / num_layers)
