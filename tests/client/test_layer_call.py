@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from channel_pairs import shared_memory_pair
 from node_process import NodeProcess, running_node
 from raw_session import attach_request, make_geometry, reservation, session_of
 from worker_batch import WorkerBatch
 
 from vllm_attn_offload.client.control_client import ControlClient
+from vllm_attn_offload.client.layer_call import LayerCall
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.partition import Partition
 from vllm_attn_offload.client.remote_attention import RemoteAttention
 from vllm_attn_offload.client.sent_step import SentStep
 from vllm_attn_offload.errors import MemoryNodeError, NodeDefectError
+from vllm_attn_offload.memory_node.node_channel import NUM_SLOTS
 from vllm_attn_offload.native.channel import load_channels
+from vllm_attn_offload.protocol.frames import FrameHeader, FrameKind
 
 pytestmark = pytest.mark.skipif(
     load_channels() is None, reason="the C library is not built"
@@ -41,6 +45,7 @@ class Worker:
     """Requests of a session whose rows all go to one node."""
 
     batch: WorkerBatch
+    client: NodeClient
     nodes: RemoteAttention
     control: ControlClient
 
@@ -64,7 +69,7 @@ def make_worker(address: str, timeout_s: float = 10.0) -> Worker:
     opened = control.open_session(session_of(reserved.reservation, NUM_BLOCKS))
     client = NodeClient(address, attach_request(opened, GEOMETRY), timeout_s)
     nodes = RemoteAttention([client], Partition("heads", (NUM_BLOCKS,)), GEOMETRY)
-    return Worker(WorkerBatch(GEOMETRY, NUM_BLOCKS, 2), nodes, control)
+    return Worker(WorkerBatch(GEOMETRY, NUM_BLOCKS, 2), client, nodes, control)
 
 
 @pytest.fixture
@@ -78,6 +83,16 @@ def node(tmp_path: Path) -> Iterator[NodeProcess]:
 def worker(node: NodeProcess) -> Iterator[Worker]:
     with closing(make_worker(node.address, timeout_s=1.0)) as made:
         yield made
+
+
+@pytest.fixture
+def rung() -> Iterator[list[int]]:
+    """Signals of a timer that the test may set."""
+    signals: list[int] = []
+    previous = signal.signal(signal.SIGALRM, lambda number, _: signals.append(number))
+    yield signals
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 def in_wider_rows(part: torch.Tensor) -> torch.Tensor:
@@ -107,19 +122,66 @@ def test_rows_lie_as_models_leave_them(
     change: Callable[[torch.Tensor], torch.Tensor],
     is_one_call: bool,
 ) -> None:
-    """`pack_s` is that of layers that take a call each way."""
+    call = worker.client.layer_call()
+    assert call is not None
     for num_tokens in (1, 1, 3, 1):
         step, rows = worker.decode(num_tokens)
-        packed_s = worker.nodes.times()["pack_s"]
         for layer in (0, 1):
             output = torch.full_like(rows[0], torch.nan).contiguous()
-            worker.nodes.exchange(step, layer, *map(change, rows), output)
+            changed = [change(part) for part in rows]
+            worker.nodes.exchange(step, layer, *changed, output)
             assert worker.error(output) < 1e-5
-        assert (worker.nodes.times()["pack_s"] == packed_s) == is_one_call
+            assert call.name_rows(*changed, output) == is_one_call
     times = worker.nodes.times()
     assert times["num_layer_calls"] == 8
-    assert times["send_s"] > 0
-    assert times["wait_s"] > 0
+    assert min(times[part] for part in ("pack_s", "send_s", "wait_s")) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_kv_rows", "num_kv_heads", "dtype", "is_one_call"),
+    [
+        (3, 2, torch.bfloat16, True),
+        (3, 2, torch.float32, False),
+        (3, 1, torch.bfloat16, True),
+        (1, 2, torch.bfloat16, False),
+    ],
+    ids=["alike", "other dtype", "fewer heads", "fewer rows"],
+)
+def test_every_layer_is_looked_at(
+    worker: Worker,
+    num_kv_rows: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    is_one_call: bool,
+) -> None:
+    """Also where the one before had the same strides."""
+    call = worker.client.layer_call()
+    assert call is not None
+    query = torch.zeros(3, 4, 8, dtype=torch.bfloat16)
+    wide = torch.zeros(3, 2, 8, dtype=torch.bfloat16)
+    assert call.name_rows(query, wide, wide, query)
+    part = wide.to(dtype)[:num_kv_rows, :num_kv_heads]
+    assert call.name_rows(query, part, part, query) == is_one_call
+
+
+def test_a_node_that_frees_nothing(rung: list[int]) -> None:
+    """It answers, and its slots stay taken: signals put no deadline off."""
+    worker, node = shared_memory_pair()
+    with closing(worker), closing(node):
+        call = LayerCall(worker, 0.5)
+        rows = torch.zeros(1, 1, 8)
+        header = FrameHeader(FrameKind.OUT, num_bytes=rows.nbytes)
+        for _ in range(NUM_SLOTS):
+            node.send(header, memoryview(bytes(rows.nbytes)))
+            assert call.name_rows(rows, rows, rows, rows)
+            assert call.run(0, 10.0, FrameHeader())
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match="the peer takes no data"):
+            call.run(0, 10.0, FrameHeader())
+        assert 0.4 < time.monotonic() - started < 2
+        assert len(rung) > 2
+        assert not call.is_sent
 
 
 def test_silent_node_is_lost(node: NodeProcess, worker: Worker) -> None:
@@ -150,10 +212,10 @@ def test_refusal_reaches_the_worker(worker: Worker) -> None:
         worker.nodes.exchange(step, 7, *rows, output)
 
 
-def test_signals_change_nothing(node: NodeProcess, worker: Worker) -> None:
+def test_signals_change_nothing(
+    node: NodeProcess, worker: Worker, rung: list[int]
+) -> None:
     """Handlers run while the node is waited for, and the wait goes on."""
-    rung: list[int] = []
-    previous = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
     step, rows = worker.decode()
     output = torch.empty_like(rows[0]).contiguous()
     worker.nodes.exchange(step, 0, *rows, output)
@@ -161,11 +223,7 @@ def test_signals_change_nothing(node: NodeProcess, worker: Worker) -> None:
     resume = threading.Timer(0.5, node.process.send_signal, (signal.SIGCONT,))
     resume.start()
     signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
-    try:
-        worker.nodes.exchange(step, 1, *rows, output)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        resume.join()
+    worker.nodes.exchange(step, 1, *rows, output)
+    resume.join()
     assert worker.error(output) < 1e-5
     assert len(rung) > 10

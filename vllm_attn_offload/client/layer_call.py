@@ -13,11 +13,14 @@ from vllm_attn_offload.native.channel import (
     Exchange,
     load_channels,
 )
-from vllm_attn_offload.native.waits import READY, milliseconds
+from vllm_attn_offload.native.waits import READY, TIMED_OUT, milliseconds
 from vllm_attn_offload.protocol.frames import FrameHeader
-from vllm_attn_offload.transport.shared_memory import SharedMemoryTransport
+from vllm_attn_offload.transport.shared_memory import (
+    NOTHING_TAKEN,
+    SharedMemoryTransport,
+)
 
-_Layout = tuple[tuple[int, ...], ...]
+_Layout = tuple[tuple[int, ...] | torch.dtype, ...]
 
 
 class LayerCall:
@@ -51,8 +54,13 @@ class LayerCall:
         return bool(self._call.is_sent)
 
     @property
+    def packed_s(self) -> float:
+        """Seconds in which they were packed."""
+        return self._call.packed_ns * 1e-9
+
+    @property
     def sent_s(self) -> float:
-        """Seconds in which they were packed and left."""
+        """Seconds in which they left."""
         return self._call.sent_ns * 1e-9
 
     def begin_step(self, number: int, micro_batch: int) -> None:
@@ -79,10 +87,14 @@ class LayerCall:
         """
         call = self._call
         if key is None or value is None:
-            layout: _Layout = (query.stride(), query.shape)
+            layout: _Layout = (query.stride(), query.shape, query.dtype)
             call.key = None
         else:
-            layout = (query.stride(), key.stride(), value.stride(), query.shape)
+            layout = (
+                *(query.stride(), query.shape, query.dtype),
+                *(key.stride(), key.shape, key.dtype),
+                *(value.stride(), value.shape, value.dtype),
+            )
             call.key, call.value = key.data_ptr(), value.data_ptr()
         if layout != self._layout:
             self._layout = layout
@@ -107,12 +119,16 @@ class LayerCall:
             ProtocolError: What came is not a frame.
             ValueError: The rows do not fit the channel.
         """
-        self._call.layer, self._call.is_sent = layer, 0
-        status = self._transport.call(self._function, self._ref, timeout_s)
+        call = self._call
+        call.layer, call.is_sent, call.deadline_ns = layer, 0, 0
+        call.answer_ms = milliseconds(timeout_s)
+        status = self._transport.call(self._function, self._ref)
         if status == READY:
             return True
-        if status == TOO_LONG and not self._call.is_sent:
+        if status == TOO_LONG and not call.is_sent:
             raise ValueError("rows were to be sent that do not fit this channel")
+        if status == TIMED_OUT and not call.is_sent:
+            raise TimeoutError(NOTHING_TAKEN)
         if status == OTHER_FRAME:
             status = READY
         self._transport.read_header(header, status, timeout_s)
@@ -134,6 +150,7 @@ class LayerCall:
             parts += [key, value]
         return all(
             part.dtype == query.dtype
+            and part.shape[0] == query.shape[0]
             and part.stride()[1:] == (part.shape[2], 1)
             and part.stride()[0] * item_bytes >= _row(part)[0]
             for part in parts

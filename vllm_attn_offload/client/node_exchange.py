@@ -175,9 +175,10 @@ class NodeExchange:
             return False
         started = time.perf_counter()
         self._client.exchange(call, layer, self._allowance_s)
-        sent_s = call.sent_s
+        packed_s, sent_s = call.packed_s, call.sent_s
+        times.pack_s += packed_s
         times.send_s += sent_s
-        times.wait_s += time.perf_counter() - started - sent_s
+        times.wait_s += time.perf_counter() - started - packed_s - sent_s
         return True
 
     def receive_into(self, layer: int, output: torch.Tensor) -> None:

@@ -146,7 +146,7 @@ class Session:
 
     def close(self) -> None:
         """End the data channel and free the KV pool."""
-        self._pool.close(self._steps.clear)
+        self._pool.close(self._steps.close)
         # Whoever attaches from now on finds the pool closed.
         if self._transport is not None:
             self._transport.close()

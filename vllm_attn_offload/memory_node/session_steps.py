@@ -41,9 +41,11 @@ class SessionSteps:
         self._attention = attention
         self._loop = loop
         self._planned: dict[tuple[int, int], PlannedStep] = {}
+        self._is_closed = False
 
-    def clear(self) -> None:
-        """Forget all steps; called in a turn in which the loop ends."""
+    def close(self) -> None:
+        """Forget all steps, for good; called in a turn in which the loop ends."""
+        self._is_closed = True
         self._planned.clear()
 
     def check_size(self, header: FrameHeader) -> None:
@@ -88,8 +90,11 @@ class SessionSteps:
         """The step and the payload of a LAYER, whose header is checked.
 
         Raises:
+            ConnectionResetError: The session was closed.
             ProtocolError: It names no layer of a planned step, or has another size.
         """
+        if self._is_closed:
+            raise ConnectionResetError("the session was closed")
         layers = self._geometry.layers
         if header.layer >= len(layers):
             raise ProtocolError(f"layer {header.layer}; this session has {len(layers)}")

@@ -95,7 +95,8 @@ class Exchange(Structure):
 
     Rows of q, k and v take ``q_bytes``, ``k_bytes`` and ``v_bytes`` and lie
     ``query_stride``, ``key_stride`` and ``value_stride`` bytes apart; ``key`` is 0
-    where the layer stores nothing. ``out`` has ``out_bytes``. ``sent_ns`` is filled.
+    where the layer stores nothing. ``out`` has ``out_bytes``. ``packed_ns`` and
+    ``sent_ns`` are filled.
     """
 
     _fields_ = [
@@ -110,6 +111,7 @@ class Exchange(Structure):
         ("num_rows", c_int64),
         ("out_bytes", c_int64),
         ("step", c_uint64),
+        ("packed_ns", c_int64),
         ("sent_ns", c_int64),
         ("q_bytes", c_int32),
         ("k_bytes", c_int32),
@@ -117,6 +119,8 @@ class Exchange(Structure):
         ("layer", c_int32),
         ("micro_batch", c_int32),
         ("take_ms", c_int32),
+        ("answer_ms", c_int32),
+        ("deadline_ns", c_int64),
         ("is_sent", c_int32),
     ]
 
@@ -125,8 +129,8 @@ class NativeChannels:
     """The C functions; they take references (``ctypes.byref``) to the structs above.
 
     ``take(channel, timeout_ms)``, ``receive(channel, timeout_ms)`` and
-    ``exchange(call, timeout_ms)`` return a code; ``send(channel)`` never blocks and so
-    keeps the GIL.
+    ``exchange(call, unused)``, whose timeouts are in the struct, return a code;
+    ``send(channel)`` never blocks and so keeps the GIL.
     """
 
     # Without argtypes: converting arguments to them takes longer than the calls.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 
 def find_library() -> Path | None:

@@ -38,7 +38,8 @@ from vllm_attn_offload.transport.cuda_memory import DeviceMemory
 from vllm_attn_offload.transport.streams import has_hung_up
 
 _NOTHING_CAME = "nothing received for {:.1f} s"
-_NOTHING_TAKEN = "the peer takes no data"
+#: No slot came free in time.
+NOTHING_TAKEN = "the peer takes no data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,7 @@ class SharedMemoryTransport(Transport):
         if self._channel.taken < 0:
             status = self._uninterrupted(self._native.take, self._ref, self._stall_ms)
             if status != READY or self._is_closed:
-                raise _ended(status, _NOTHING_TAKEN, None)
+                raise _ended(status, NOTHING_TAKEN, None)
         return self._channel.taken
 
     def _uninterrupted(

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 7
+#define AO_ABI_VERSION 8
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // AO_FP8_E4M3 (no infinity, 448 the largest) is a cache's only: queries, outputs and
@@ -124,7 +124,7 @@ enum AoFrameStatus {
 };
 
 enum AoFrameKind { AO_FRAME_LAYER = 2, AO_FRAME_OUT = 3 };
-enum AoFrameFlag { AO_FLAG_WANT_LSE = 1, AO_FLAG_FUSED = 2 };
+enum AoFrameFlag { AO_FLAG_WANT_LSE = 1, AO_FLAG_FUSED = 2, AO_FLAG_ON_DEVICE = 8 };
 
 #define AO_FRAME_MAGIC 0x4F415631u
 #define AO_MAX_SLOTS 64
@@ -250,14 +250,17 @@ struct AoExchange {
   int64_t num_rows;
   int64_t out_bytes;  // of all rows
   uint64_t step;
-  int64_t sent_ns;  // what sending took, packing included
+  int64_t packed_ns;  // what packing took, and sending after it
+  int64_t sent_ns;
   int32_t q_bytes;  // of a row
   int32_t k_bytes;
   int32_t v_bytes;
   int32_t layer;
   int32_t micro_batch;
-  int32_t take_ms;  // deadline for a free slot
-  int32_t is_sent;  // 0 at first, kept after an interruption
+  int32_t take_ms;    // time for a slot to come free
+  int32_t answer_ms;  // time for the answer, once sent
+  int64_t deadline_ns;  // of what is waited for, while a call is interrupted; else 0
+  int32_t is_sent;      // 0 at first, kept after an interruption
 };
 
 enum AoExchangeStatus { AO_EXCHANGE_OTHER = 16 };  // channel->frame is something else
@@ -335,6 +338,7 @@ AO_EXPORT int32_t ao_serve_layers(AoLayerServer* server, int32_t timeout_ms);
 
 // Sends a layer, unless is_sent, and waits for its output: an AoWaitStatus (READY: out
 // is filled), AoFrameStatus or AoExchangeStatus. After AO_WAIT_INTERRUPTED, call again.
-AO_EXPORT int32_t ao_exchange(AoExchange* call, int32_t timeout_ms);
+// Its two timeouts are in the struct; other calls on a channel have one beside it.
+AO_EXPORT int32_t ao_exchange(AoExchange* call, int32_t unused);
 
 #endif  // ATTN_OFFLOAD_ABI_H_

@@ -84,6 +84,8 @@ int32_t ao_channel_receive(AoChannel* channel, int32_t timeout_ms) {
   uint32_t slot;
   memcpy(&channel->frame, place, sizeof channel->frame);
   memcpy(&slot, place + sizeof channel->frame, sizeof slot);
+  // No compiler may read shared memory once more in place of these copies.
+  asm volatile("" : "+r"(slot) : : "memory");
   if (slot >= uint32_t(channel->num_slots) || channel->frame.magic != AO_FRAME_MAGIC)
     return AO_FRAME_MALFORMED;
   channel->num_received = target;

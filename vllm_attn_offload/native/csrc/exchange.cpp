@@ -30,10 +30,19 @@ void pack(const AoExchange& call, char* payload) {
   }
 }
 
+// Milliseconds that are left of a wait which an interruption may cut in pieces.
+int32_t left_ms(AoExchange* call, int32_t timeout_ms) {
+  const int64_t now = now_ns();
+  if (call->deadline_ns == 0) call->deadline_ns = now + int64_t{timeout_ms} * 1000000;
+  const int64_t left = call->deadline_ns - now;
+  return left <= 0 ? 0 : int32_t((left + 999999) / 1000000);
+}
+
 int32_t send(AoExchange* call) {
   AoChannel& channel = *call->channel;
   const int64_t begun = now_ns();
-  const int32_t status = ao_channel_take(&channel, call->take_ms);
+  const int32_t status = ao_channel_take(&channel, left_ms(call, call->take_ms));
+  if (status != AO_WAIT_INTERRUPTED) call->deadline_ns = 0;
   if (status != AO_WAIT_READY) return status;
   AoFrame& frame = channel.outgoing;
   int64_t row_bytes = call->q_bytes;
@@ -47,10 +56,13 @@ int32_t send(AoExchange* call) {
            call->key == nullptr ? 0u : uint32_t(AO_FLAG_FUSED),
            uint64_t(call->num_rows * row_bytes)};
   if (frame.num_bytes > uint64_t(channel.out.slot_bytes)) return AO_FRAME_TOO_LONG;
+  const int64_t taken = now_ns();
   pack(*call, slot_of(channel.out, channel.taken));
+  const int64_t packed = now_ns();
   ao_channel_send(&channel);
   call->is_sent = 1;
-  call->sent_ns = now_ns() - begun;
+  call->packed_ns = packed - taken;
+  call->sent_ns = now_ns() - begun - call->packed_ns;
   return AO_WAIT_READY;
 }
 
@@ -59,17 +71,19 @@ int32_t send(AoExchange* call) {
 
 using namespace attn_offload;
 
-extern "C" int32_t ao_exchange(AoExchange* call, int32_t timeout_ms) {
+extern "C" int32_t ao_exchange(AoExchange* call, int32_t) {
   if (!call->is_sent) {
     const int32_t status = send(call);
     if (status != AO_WAIT_READY) return status;
   }
   AoChannel& channel = *call->channel;
-  const int32_t status = ao_channel_receive(&channel, timeout_ms);
+  const int32_t status =
+      ao_channel_receive(&channel, left_ms(call, call->answer_ms));
+  if (status != AO_WAIT_INTERRUPTED) call->deadline_ns = 0;
   if (status != AO_WAIT_READY) return status;
   const AoFrame& frame = channel.frame;
   if (frame.kind != AO_FRAME_OUT || frame.layer != call->layer ||
-      frame.flags & ~uint32_t(AO_FLAG_FUSED) ||
+      frame.flags & AO_FLAG_ON_DEVICE ||
       frame.num_bytes != uint64_t(call->out_bytes))
     return AO_EXCHANGE_OTHER;
   memcpy(call->out, slot_of(channel.in, channel.current), size_t(call->out_bytes));

@@ -124,8 +124,7 @@ void reply(AoLayerServer* server) {
 
 // AO_OK: answered. AO_UNFINISHED: the frame is the caller's, who may wait for a slot or
 // a turn. Or an AoServeStatus.
-int32_t serve(AoLayerServer* server) {
-  const int64_t begun = now_ns();
+int32_t serve_layer(AoLayerServer* server) {
   Layer layer;
   if (!find_layer(*server, &layer) ||
       ao_channel_take(server->channel, 0) != AO_WAIT_READY ||
@@ -143,10 +142,9 @@ int32_t serve(AoLayerServer* server) {
   counters.bytes_received += int64_t(server->channel->frame.num_bytes);
   server->reply_bytes = layer.reply_bytes;
   // Before the worker runs, which may be on this CPU.
-  const bool has_passed = change_turn(server->turn, 1, 0);
-  if (has_passed) reply(server);
-  counters.layer_ns += now_ns() - begun;
-  return has_passed ? int32_t(AO_OK) : int32_t(AO_SERVE_PASS_ON);
+  if (!change_turn(server->turn, 1, 0)) return AO_SERVE_PASS_ON;
+  reply(server);
+  return AO_OK;
 }
 
 }  // namespace
@@ -159,7 +157,10 @@ extern "C" int32_t ao_serve_layers(AoLayerServer* server, int32_t timeout_ms) {
   while (true) {
     int32_t status = ao_channel_receive(server->channel, timeout_ms);
     if (status != AO_WAIT_READY) return status;
-    status = serve(server);
+    const int64_t begun = now_ns();
+    status = serve_layer(server);
+    // Also of a layer that the caller goes on with; its own clock starts then.
+    if (status != AO_UNFINISHED) server->counters.layer_ns += now_ns() - begun;
     if (status >= AO_SERVE_PASS_ON) return status;
     if (status != AO_OK) return AO_WAIT_READY;
   }
