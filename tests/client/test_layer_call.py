@@ -17,6 +17,7 @@ import torch
 from channel_pairs import shared_memory_pair
 from node_process import NodeProcess, running_node
 from raw_session import attach_request, make_geometry, reservation, session_of
+from stopped import stop_process
 from worker_batch import WorkerBatch
 
 from vllm_attn_offload.client.control_client import ControlClient
@@ -188,7 +189,7 @@ def test_silent_node_is_lost(node: NodeProcess, worker: Worker) -> None:
     step, rows = worker.decode()
     output = torch.empty_like(rows[0]).contiguous()
     worker.nodes.exchange(step, 0, *rows, output)
-    node.process.send_signal(signal.SIGSTOP)
+    stop_process(node.process.pid)
     started = time.monotonic()
     with pytest.raises(MemoryNodeError, match=r"nothing received for 1\.\d s"):
         worker.nodes.exchange(step, 1, *rows, output)
@@ -219,7 +220,7 @@ def test_signals_change_nothing(
     step, rows = worker.decode()
     output = torch.empty_like(rows[0]).contiguous()
     worker.nodes.exchange(step, 0, *rows, output)
-    node.process.send_signal(signal.SIGSTOP)
+    stop_process(node.process.pid)
     resume = threading.Timer(0.5, node.process.send_signal, (signal.SIGCONT,))
     resume.start()
     signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)

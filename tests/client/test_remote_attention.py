@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 import torch
 from node_process import NodeProcess, running_nodes
 from raw_session import attach_request, make_geometry, reservation, session_of
+from stopped import stop_process
 from worker_batch import WorkerBatch
 
 from vllm_attn_offload.attention.cpu_exchange import CpuExchange
@@ -226,7 +226,7 @@ def test_node_hangs_and_is_killed(
     )
     assert first.step([1]) < 1e-5
     assert second.step([33]) < 1e-5
-    os.kill(mortal_node.process.pid, signal.SIGSTOP)
+    stop_process(mortal_node.process.pid)
     started = time.monotonic()
     with pytest.raises(MemoryNodeError, match=r"nothing received for 1\.0 s"):
         first.step([1])
