@@ -17,7 +17,7 @@ from ctypes import (
 )
 from typing import Any
 
-from vllm_attn_offload.native.library import check_version, find_library
+from vllm_attn_offload.native.library import open_library
 from vllm_attn_offload.native.waits import Signal
 
 #: What `NativeChannels.receive` may find in place of a frame, beside codes of waits.
@@ -149,9 +149,5 @@ def load_channels() -> NativeChannels | None:
     Raises:
         RuntimeError: The library was built from other sources than this package's.
     """
-    path = find_library()
-    if path is None:
-        return None
-    waits, posts = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-    check_version(waits, path)
-    return NativeChannels(waits, posts)
+    waits, posts = open_library(ctypes.CDLL), open_library(ctypes.PyDLL)
+    return None if waits is None or posts is None else NativeChannels(waits, posts)

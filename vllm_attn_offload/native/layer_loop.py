@@ -15,7 +15,7 @@ from ctypes import (
 )
 from typing import Any
 
-from vllm_attn_offload.native.library import check_version, find_library
+from vllm_attn_offload.native.library import open_library
 
 #: What the loop may return beside the codes of channels; the caller then has the turn.
 PASS_ON, UNFINISHED, REFUSED = 16, 17, 18
@@ -107,10 +107,8 @@ def load_layer_loop() -> Callable[[Any, int], int]:
     Raises:
         RuntimeError: There is no library, or it was built from other sources.
     """
-    path = find_library()
-    if path is None:
+    library = open_library(ctypes.CDLL)
+    if library is None:
         raise RuntimeError("the C library was not built: install with a C++ compiler")
-    library = ctypes.CDLL(str(path))
-    check_version(library, path)
     serve: Callable[[Any, int], int] = library.ao_serve_layers
     return serve

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import TypeVar
 
 ABI_VERSION = 8
+
+_LibraryT = TypeVar("_LibraryT", bound=ctypes.CDLL)
 
 
 def find_library() -> Path | None:
@@ -30,3 +33,20 @@ def check_version(library: ctypes.CDLL, path: Path) -> None:
             f"{path} has interface version {found}; this package needs {ABI_VERSION}. "
             "Install the package again; in a checkout: `pip install -e .`."
         )
+
+
+def open_library(kind: type[_LibraryT]) -> _LibraryT | None:
+    """The library, or None where the package was installed without a compiler.
+
+    Args:
+        kind: ``ctypes.CDLL``, whose calls give up the GIL, or ``ctypes.PyDLL``.
+
+    Raises:
+        RuntimeError: The library was built from other sources than this package's.
+    """
+    path = find_library()
+    if path is None:
+        return None
+    library = kind(str(path))
+    check_version(library, path)
+    return library

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32
 
-from vllm_attn_offload.native.library import check_version, find_library
+from vllm_attn_offload.native.library import open_library
 
 _FREE, _TAKEN, _WANTED = range(3)
 
@@ -72,9 +72,5 @@ def create_turn() -> TurnWord | PlainTurn:
     Raises:
         RuntimeError: The library was built from other sources than this package's.
     """
-    path = find_library()
-    if path is None:
-        return PlainTurn()
-    library = ctypes.PyDLL(str(path))
-    check_version(library, path)
-    return TurnWord(library)
+    library = open_library(ctypes.PyDLL)
+    return PlainTurn() if library is None else TurnWord(library)

@@ -15,7 +15,7 @@ from ctypes import (
 )
 from typing import Any
 
-from vllm_attn_offload.native.library import check_version, find_library
+from vllm_attn_offload.native.library import open_library
 
 READY, TIMED_OUT, CLOSED, INTERRUPTED, FAILED = range(5)
 _MAX_MILLISECONDS = (1 << 31) - 1
@@ -89,9 +89,5 @@ def load_waits() -> NativeWaits | None:
     Raises:
         RuntimeError: The library was built from other sources than this package's.
     """
-    path = find_library()
-    if path is None:
-        return None
-    waits, posts = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-    check_version(waits, path)
-    return NativeWaits(waits, posts)
+    waits, posts = open_library(ctypes.CDLL), open_library(ctypes.PyDLL)
+    return None if waits is None or posts is None else NativeWaits(waits, posts)
