@@ -240,8 +240,8 @@ def test_shared_pool(
             node.stop()
         killed = process_of(nodes[0])
         killed.kill()
-        assert eventually(lambda: has_ended(killed), GONE_WITHIN_S)
-        assert main(["ray", "list"]) == 1
+        # Its first thread has ended before the others, and before it can be waited for.
+        assert eventually(lambda: main(["ray", "list"]) == 1, GONE_WITHIN_S)
         assert "it has ended" in capsys.readouterr().out
         assert process_of(shared("pool")[0]) != killed
         psutil.Process(process_of(nodes[1]).ppid()).kill()

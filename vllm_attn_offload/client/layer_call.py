@@ -126,7 +126,10 @@ class LayerCall:
         if status == READY:
             return True
         if status == TOO_LONG and not call.is_sent:
-            raise ValueError("rows were to be sent that do not fit this channel")
+            raise ValueError(
+                "rows were to be sent that do not fit this channel. Keep to the limits "
+                "of the session."
+            )
         if status == TIMED_OUT and not call.is_sent:
             raise TimeoutError(NOTHING_TAKEN)
         if status == OTHER_FRAME:

@@ -109,6 +109,9 @@ def load_layer_loop() -> Callable[[Any, int], int]:
     """
     library = open_library(ctypes.CDLL)
     if library is None:
-        raise RuntimeError("the C library was not built: install with a C++ compiler")
+        raise RuntimeError(
+            "The C library was not built. Install the package where there is a C++ "
+            "compiler."
+        )
     serve: Callable[[Any, int], int] = library.ao_serve_layers
     return serve
