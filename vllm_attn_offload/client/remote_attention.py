@@ -56,8 +56,7 @@ class RemoteAttention:
         self.layer_index = {
             layer.name: index for index, layer in enumerate(geometry.layers)
         }
-        groups = range(len(geometry.groups))
-        self._windows = [geometry.widest_window(group) for group in groups]
+        self._windows = [geometry.widest_window(i) for i in range(len(geometry.groups))]
         self._guard = LossGuard(tolerate=tolerate_loss)
         self._token_s = slowest_token_s(geometry)
         # One per node, by micro-batch and group.

@@ -54,8 +54,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         self.name = f"cpp ({self.isa})"
         self._library = library
         spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
-        self._threads = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
-        self.threads_address = self._threads
+        self.threads_address = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
         # By the identity of its geometry, which the value keeps alive.
         self._sessions: weakref.WeakValueDictionary[int, _SessionKinds] = (
             weakref.WeakValueDictionary()
@@ -118,7 +117,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
                 raise ConnectionResetError("the session was closed")
             plan = session.create_plan(group)
         try:
-            plan.fill(self._threads, step)
+            plan.fill(self.threads_address, step)
         except ValueError as error:
             raise ProtocolError(f"a step that cannot be planned: {error}") from error
         return plan
@@ -136,7 +135,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         store.slot_mapping = plan.slots_address + first * _SLOT_BYTES
         store.num_tokens = last - first
         store.k_scale, store.v_scale = pool.k_scale, pool.v_scale
-        self._library.store(self._threads, calls.cache, store)
+        self._library.store(self.threads_address, calls.cache, store)
 
     def attend(
         self, pool: _Pool, plan: CppStepPlan, call: LayerCall, slice_s: float = 0.0
@@ -152,7 +151,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         attend.k_scale, attend.v_scale = pool.k_scale, pool.v_scale
         attend.alibi_slopes = pool.slopes_address
         return self._library.attend(
-            self._threads, calls.plan, attend, int(slice_s * 1e6)
+            self.threads_address, calls.plan, attend, int(slice_s * 1e6)
         )
 
     def served_layer(self, pool: _Pool) -> ServedLayer:
