@@ -96,6 +96,11 @@ def quiet(timeout_s: float) -> OutageNotice:
     return OutageNotice(lambda outage: None, timeout_s, grace_s=10.0)
 
 
+def is_final(shown: list[Outage | None]) -> bool:
+    """Whether the last that was shown is that the engine stops."""
+    return shown[-1] is not None and shown[-1].is_final
+
+
 def unseen() -> EngineReport:
     """Shows nobody how an engine is."""
     return EngineReport(EngineState("model", 0), lambda state: None)
@@ -224,9 +229,9 @@ def test_recovery_gives_up(start_node: StartNode, tmp_path: Path) -> None:
 def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
     """It ends, unless a token is decoded in between."""
     with opened_pool(options(), tmp_path) as (pool, losses, _):
-        recovery = Recovery(
-            pool, lambda _: [None], 60.0, losses.put, quiet(60.0), unseen()
-        )
+        shown: list[Outage | None] = []
+        notice = OutageNotice(shown.append, 60.0, grace_s=60.0)
+        recovery = Recovery(pool, lambda _: [None], 60.0, losses.put, notice, unseen())
 
         def lose_and_recover() -> None:
             recovery.report_loss(MemoryNodeError("node", "poison"))
@@ -239,6 +244,7 @@ def test_recovery_of_work_that_kills_its_nodes(tmp_path: Path) -> None:
             lose_and_recover()
         with pytest.raises(MemoryNodeError, match="lost 6 times in a row without"):
             lose_and_recover()
+        assert is_final(shown)
 
 
 def test_recovery_outlives_a_shortage_of_descriptors(tmp_path: Path) -> None:
@@ -262,6 +268,33 @@ def test_recovery_outlives_a_shortage_of_descriptors(tmp_path: Path) -> None:
         assert shown[-1] is None
         recovery.close()
         assert losses.empty()
+
+
+def test_giving_up_while_a_node_is_started_again(tmp_path: Path) -> None:
+    """The engine's own thread is first to see that the time is over, and says so."""
+    shown: list[Outage | None] = []
+    left = threading.Event()
+    pids: list[int] = []
+
+    def start(*arguments: Any) -> MemoryNodeProcess:
+        assert not pids or left.wait(30)
+        process = _start(*arguments)
+        pids.append(process.pid)
+        return process
+
+    with opened_pool(options(), tmp_path, start=start) as (pool, losses, _):
+        notice = OutageNotice(shown.append, 1.0, grace_s=10.0)
+        recovery = Recovery(pool, lambda _: [None], 1.0, losses.put, notice, unseen())
+        os.kill(pids[0], signal.SIGKILL)
+        recovery.report_loss(losses.get(timeout=10))
+        try:
+            with pytest.raises(MemoryNodeError, match="it was not back in time"):
+                recovery.finish()
+            assert is_final(shown)
+            assert "not back in time" in str(losses.get(timeout=10))
+        finally:
+            left.set()
+        recovery.close()
 
 
 def test_leaving_while_a_node_is_started_again(tmp_path: Path) -> None:

@@ -32,12 +32,12 @@ class End:
     """How an engine ended that lost its follower while it answered.
 
     Attributes:
-        num_errors: Streams that the server ended early.
+        num_silent: Streams that ended early, or did not end, without an error.
         exit_status: Of the leader; None: it still runs.
         left: Processes of the leader, and files, that are still there.
     """
 
-    num_errors: int
+    num_silent: int
     exit_status: int | None
     left: list[str]
 
@@ -125,8 +125,9 @@ class EngineOnHosts:
         eventually(lambda: leader.poll() is not None, self.leader.stop_timeout_s)
         eventually(lambda: not self.leader.leftovers(), self.leader.stop_timeout_s)
         # Threads read what the leader's end gives them.
-        eventually(lambda: len(streams.errors) == len(PROMPTS), timeout_s=5.0)
-        return End(len(streams.errors), leader.poll(), self.leader.leftovers())
+        eventually(lambda: not _num_silent(streams), timeout_s=5.0)
+        assert streams.errors, "all answers came before the follower's end"
+        return End(_num_silent(streams), leader.poll(), self.leader.leftovers())
 
     def kill_follower(self) -> None:
         """Kill all of it at once, as a host that fails."""
@@ -140,6 +141,12 @@ class EngineOnHosts:
         """End whatever still runs."""
         self.kill_follower()
         self.leader.kill_all()
+
+
+def _num_silent(streams: faults.Streams) -> int:
+    """Streams short of tokens, less those with an error; some may have ended before."""
+    num_short = sum(len(each) < NUM_TOKENS for each in streams.tokens)
+    return max(0, num_short - len(streams.errors))
 
 
 def _variables(host: RemoteHost, cpu: int) -> dict[str, str]:

@@ -175,15 +175,19 @@ class Recovery:
                 lambda: not self._is_reopening or self._is_closed or self._end,
                 max(0.0, self.remaining_s()),
             )
+            if self._is_closed and self._end is None:
+                raise self._late()
+            if self._is_reopening:
+                self._end_with(self._late())
+            elif self._history.is_hopeless:
+                self._end_with(
+                    self._failed(
+                        f"nodes were lost {self._history.num_fruitless + 1} times in a "
+                        "row without a decoded token in between."
+                    )
+                )
             if self._end is not None:
                 raise self._end
-            if self._is_reopening or self._is_closed:
-                raise self._late()
-            if self._history.is_hopeless:
-                raise self._failed(
-                    f"nodes were lost {self._history.num_fruitless + 1} times in a row "
-                    "without a decoded token in between."
-                )
             return self._reopened
 
     def _begin(self, error: MemoryNodeError) -> None:
@@ -210,9 +214,10 @@ class Recovery:
             if self._end is not None:
                 return
             self._end = error
+            # Before the engine's thread raises it: frontends ask for the reason then.
+            self._notice.give_up(error)
+            self._report.give_up(error)
             self._changed.notify_all()
-        self._report.give_up(error)
-        self._notice.give_up(error)
         self._give_up(error)
 
     def remaining_s(self) -> float:
