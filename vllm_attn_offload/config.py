@@ -92,8 +92,10 @@ class AttentionOffloadConfig:
     memory holds."""
     num_microbatches: MicroBatches = "auto"
     """Number of parts of a decode step; one computes while the other waits for its
-    attention. auto: 2 where measured step times show that it is faster; 1 on GPUs and
-    where the worker has the CPUs of its local memory nodes."""
+    attention. auto: 2 where measured step times show that it is faster; 1 on GPUs. A
+    worker that shares its CPUs with its local memory node leaves half of them to it
+    meanwhile, with --enforce-eager; a compiled or quantized model's steps stay whole
+    there."""
     on_node_loss: NodeLoss = "recover"
     """What happens when a memory node is lost. recover: it is restarted, reconnected or
     replaced, and running requests are computed again. fail: the engine stops."""

@@ -27,7 +27,7 @@ import vllm_attn_offload
 from vllm_attn_offload.attention.cuda.metadata import CudaStep
 from vllm_attn_offload.attention.cuda.prefill import RemotePart
 from vllm_attn_offload.attention.layer_attention import LayerAttention
-from vllm_attn_offload.attention.micro_batch.runner import wrap_model
+from vllm_attn_offload.attention.micro_batch.wrap_model import wrap_model
 from vllm_attn_offload.engine.placement import local_devices
 from vllm_attn_offload.hooks.hook_table import HookTable
 from vllm_attn_offload.plugin import register

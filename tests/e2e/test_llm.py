@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import workload
 from equality import assert_identical
+
+from vllm_attn_offload.attention.micro_batch.choice import NUM_SAMPLES
 
 Generated = Callable[[str, str], dict[str, Any]]
 
@@ -21,6 +24,13 @@ def test_llm_float32_is_identical(generated: Generated) -> None:
     assert len(stock["greedy"]) >= 24
     assert_identical(stock["greedy"], offload["greedy"])
     assert_identical(stock["several"], offload["several"])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two CPUs")
+def test_llm_divides_its_cpus(generated: Generated) -> None:
+    """Some of its steps ran cut, on CPUs that worker and node otherwise share."""
+    (times,) = generated("float32", "offload")["times"]
+    assert times["num_cut_steps"] >= NUM_SAMPLES
 
 
 @pytest.mark.parametrize("mode", ["heads-3", "blocks-2", "blocks-2-tp-3"])

@@ -64,7 +64,8 @@ class Mode:
 
 MODES = {
     "stock": Mode(sharing_rounds=1, uses_adapters=True),
-    "offload": Mode(offload={}),
+    # Without a binding of the tests: the engine and its node share CPUs.
+    "offload": Mode(offload={}, variables={"VLLM_CPU_OMP_THREADS_BIND": "auto"}),
     "heads-3": Mode(
         3,
         {"partition": "heads"},

@@ -23,6 +23,7 @@ from vllm_attn_offload.attention.micro_batch.choice import (
     MicroBatchChoice,
     NumMicroBatches,
 )
+from vllm_attn_offload.attention.micro_batch.half_team import HalfTeam
 from vllm_attn_offload.attention.micro_batch.runner import MicroBatchRunner
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.control_client import ControlClient
@@ -98,6 +99,7 @@ class Engine:
         option: How many micro-batches.
         num_reqs: Requests of the batch.
         tolerate_loss: Of the node group.
+        divides_cpus: Cut steps leave half of the CPUs to the node.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Engine:
         num_reqs: int,
         *,
         tolerate_loss: bool = False,
+        divides_cpus: bool = False,
     ) -> None:
         self.control = ControlClient(address, 30)
         reserved = self.control.reserve(reservation(GEOMETRY, 64 << 20))
@@ -122,7 +125,8 @@ class Engine:
         exchange = CpuExchange(self.nodes)
         for index, impl in enumerate(self.model.impls):
             impl.connect(exchange, index)
-        self.runner = MicroBatchRunner(self.model, MicroBatchChoice(option))
+        half_team = HalfTeam(self.model) if divides_cpus else None
+        self.runner = MicroBatchRunner(self.model, MicroBatchChoice(option), half_team)
         self.runner.connect(self.nodes)
         self._requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, num_reqs)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 
 import torch
@@ -15,7 +16,12 @@ NUM_BLOCKS = 64
 
 
 def assert_micro_batches_are_exact(
-    address: str, steps: list[list[int]], *, is_shared: bool = False
+    address: str,
+    steps: list[list[int]],
+    *,
+    is_shared: bool = False,
+    flags: int = 0,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Send both STEP frames before a layer of either.
 
@@ -23,6 +29,8 @@ def assert_micro_batches_are_exact(
         address: The memory node.
         steps: Tokens that each of two requests adds per step, in both micro-batches.
         is_shared: As for `RawSession`.
+        flags: Of the STEP frames.
+        after_step: Called when both have their answers.
     """
     geometry = make_geometry()
     batches = [PagedBatch(geometry, NUM_BLOCKS, 2, seed) for seed in (0, 1)]
@@ -35,7 +43,7 @@ def assert_micro_batches_are_exact(
                 step, qkv = batch.grow(num_new)
                 payload = encode_step(step)
                 header = FrameHeader(FrameKind.STEP, step=number, micro_batch=index)
-                header.num_bytes = payload.nbytes
+                header.num_bytes, header.flags = payload.nbytes, flags
                 session.send(header, payload)
                 rows.append(qkv)
             # Each on its own layer, hence in blocks of its own.
@@ -49,3 +57,4 @@ def assert_micro_batches_are_exact(
                 exact, _ = batch.expected(torch.float64)
                 found = torch.frombuffer(bytearray(reply), dtype=torch.float32)
                 assert max_error(found.view(exact.shape), exact) < 1e-5
+            after_step()

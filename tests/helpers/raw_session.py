@@ -171,12 +171,12 @@ class RawSession:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
-    def send_step(self, step: StepMetadata, group: int = 0) -> None:
+    def send_step(self, step: StepMetadata, group: int = 0, flags: int = 0) -> None:
         """Send a STEP frame; that of group 0 comes first and has the next number."""
         self._step += group == 0
         payload = encode_step(step)
         header = FrameHeader(FrameKind.STEP, step=self._step, num_bytes=payload.nbytes)
-        header.group = group
+        header.group, header.flags = group, flags
         self.send(header, payload)
 
     def layer_header(self, layer: int, qkv: torch.Tensor) -> FrameHeader:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from micro_batches import assert_micro_batches_are_exact
@@ -90,6 +92,47 @@ def test_layers_are_exact(node: NodeProcess, dtype: Dtype, want_lse: bool) -> No
 def test_micro_batches_are_exact(node: NodeProcess) -> None:
     steps = [[40, 7], [1, 1], [30, 1], [1, 1]]
     assert_micro_batches_are_exact(node.address, steps, is_shared=True)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["socket", "shared memory"])
+def test_micro_batches_on_half_of_the_cpus(node: NodeProcess, is_shared: bool) -> None:
+    steps = [[40, 7], [1, 1], [30, 1], [1, 1]]
+    flags = FrameFlag.ON_HALF
+    assert_micro_batches_are_exact(
+        node.address, steps, is_shared=is_shared, flags=flags
+    )
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["socket", "shared memory"])
+def test_half_of_the_cpus(node: NodeProcess, is_shared: bool) -> None:
+    """A session's thread leaves the first half to its worker, and comes back."""
+    geometry = make_geometry()
+    batch = PagedBatch(geometry, NUM_BLOCKS, 2)
+    found = []
+    with closing(
+        RawSession(node.address, geometry, NUM_BLOCKS, is_shared=is_shared)
+    ) as session:
+        for flags in (FrameFlag.NONE, FrameFlag.ON_HALF, FrameFlag.NONE):
+            step, qkv = batch.grow([1, 1])
+            session.send_step(step, flags=flags)
+            exact, _ = batch.expected(torch.float64)
+            for layer in (0, 1):
+                assert max_error(session.attend(layer, qkv)[0], exact) < 1e-5
+            found.append(thread_cpus(session.control.info.pid))
+    before, on_half, after = found
+    cpus = sorted(os.sched_getaffinity(session.control.info.pid))
+    half = set(cpus[len(cpus) // 2 :])
+    # Threads of sessions before may end meanwhile.
+    stayed = before.keys() & on_half.keys() & after.keys()
+    moved = [on_half[each] for each in stayed if on_half[each] != before[each]]
+    assert moved == ([half] if len(cpus) > 1 else [])
+    assert all(after[each] == before[each] for each in stayed)
+
+
+def thread_cpus(pid: int) -> dict[int, set[int]]:
+    """CPUs of each thread of a process, by its id."""
+    threads = psutil.Process(pid).threads()
+    return {each.id: os.sched_getaffinity(each.id) for each in threads}
 
 
 def test_sessions_take_turns(node: NodeProcess) -> None:

@@ -293,6 +293,10 @@ BAD_FRAMES: dict[str, tuple[Callable[[RawSession], None], str]] = {
         lambda s: post_step(s, micro_batch=2),
         "STEP for micro-batch 2",
     ),
+    "step with flags of a layer": (
+        lambda s: post_step(s, flags=FrameFlag.WANT_LSE),
+        "a STEP with flags 0x1",
+    ),
     "step too long": (
         lambda s: post(s, FrameKind.STEP, num_bytes=1 << 60),
         "STEP of 1,152,921,504,606,846,976 bytes; at most",

@@ -34,7 +34,8 @@ class AttentionOffloadMetadata(AttentionMetadata):
     whose KV others share: ``[num_tokens, num_kv_heads, size]`` each. ``layer_name`` is
     one of the group's layers, ``later`` the same step of the group that comes next.
     Requests of up to ``decode_threshold`` rows decode: nodes attend for all of these.
-    ``is_drafter`` where no layer of the target model is in the group.
+    ``is_drafter`` where no layer of the target model is in the group. ``on_half``:
+    this worker leaves half of the CPUs that it shares with its node to it.
     """
 
     source: StepSource
@@ -47,6 +48,7 @@ class AttentionOffloadMetadata(AttentionMetadata):
     later: AttentionOffloadMetadata | None = None
     decode_threshold: int = 1
     is_drafter: bool = False
+    on_half: bool = False
 
     @property
     def batch(self) -> StepMetadata:
@@ -66,7 +68,8 @@ class AttentionOffloadMetadata(AttentionMetadata):
         if self.step is None:
             group = nodes.geometry.layers[layer].group
             self.step = nodes.begin_step(
-                self.batch, self.micro_batch, group, self.decode_threshold
+                *(self.batch, self.micro_batch, group, self.decode_threshold),
+                on_half=self.on_half,
             )
         return self.step
 

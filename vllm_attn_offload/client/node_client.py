@@ -83,7 +83,12 @@ class NodeClient:
         return self._transport.name
 
     def post_step(
-        self, step: int, micro_batch: int, group: int, payload: memoryview
+        self,
+        step: int,
+        micro_batch: int,
+        group: int,
+        payload: memoryview,
+        flags: int = 0,
     ) -> None:
         """Send a step's metadata for one KV group; the node does not answer it.
 
@@ -92,6 +97,7 @@ class NodeClient:
             micro_batch: Index of the micro-batch.
             group: Index of the KV cache group.
             payload: Bytes ``[num_bytes]`` that ``write_step`` wrote.
+            flags: ``FrameFlag``.
 
         Raises:
             MemoryNodeError: The node is gone.
@@ -99,7 +105,7 @@ class NodeClient:
         header = self._header
         header.kind, header.step, header.group = FrameKind.STEP, step, group
         header.micro_batch = micro_batch
-        header.layer = header.flags = 0
+        header.layer, header.flags = 0, flags
         header.num_bytes = payload.nbytes
         self._send(payload)
 

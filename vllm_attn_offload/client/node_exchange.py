@@ -14,12 +14,14 @@ from vllm_attn_offload.client.exchange_times import ExchangeTimes
 from vllm_attn_offload.client.layer_payload import LayerPayload, bytes_at
 from vllm_attn_offload.client.node_client import NodeClient
 from vllm_attn_offload.client.node_heads import NodeHeads
+from vllm_attn_offload.client.sent_step import SentStep
 from vllm_attn_offload.client.step_partition import NodeShare
 from vllm_attn_offload.protocol.frames import FrameFlag
 from vllm_attn_offload.protocol.step import StepMetadata, write_step
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
+_ON_HALF = FrameFlag.ON_HALF.value
 #: Query rows that a kernel attends with for one read of K and V.
 ROWS_PER_READ = 16
 #: Payload of an acknowledgement.
@@ -71,18 +73,17 @@ class NodeExchange:
         self._reply_bytes = memoryview(b"")
 
     def begin_step(
-        self, number: int, micro_batch: int, share: NodeShare, slowest_token_s: float
+        self, sent: SentStep, share: NodeShare, slowest_token_s: float
     ) -> None:
         """Send the node's share of a step; later layers belong to it.
 
         Args:
-            number: Number of the step.
-            micro_batch: Index of the micro-batch.
+            sent: The step.
             share: Rows and tokens of the node.
             slowest_token_s: Seconds that a query row may take for one cached token
                 before the node counts as lost, other engines' turns included.
         """
-        self._step, self._micro_batch = number, micro_batch
+        self._step, self._micro_batch = sent.number, sent.micro_batch
         self._query_rows, self._stored_rows, self._positions = (
             None if rows is None else torch.from_numpy(rows)
             for rows in (share.query_rows, share.stored_rows, share.positions)
@@ -94,14 +95,16 @@ class NodeExchange:
             for rows in (self._query_rows, self._stored_rows, self._positions)
         )
         if self._call is not None:
-            self._call.begin_step(number, micro_batch)
+            self._call.begin_step(sent.number, sent.micro_batch)
         self._allowance_s = slowest_token_s * _num_scores(step, self._block_size)
         num_bytes = step.num_bytes
         if self._step_buffer.nbytes < num_bytes:
             self._step_buffer = memoryview(bytearray(2 * num_bytes))
         write_step(step, self._step_buffer, self._times.nanoseconds())
         payload = self._step_buffer[:num_bytes]
-        self._client.post_step(number, micro_batch, self._group, payload)
+        flags = _ON_HALF if sent.on_half else 0
+        names = (sent.number, sent.micro_batch, self._group)
+        self._client.post_step(*names, payload, flags)
 
     def post(
         self,

@@ -75,6 +75,7 @@ class RemoteAttention:
         micro_batch: int = 0,
         group: int = 0,
         decode_threshold: int = 1,
+        on_half: bool = False,
     ) -> SentStep:
         """Divide a step of a KV group between the nodes and send each its share."""
         self._step += 1
@@ -84,15 +85,14 @@ class RemoteAttention:
         rows = partition.remote_rows
         remote_rows = None if rows is None else torch.from_numpy(rows)
         is_plain = len(self._clients) == 1 and not partition.needs_merge
-        step = SentStep(
-            self._step, micro_batch, group, partition, remote_rows, is_plain
-        )
+        key = (self._step, micro_batch, group)
+        step = SentStep(*key, partition, remote_rows, is_plain, on_half)
         exchanges = self._make_exchanges(step)
         if self._guard.is_lost():
             return step
         with self._guard:
             for exchange, share in zip(exchanges, partition.shares, strict=True):
-                exchange.begin_step(step.number, micro_batch, share, self._token_s)
+                exchange.begin_step(step, share, self._token_s)
         return step
 
     def post_layer(

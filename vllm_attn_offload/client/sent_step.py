@@ -17,7 +17,8 @@ class SentStep:
 
     ``remote_rows`` is int64 ``[num_remote_rows]``: rows of the batch that nodes attend
     for; None: all. ``is_plain``: one reply is the whole remote part. ``partials`` are
-    by heads and size of a layer. ``key`` is made once, because layers ask for it.
+    by heads and size of a layer. ``on_half``: the node attends with half of its CPUs,
+    and this worker computes on the others. ``key`` is made once, because layers ask.
     """
 
     number: int
@@ -26,6 +27,7 @@ class SentStep:
     partition: StepPartition
     remote_rows: torch.Tensor | None
     is_plain: bool
+    on_half: bool = False
     partials: dict[tuple[int, int], PartialOutputs] = field(default_factory=dict)
     key: tuple[int, int] = field(init=False)
 

@@ -67,7 +67,8 @@ def local_cpus(
 
     Nodes have CPUs of their own if there are enough and share all of them otherwise.
     Where whole steps run, the worker is one of those that share: while nodes attend it
-    waits. An empty string leaves the node's default.
+    waits. A step that it cuts divides these CPUs as long as it runs
+    (`attention/micro_batch/half_team.py`). An empty string leaves the node's default.
 
     Args:
         config: The engine's options.
@@ -84,6 +85,13 @@ def local_cpus(
             return [config.local_node_cpus]
     elif _take_turns(config, vllm_config):
         cpus = _common_cpus(vllm_config, budget)
+        logger.info(
+            "The worker and its memory nodes take turns on CPUs %s%s.",
+            os.environ[BINDING_VARIABLE],
+            ": steps run whole"
+            if config.num_microbatches == 1
+            else "; a step in two micro-batches divides them",
+        )
     else:
         cpus = _divided_cpus(vllm_config, budget)
         if current_platform.is_cpu() and cpus:
@@ -194,14 +202,10 @@ def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
     if len(cpus) <= _FEW_CORES:
         workers = cpus
     workers = [cpu for cpu in workers if cpu in cpus]
-    binding = os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
+    os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, _SPIN_COUNT)
     os.environ[COMMON_CPUS_VARIABLE] = "1"
-    logger.info(
-        "The worker and its memory nodes take turns on CPUs %s: steps run whole.",
-        binding,
-    )
     return cpus
 
 

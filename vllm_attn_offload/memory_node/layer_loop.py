@@ -68,7 +68,6 @@ class LayerLoop:
             served.lse_bytes = 4 * layer.num_query_heads
         self._steps = (ServedStep * (MAX_MICRO_BATCHES * self._num_groups))()
         self._server = LayerServer(
-            pool=attention.threads_address,
             turn=turns.address,
             layers=ctypes.addressof(self._layers),
             steps=ctypes.addressof(self._steps),
@@ -92,7 +91,8 @@ class LayerLoop:
         step.number, step.num_tokens = planned.number, planned.num_tokens
         step.num_query_rows = planned.num_query_rows
         step.num_attended_tokens = planned.num_attended_tokens
-        step.plans, step.slots = self._attention.served_plan(planned.plan)
+        served = self._attention.served_plan(planned.plan)
+        step.plans, step.slots, step.pool = served
 
     def receive(self, transport: SharedMemoryTransport, header: FrameHeader) -> bool:
         """Serve layers until a frame comes that is the caller's.

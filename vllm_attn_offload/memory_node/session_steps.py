@@ -17,6 +17,7 @@ from vllm_attn_offload.protocol.step_reader import read_step
 
 # Once per layer: an IntFlag makes an object of every result, which takes longer.
 _FUSED = FrameFlag.FUSED.value
+_ON_HALF = FrameFlag.ON_HALF.value
 
 
 class SessionSteps:
@@ -52,12 +53,14 @@ class SessionSteps:
         """Check the header of a STEP.
 
         Raises:
-            ProtocolError: No such group or micro-batch, or too many bytes.
+            ProtocolError: No such group, micro-batch or flag, or too many bytes.
         """
         if header.group >= len(self._sizes.limits):
             raise ProtocolError(f"a STEP for KV group {header.group}")
         if header.micro_batch >= MAX_MICRO_BATCHES:
             raise ProtocolError(f"a STEP for micro-batch {header.micro_batch}")
+        if header.flags & ~_ON_HALF:
+            raise ProtocolError(f"a STEP with flags {header.flags:#x}")
         limits = self._sizes.limits[header.group]
         if header.num_bytes > limits.max_step_bytes:
             raise ProtocolError(
@@ -79,7 +82,8 @@ class SessionSteps:
         if self._loop is not None:
             self._loop.forget(*key)
         plan = self._attention.plan(
-            header.group, self._geometry, step, previous and previous.plan
+            *(header.group, self._geometry, step, previous and previous.plan),
+            on_half=bool(header.flags & _ON_HALF),
         )
         planned = PlannedStep.of(header.step, step, plan, limits.block_size)
         self._planned[key] = planned

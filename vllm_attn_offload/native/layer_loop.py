@@ -59,6 +59,7 @@ class ServedStep(Structure):
         ("num_attended_tokens", c_int64),
         ("slots", c_void_p),
         ("plans", c_void_p),
+        ("pool", c_void_p),
     ]
 
 
@@ -86,7 +87,6 @@ class LayerServer(Structure):
 
     _fields_ = [
         ("channel", c_void_p),
-        ("pool", c_void_p),
         ("turn", c_void_p),
         ("layers", c_void_p),
         ("steps", c_void_p),

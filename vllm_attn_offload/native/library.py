@@ -10,7 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import TypeVar
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 _LibraryT = TypeVar("_LibraryT", bound=ctypes.CDLL)
 

@@ -18,14 +18,16 @@ class FrameKind(IntEnum):
 
 
 class FrameFlag(IntFlag):
-    """Options of a LAYER frame, and one of an ERROR frame.
+    """Options of a LAYER frame, one of an ERROR frame and one of a STEP frame.
 
     ``WANT_LSE`` asks for the log-sum-exp behind the output. ``FUSED`` says that the
     payload is one row ``q | k | v`` per token; otherwise it is all of q, then all of k,
     then all of v. ``WANT_ACK`` asks for an empty OUT where there is nothing to attend.
     ``ON_DEVICE`` says that the rows lie in the frame's slot of device memory, and asks
     for an OUT that does so, too. ``FAILED`` says that the node could not compute what
-    the protocol allows.
+    the protocol allows. ``ON_HALF``, of a STEP: the worker, which has the same CPUs,
+    computes on the first half of them while its layers are attended; the rest is the
+    node's.
     """
 
     NONE = 0
@@ -34,6 +36,7 @@ class FrameFlag(IntFlag):
     WANT_ACK = 4
     ON_DEVICE = 8
     FAILED = 16
+    ON_HALF = 32
 
 
 FRAME_MAGIC = 0x4F415631

@@ -43,6 +43,7 @@ PROTOCOL_HISTORY = (
     (6, "Page faults, CPUs of nodes and workers, workers' states, where time goes"),
     (7, "Blocks of fp8, with scales of layers"),
     (8, "Names, versions, refusals; model and worker times of a session"),
+    (9, "A STEP may leave half of a node's CPUs to its worker"),
 )
 PROTOCOL_VERSION = PROTOCOL_HISTORY[-1][0]
 

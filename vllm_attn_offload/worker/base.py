@@ -14,10 +14,8 @@ from vllm_attn_offload.attention.layers import (
     layer_problems,
     mark_drafter_layers,
 )
-from vllm_attn_offload.attention.micro_batch.runner import (
-    MicroBatchRunner,
-    wrap_model,
-)
+from vllm_attn_offload.attention.micro_batch.runner import MicroBatchRunner
+from vllm_attn_offload.attention.micro_batch.wrap_model import wrap_model
 from vllm_attn_offload.client.attachment import Attachment, NodeFailure
 from vllm_attn_offload.client.connect import connect_nodes
 from vllm_attn_offload.client.partition import PartitionKind

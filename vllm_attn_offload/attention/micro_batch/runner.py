@@ -6,24 +6,21 @@ Lamina (arXiv 2405.01814) calls it staggered pipelining, section 4.3.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm import forward_context
-from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_tp_group
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, ForwardContext
 
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.attention.micro_batch.baton import Baton
-from vllm_attn_offload.attention.micro_batch.choice import (
-    MicroBatchChoice,
-    NumMicroBatches,
-)
+from vllm_attn_offload.attention.micro_batch.choice import MicroBatchChoice
+from vllm_attn_offload.attention.micro_batch.half_team import HalfTeam
 from vllm_attn_offload.attention.micro_batch.lora import LoraRows
 from vllm_attn_offload.attention.micro_batch.model_inputs import (
     Inputs,
@@ -40,10 +37,6 @@ from vllm_attn_offload.attention.micro_batch.split import (
 )
 from vllm_attn_offload.attention.readback import HostStep
 from vllm_attn_offload.client.remote_attention import RemoteAttention
-from vllm_attn_offload.config import COMMON_CPUS_VARIABLE, AttentionOffloadConfig
-from vllm_attn_offload.logger import get_logger
-
-logger = get_logger(__name__)
 
 AttentionOffloadParts = tuple[AttentionOffloadMetadata, AttentionOffloadMetadata]
 
@@ -57,17 +50,24 @@ class MicroBatchRunner:
     Args:
         model: vLLM's model; its ``forward`` is wrapped until `uninstall`.
         choice: Decides per step.
+        half_team: Of a worker that shares its CPUs with its node; None: has its own.
     """
 
-    def __init__(self, model: torch.nn.Module, choice: MicroBatchChoice) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        choice: MicroBatchChoice,
+        half_team: HalfTeam | None = None,
+    ) -> None:
         self._model = model
+        self._half_team = half_team
         self._forward = model.forward
         self._choice = choice
         self._lora = LoraRows(model)
         self._nodes: RemoteAttention | None = None
         # Both threads compute with as many OpenMP threads; the new one inherits the
         # CPUs that vLLM bound the process to.
-        num_threads = torch.get_num_threads()
+        num_threads = half_team.num_threads if half_team else torch.get_num_threads()
         self._thread = ThreadPoolExecutor(
             1,
             "micro-batch",
@@ -83,6 +83,8 @@ class MicroBatchRunner:
     def uninstall(self) -> None:
         """Give the model its own ``forward`` back."""
         self._model.forward = self._forward
+        if self._half_team is not None:
+            self._half_team.uninstall()
         self._thread.shutdown()
 
     def times(self) -> dict[str, float]:
@@ -103,11 +105,11 @@ class MicroBatchRunner:
         ):
             cut = choose_cut(batches, self._choice.costs)
         started, waited = time.perf_counter(), nodes.wait_s
-        output = (
-            self._forward(**inputs)
-            if cut is None
-            else self._run_cut(inputs, groups, cut)
-        )
+        if cut is None:
+            output = self._forward(**inputs)
+        else:
+            with self._half_team or nullcontext():
+                output = self._run_cut(inputs, groups, cut)
         step_s = time.perf_counter() - started
         # Also a step that lost a node, though it waited for nothing: another rank may
         # have lost none, and all of them count alike.
@@ -143,6 +145,7 @@ class MicroBatchRunner:
             for group, part in zip(groups, of_part.values(), strict=True):
                 part.baton = baton
                 part.later = of_part.get(id(group.later))
+                part.on_half = self._half_team is not None
         # Both compute on one stream: a thread starts with another one.
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         later = self._thread.submit(
@@ -175,53 +178,6 @@ class MicroBatchRunner:
                 return self._forward(**inputs)
         finally:
             baton.finish(micro_batch)
-
-
-def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRunner:
-    """Let a worker's decode steps run in micro-batches, where its options ask for it.
-
-    Raises:
-        ValueError: Two micro-batches were asked for, and they cannot be had.
-    """
-    option = AttentionOffloadConfig.of_engine(vllm_config).num_microbatches
-    refusal = _refusal(vllm_config, option)
-    if refusal is not None and option == 2:
-        raise ValueError(
-            f"num_microbatches=2 was given, but {refusal}. Allowed: 1 or auto. Drop "
-            "num_microbatches."
-        )
-    if refusal is not None and option == "auto":
-        logger.info("Decode steps are not cut into micro-batches: %s.", refusal)
-        option = 1
-    cudagraph_mode = vllm_config.compilation_config.cudagraph_mode
-    if option == 2 and cudagraph_mode.has_piecewise_cudagraphs():
-        logger.info("Decode steps in two micro-batches run without CUDA graphs.")
-    return MicroBatchRunner(model, MicroBatchChoice(option, _agree_with_first))
-
-
-def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:
-    is_cpu = vllm_config.device_config.device_type == "cpu"
-    if vllm_config.model_config.is_hybrid:
-        return "layers with recurrent states compute whole steps"
-    if vllm_config.lora_config is not None and not is_cpu:
-        return "LoRA on a GPU assigns adapters to the rows of whole steps"
-    if option == "auto" and not is_cpu:
-        return "the host cannot time a GPU's steps"
-    # Not with half of the threads each: oneDNN's kernels, which vLLM keeps by the size
-    # of a batch, compute with as many threads as there were when they were made.
-    if option == "auto" and COMMON_CPUS_VARIABLE in os.environ:
-        return "the worker and its memory nodes take turns on the same CPUs"
-    return None
-
-
-def _agree_with_first(values: list[float]) -> list[float]:
-    """The values of the first tensor-parallel rank."""
-    group = get_tp_group()
-    if group.world_size > 1:
-        tensor = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.broadcast(tensor, group.first_rank, group=group.cpu_group)
-        values = tensor.tolist()
-    return values
 
 
 def _step_of(inputs: Inputs) -> list[AttentionOffloadMetadata] | None:

@@ -122,6 +122,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
         geometry: SessionGeometry,
         step: StepMetadata,
         previous: PlanT | None,
+        *,
+        on_half: bool = False,
     ) -> PlanT:
         """Turn a step into what the kernel needs for every layer of the group.
 
@@ -131,6 +133,8 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
             step: The step; its arrays may change afterwards.
             previous: Plan of the step before, of the same micro-batch and group. Its
                 layers are done, so its buffers may be used again; it ends here.
+            on_half: Leave the first half of the node's CPUs to others, where the
+                kernel can: called in the thread that computes the layers.
 
         Raises:
             ProtocolError: The step contradicts the cache.
@@ -170,21 +174,15 @@ class DecodeAttention(BlockLayout, Generic[PoolT, PlanT]):
 
 
 class LoopAttention(DecodeAttention[PoolT, PlanT]):
-    """A kernel that C code calls (`native/layer_loop.py`).
-
-    Attributes:
-        threads_address: Of its threads.
-    """
-
-    threads_address: int
+    """A kernel that C code calls (`native/layer_loop.py`)."""
 
     @abstractmethod
     def served_layer(self, pool: PoolT) -> ServedLayer:
         """What ``store`` and ``attend`` take from a layer's pool, beside its rows."""
 
     @abstractmethod
-    def served_plan(self, plan: PlanT) -> tuple[int, int]:
-        """Addresses of a plan for each kind of layers, and of the step's slots."""
+    def served_plan(self, plan: PlanT) -> tuple[int, int, int]:
+        """Addresses of a plan for each kind of layers, of slots, and of threads."""
 
 
 class SharedRowsAttention(DecodeAttention[PoolT, PlanT]):

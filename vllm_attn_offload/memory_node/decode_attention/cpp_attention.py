@@ -27,6 +27,7 @@ from vllm_attn_offload.memory_node.decode_attention.cpp_layer_kind import (
     create_cache,
 )
 from vllm_attn_offload.memory_node.decode_attention.cpp_step_plan import CppStepPlan
+from vllm_attn_offload.memory_node.decode_attention.cpp_threads import CppThreads
 from vllm_attn_offload.native.attention import CpuKernelLibrary
 from vllm_attn_offload.native.kernel_inputs import DTYPES
 from vllm_attn_offload.native.layer_loop import ServedLayer
@@ -34,7 +35,6 @@ from vllm_attn_offload.protocol.geometry import LayerGeometry, SessionGeometry
 from vllm_attn_offload.protocol.layer import TokenLayout
 from vllm_attn_offload.protocol.step import StepMetadata
 
-_SPIN_US = 50
 _SLOT_BYTES = 8
 #: Rows, query heads, KV heads, blocks, their stride, and the window, of alike layers.
 _KindKey = tuple[TokenLayout, int, int, int, int, int]
@@ -45,16 +45,14 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
 
     Args:
         library: The built library.
-        cpu_ids: CPUs of the node, a thread on each: that of the calling session on the
-            first, pinned ones on the others.
+        cpu_ids: CPUs of the node, a thread on each.
     """
 
     def __init__(self, library: CpuKernelLibrary, cpu_ids: Sequence[int]) -> None:
         self.isa = library.isa_names[0]
         self.name = f"cpp ({self.isa})"
         self._library = library
-        spin_us = _SPIN_US if len(cpu_ids) > 1 else 0
-        self.threads_address = library.create_pool(len(cpu_ids), cpu_ids, spin_us)
+        self._threads = CppThreads(library, cpu_ids)
         # By the identity of its geometry, which the value keeps alive.
         self._sessions: weakref.WeakValueDictionary[int, _SessionKinds] = (
             weakref.WeakValueDictionary()
@@ -109,6 +107,8 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         geometry: SessionGeometry,
         step: StepMetadata,
         previous: CppStepPlan | None,
+        *,
+        on_half: bool = False,
     ) -> CppStepPlan:
         plan = previous
         if plan is None:
@@ -117,7 +117,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
                 raise ConnectionResetError("the session was closed")
             plan = session.create_plan(group)
         try:
-            plan.fill(self.threads_address, step)
+            plan.fill(self._threads.of_step(on_half=on_half), step)
         except ValueError as error:
             raise ProtocolError(f"a step that cannot be planned: {error}") from error
         return plan
@@ -135,7 +135,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         store.slot_mapping = plan.slots_address + first * _SLOT_BYTES
         store.num_tokens = last - first
         store.k_scale, store.v_scale = pool.k_scale, pool.v_scale
-        self._library.store(self.threads_address, calls.cache, store)
+        self._library.store(plan.threads, calls.cache, store)
 
     def attend(
         self, pool: _Pool, plan: CppStepPlan, call: LayerCall, slice_s: float = 0.0
@@ -151,7 +151,7 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
         attend.k_scale, attend.v_scale = pool.k_scale, pool.v_scale
         attend.alibi_slopes = pool.slopes_address
         return self._library.attend(
-            self.threads_address, calls.plan, attend, int(slice_s * 1e6)
+            plan.threads, calls.plan, attend, int(slice_s * 1e6)
         )
 
     def served_layer(self, pool: _Pool) -> ServedLayer:
@@ -168,8 +168,8 @@ class CppDecodeAttention(LoopAttention["_Pool", CppStepPlan]):
             v_scale=pool.v_scale,
         )
 
-    def served_plan(self, plan: CppStepPlan) -> tuple[int, int]:
-        return addressof(plan.plans), plan.slots_address
+    def served_plan(self, plan: CppStepPlan) -> tuple[int, int, int]:
+        return addressof(plan.plans), plan.slots_address, plan.threads
 
 
 @dataclass(frozen=True, slots=True)

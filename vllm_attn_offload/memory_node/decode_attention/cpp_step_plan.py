@@ -32,9 +32,11 @@ class CppStepPlan:
         kinds: A plan and the arguments of calls for each of them.
         plans: The plans again, as C code takes them.
         slots_address: Of the step's int64 slots.
+        threads: Address of the pool of threads that computes the step.
     """
 
     slots_address: int
+    threads: int
 
     def __init__(
         self, library: CpuKernelLibrary, kinds: Sequence[CppLayerKind]
@@ -51,6 +53,7 @@ class CppStepPlan:
         Raises:
             ValueError: The lengths or blocks of the step contradict the cache.
         """
+        self.threads = threads
         if self._slots.shape[0] < step.num_tokens:
             self._slots = np.empty(step.num_tokens, np.int64)
         self._slots[: step.num_tokens] = step.slot_mapping

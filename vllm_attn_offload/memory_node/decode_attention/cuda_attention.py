@@ -142,6 +142,8 @@ class CudaDecodeAttention(
         geometry: SessionGeometry,
         step: StepMetadata,
         previous: _CudaKernelPlan | None,
+        *,
+        on_half: bool = False,
     ) -> _CudaKernelPlan:
         # Memory is taken and filled in the order of the kernels that use it.
         torch.cuda.set_stream(self._compute)

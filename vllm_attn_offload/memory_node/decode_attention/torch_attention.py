@@ -109,6 +109,8 @@ class TorchDecodeAttention(DecodeAttention[_Pool, _KernelPlan]):
         geometry: SessionGeometry,
         step: StepMetadata,
         previous: _KernelPlan | None,
+        *,
+        on_half: bool = False,
     ) -> _KernelPlan:
         block_size = geometry.groups[group].block_size
         slots = torch.from_numpy(step.slot_mapping.copy())

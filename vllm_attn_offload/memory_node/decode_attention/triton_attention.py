@@ -138,6 +138,8 @@ class TritonDecodeAttention(TritonKernels[KernelPlan]):
         geometry: SessionGeometry,
         step: StepMetadata,
         previous: KernelPlan | None,
+        *,
+        on_half: bool = False,
     ) -> KernelPlan:
         plan = previous or KernelPlan(group, geometry, self.device, self.max_scores)
         plan.fill(step)

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define AO_ABI_VERSION 8
+#define AO_ABI_VERSION 9
 #define AO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // AO_FP8_E4M3 (no infinity, 448 the largest) is a cache's only: queries, outputs and
@@ -202,6 +202,7 @@ struct AoServedStep {
   int64_t num_attended_tokens;
   const int64_t* slots;
   struct AoPlan* const* plans;  // by kind; null: no step was planned
+  struct AoPool* pool;          // attends it
 };
 
 struct AoServeCounters {
@@ -217,7 +218,6 @@ struct AoServeCounters {
 
 struct AoLayerServer {
   AoChannel* channel;
-  struct AoPool* pool;
   int32_t* turn;
   const AoServedLayer* layers;
   const AoServedStep* steps;  // [num_micro_batches, num_groups]

@@ -60,7 +60,7 @@ int32_t store(const AoLayerServer& server, const Layer& layer, const char* paylo
   input.source_dtype = shape.dtype;
   input.k_scale = shape.k_scale;
   input.v_scale = shape.v_scale;
-  return ao_store(server.pool, shape.cache, &input);
+  return ao_store(layer.step->pool, shape.cache, &input);
 }
 
 int32_t attend(const AoLayerServer& server, const Layer& layer, const char* payload,
@@ -82,7 +82,7 @@ int32_t attend(const AoLayerServer& server, const Layer& layer, const char* payl
   input.query_dtype = input.out_dtype = shape.dtype;
   input.k_scale = shape.k_scale;
   input.v_scale = shape.v_scale;
-  return ao_attend(server.pool, layer.step->plans[shape.kind], &input, server.slice_ns);
+  return ao_attend(layer.step->pool, layer.step->plans[shape.kind], &input, server.slice_ns);
 }
 
 // True if no other session waits, and the worker still does.
@@ -132,7 +132,7 @@ int32_t serve_layer(AoLayerServer* server) {
     return AO_UNFINISHED;
   if (!server->is_open) return AO_SERVE_REFUSED;
   // Threads wake up while this one stores.
-  if (layer.step->plans[layer.shape->kind]->is_split()) server->pool->expect_job();
+  if (layer.step->plans[layer.shape->kind]->is_split()) layer.step->pool->expect_job();
   const int32_t status = compute(server, layer);
   if (status == AO_UNFINISHED) return AO_SERVE_UNFINISHED;
   if (status != AO_OK) return AO_SERVE_REFUSED;

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Half of a worker's threads, beside a node on the same CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+from layered_model import Engine
+from node_process import NodeProcess
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+from vllm_attn_offload.attention.micro_batch.half_team import HalfTeam
+from vllm_attn_offload.attention.micro_batch.sized_kernels import SizedKernels
+
+STEPS = [[40, 3, 17, 1, 90], *[[1] * 5] * 3, [1, 1, 20, 1, 1], [1, 0, 1, 1, 0]]
+SIZE, NUM_ROWS = 1024, 64
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch._C.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(before)
+
+
+@pytest.fixture
+def layer() -> torch.nn.Module:
+    """A layer whose product is computed as in vLLM's CPU worker."""
+    return made_layer(torch.float32)
+
+
+def made_layer(dtype: torch.dtype) -> torch.nn.Module:
+    made = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=dtype)
+    dispatch_cpu_unquantized_gemm(made, remove_weight=False)
+    return made
+
+
+def test_cut_steps_compute_with_half_of_the_threads(node: NodeProcess) -> None:
+    """To the results of whole steps; others have all threads, also after errors."""
+    with threads(4):
+        whole = Engine(node.address, 1, 5)
+        cut = Engine(node.address, 2, 5, divides_cpus=True)
+        seen = []
+        cut.model.qkv[0].register_forward_pre_hook(
+            lambda module, inputs: seen.append(torch.get_num_threads())
+        )
+        for num_new in STEPS:
+            expected, _ = whole.step(num_new)
+            output, _ = cut.step(num_new)
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            assert torch.get_num_threads() == 4
+        assert seen == [4, *[2] * 6, 4, 2, 2]
+        with pytest.raises(ZeroDivisionError), HalfTeam(cut.model):
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 4
+        for engine in (whole, cut):
+            engine.close()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_the_same(dtype: torch.dtype) -> None:
+    layer, eps = made_layer(dtype), torch.finfo(dtype).eps
+    linear, weight = layer.cpu_linear, layer.weight
+    kernels = SizedKernels(layer)
+    assert layer.cpu_linear is not linear
+    for shape in ((1, SIZE), (NUM_ROWS, SIZE), (3, 5, SIZE)):
+        rows = torch.randn(shape, dtype=dtype)
+        exact = (rows.double() @ weight.double().T).to(dtype)
+        for kernels.are_apart in (False, True):
+            found = layer.cpu_linear(rows, weight, None)
+            torch.testing.assert_close(found, exact, rtol=eps, atol=20 * eps)
+    kernels.uninstall()
+    assert layer.cpu_linear is linear
+
+
+@torch.inference_mode()
+def test_kernels_keep_their_threads(layer: torch.nn.Module) -> None:
+    """Whoever computes a number of rows first, all threads or half of them."""
+    kernels = SizedKernels(layer)
+    rows = torch.randn(NUM_ROWS, SIZE)
+    layer.cpu_linear(rows, layer.weight, None)
+    for half_is_first in (False, True):
+        mine = rows[: NUM_ROWS - half_is_first]
+        for is_half in (half_is_first, not half_is_first, half_is_first):
+            kernels.are_apart = is_half
+            with threads(1 if is_half else 2):
+                layer.cpu_linear(mine, layer.weight, None)
+                share = share_of_others(layer, mine)
+            assert share < 0.1 if is_half else share > 0.3
+
+
+def test_other_products_stay() -> None:
+    """Only those are changed whose kernels vLLM keeps by their rows."""
+    layer = torch.nn.Linear(SIZE, SIZE)
+    layer.cpu_linear = torch.nn.functional.linear
+    SizedKernels(layer)
+    assert layer.cpu_linear is torch.nn.functional.linear
+
+
+def share_of_others(layer: torch.nn.Module, rows: torch.Tensor) -> float:
+    """CPU time of the second busiest thread in many products, by that of the first."""
+    process = psutil.Process()
+    before = {each.id: each.user_time for each in process.threads()}
+    for _ in range(400):
+        layer.cpu_linear(rows, layer.weight, None)
+    spent = [each.user_time - before.get(each.id, 0.0) for each in process.threads()]
+    return sorted(spent)[-2] / max(spent)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Half of a worker's threads, for steps that run beside a node on the same CPUs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from vllm.config import CompilationMode, VllmConfig
+
+from vllm_attn_offload.attention.micro_batch.sized_kernels import SizedKernels
+from vllm_attn_offload.config import AttentionOffloadConfig
+
+
+class HalfTeam:
+    """Context in which the worker computes on the first half of its CPUs.
+
+    Its node has the same CPUs and is told to attend on the others meanwhile. libgomp
+    puts a smaller team's threads on the first CPUs of its list (GOMP_CPU_AFFINITY).
+
+    Args:
+        model: vLLM's model, loaded.
+
+    Attributes:
+        num_threads: Of each thread that computes in the context.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._all_threads = torch.get_num_threads()
+        self.num_threads = max(1, self._all_threads // 2)
+        self._kernels = SizedKernels(model)
+
+    def __enter__(self) -> None:
+        self._kernels.are_apart = True
+        # vLLM replaces torch.set_num_threads by a warning.
+        torch._C.set_num_threads(self.num_threads)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        torch._C.set_num_threads(self._all_threads)
+        self._kernels.are_apart = False
+
+    def uninstall(self) -> None:
+        """Leave the model as it was."""
+        self._kernels.uninstall()
+
+
+def why_undivided(vllm_config: VllmConfig) -> str | None:
+    """Say why a worker and its nodes cannot divide the CPUs that they share.
+
+    None where they can.
+    """
+    model = vllm_config.model_config
+    if torch.get_num_threads() < 2:
+        return "the worker and its memory nodes share one CPU"
+    if AttentionOffloadConfig.of_engine(vllm_config).num_local_nodes > 1:
+        return "several memory nodes share the worker's CPUs"
+    # What keeps kernels of both numbers of threads apart is not seen by a compiler,
+    # and those of quantized weights are kept by other names.
+    if vllm_config.compilation_config.mode != CompilationMode.NONE:
+        return (
+            "the worker and its memory nodes take turns on the same CPUs, which only "
+            "--enforce-eager lets them divide"
+        )
+    if model.quantization is not None:
+        return (
+            "the worker and its memory nodes take turns on the same CPUs, which "
+            "kernels of quantized weights do not leave"
+        )
+    return None
