@@ -5,15 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from harness import tiny_llama
 from layered_model import Engine
 from node_process import NodeProcess
+from vllm.config import CompilationMode
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from vllm_attn_offload.attention.micro_batch.half_team import HalfTeam
+from vllm_attn_offload.attention.micro_batch.half_team import HalfTeam, why_undivided
 from vllm_attn_offload.attention.micro_batch.sized_kernels import SizedKernels
 
 STEPS = [[40, 3, 17, 1, 90], *[[1] * 5] * 3, [1, 1, 20, 1, 1], [1, 0, 1, 1, 0]]
@@ -62,6 +67,37 @@ def test_cut_steps_compute_with_half_of_the_threads(node: NodeProcess) -> None:
         assert torch.get_num_threads() == 4
         for engine in (whole, cut):
             engine.close()
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "offload", "change", "reason"),
+    [
+        (2, {}, {}, None),
+        (1, {}, {}, "share one CPU"),
+        (2, {"num_local_nodes": 2}, {}, "several memory nodes share"),
+        (2, {}, {"mode": CompilationMode.VLLM_COMPILE}, "--enforce-eager"),
+        (2, {}, {"quantization": "compressed-tensors"}, "of quantized weights"),
+    ],
+    ids=["divided", "one CPU", "several nodes", "compiled", "quantized"],
+)
+def test_steps_that_stay_whole(
+    tmp_path: Path,
+    num_threads: int,
+    offload: dict[str, Any],
+    change: dict[str, Any],
+    reason: str | None,
+) -> None:
+    tiny_llama.save(tmp_path)
+    options = tiny_llama.engine_options() | {"skip_tokenizer_init": True}
+    config = EngineArgs(
+        str(tmp_path), **options, additional_config={"attention_offload": offload}
+    ).create_engine_config()
+    for name, value in change.items():
+        part = config.compilation_config if name == "mode" else config.model_config
+        setattr(part, name, value)
+    with threads(num_threads):
+        found = why_undivided(config)
+    assert (found is None) if reason is None else (reason in found)
 
 
 @torch.inference_mode()

@@ -54,7 +54,6 @@ def why_undivided(vllm_config: VllmConfig) -> str | None:
 
     None where they can.
     """
-    model = vllm_config.model_config
     if torch.get_num_threads() < 2:
         return "the worker and its memory nodes share one CPU"
     if AttentionOffloadConfig.of_engine(vllm_config).num_local_nodes > 1:
@@ -66,7 +65,7 @@ def why_undivided(vllm_config: VllmConfig) -> str | None:
             "the worker and its memory nodes take turns on the same CPUs, which only "
             "--enforce-eager lets them divide"
         )
-    if model.quantization is not None:
+    if vllm_config.model_config.quantization is not None:
         return (
             "the worker and its memory nodes take turns on the same CPUs, which "
             "kernels of quantized weights do not leave"
