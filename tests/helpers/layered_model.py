@@ -125,7 +125,7 @@ class Engine:
         exchange = CpuExchange(self.nodes)
         for index, impl in enumerate(self.model.impls):
             impl.connect(exchange, index)
-        half_team = HalfTeam(self.model) if divides_cpus else None
+        half_team = HalfTeam(self.model, 4) if divides_cpus else None
         self.runner = MicroBatchRunner(self.model, MicroBatchChoice(option), half_team)
         self.runner.connect(self.nodes)
         self._requests = WorkerBatch(GEOMETRY, NUM_BLOCKS, num_reqs)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from micro_batches import assert_micro_batches_are_exact
@@ -31,6 +32,7 @@ from vllm_attn_offload.memory_node.decode_attention.base import LayerCall
 from vllm_attn_offload.memory_node.decode_attention.cpp_attention import (
     CppDecodeAttention,
 )
+from vllm_attn_offload.memory_node.decode_attention.cpp_threads import CppThreads
 from vllm_attn_offload.memory_node.kv_cache import PagedKVCache
 from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.geometry import Dtype, SessionGeometry
@@ -264,3 +266,48 @@ def test_install_without_compiler(installed_without_compiler: Path) -> None:
     assert log.count("WARNING") == 1
     assert "the compiled CPU kernel is missing" in log
     assert "ValueError: the compiled CPU kernel is missing" in error
+
+
+def test_threads_of_half_of_the_cpus() -> None:
+    """A pool of their own, started when it is first asked for."""
+    library = load_cpu_library()
+    assert library is not None
+    process, cpu = psutil.Process(), min(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(1) as caller:  # which moves
+        caller.submit(int).result()
+        before = process.num_threads()
+        threads = CppThreads(library, [cpu] * 4)
+        assert process.num_threads() == before + 3
+        whole = caller.submit(threads.of_step, on_half=False).result()
+        half = caller.submit(threads.of_step, on_half=True).result()
+        assert half != whole
+        assert process.num_threads() == before + 3 + 1
+        assert caller.submit(threads.of_step, on_half=True).result() == half
+    for pool in (whole, half):
+        library.destroy_pool(pool)
+
+
+TOO_MANY_THREADS = """
+import resource
+import psutil
+from vllm_attn_offload.native.attention import load_cpu_library
+library = load_cpu_library()
+room = psutil.Process().memory_info().vms + (100 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    library.create_pool(200)
+except OSError as error:
+    print(psutil.Process().num_threads(), error)
+"""
+
+
+def test_a_host_without_room_for_threads() -> None:
+    """Those that were started end again, and the process goes on."""
+    output = subprocess.check_output(
+        [sys.executable, "-c", TOO_MANY_THREADS],
+        text=True,
+        timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert "200 threads were asked for, and this host starts no more" in output
+    assert output.startswith("1 ")

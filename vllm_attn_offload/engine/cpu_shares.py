@@ -90,7 +90,7 @@ def local_cpus(
             os.environ[BINDING_VARIABLE],
             ": steps run whole"
             if config.num_microbatches == 1
-            else "; a step in two micro-batches divides them",
+            else "; a step in two micro-batches may divide them",
         )
     else:
         cpus = _divided_cpus(vllm_config, budget)
@@ -205,7 +205,7 @@ def _common_cpus(vllm_config: VllmConfig, budget: int) -> list[int]:
     os.environ[BINDING_VARIABLE] = ",".join(map(str, workers))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, _SPIN_COUNT)
-    os.environ[COMMON_CPUS_VARIABLE] = "1"
+    os.environ[COMMON_CPUS_VARIABLE] = str(len(cpus))
     return cpus
 
 

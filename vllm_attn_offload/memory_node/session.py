@@ -189,7 +189,8 @@ class Session:
             self._step = memoryview(bytearray(header.num_bytes))
         payload = self._step[: header.num_bytes]
         transport.receive_payload_into(payload)
-        self._steps.plan(header, payload)
+        is_neighbour = isinstance(transport, SharedMemoryTransport)
+        self._steps.plan(header, payload, is_neighbour=is_neighbour)
         counters = self._counters
         counters.worker_pack_s, counters.worker_send_s, counters.worker_wait_s = (
             read_worker_times(payload)

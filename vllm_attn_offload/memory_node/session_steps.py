@@ -68,8 +68,16 @@ class SessionSteps:
                 f"{limits.max_step_bytes:,} fit this session"
             )
 
-    def plan(self, header: FrameHeader, payload: memoryview) -> None:
+    def plan(
+        self, header: FrameHeader, payload: memoryview, *, is_neighbour: bool
+    ) -> None:
         """Read a STEP, whose bytes nobody else can change, and plan it.
+
+        Args:
+            header: The STEP's.
+            payload: Its bytes.
+            is_neighbour: The worker is on this host, so that it may have the node's
+                CPUs.
 
         Raises:
             ProtocolError: It is not what the protocol allows.
@@ -83,7 +91,7 @@ class SessionSteps:
             self._loop.forget(*key)
         plan = self._attention.plan(
             *(header.group, self._geometry, step, previous and previous.plan),
-            on_half=bool(header.flags & _ON_HALF),
+            on_half=is_neighbour and bool(header.flags & _ON_HALF),
         )
         planned = PlannedStep.of(header.step, step, plan, limits.block_size)
         self._planned[key] = planned

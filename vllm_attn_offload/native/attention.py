@@ -9,6 +9,7 @@ starts, and is back after a loss, without the seconds that torch takes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
@@ -108,6 +109,7 @@ class CpuKernelLibrary:
 
         Raises:
             ValueError: A count or a CPU list that does not fit.
+            OSError: The host starts no more threads.
         """
         if num_threads < 1 or (cpu_ids is not None and len(cpu_ids) != num_threads):
             raise ValueError(
@@ -116,7 +118,15 @@ class CpuKernelLibrary:
                 "length."
             )
         ids = None if cpu_ids is None else (c_int32 * num_threads)(*cpu_ids)
-        return self._c.ao_pool_create(num_threads, ids, spin_us * 1000)
+        pool: int | None = self._c.ao_pool_create(num_threads, ids, spin_us * 1000)
+        if not pool:
+            raise OSError(
+                errno.EAGAIN,
+                f"{num_threads} threads were asked for, and this host starts no more. "
+                "Allowed: what its limits leave (ulimit -u, pids.max). Raise them, or "
+                "give the node fewer CPUs (--cpus).",
+            )
+        return pool
 
     def destroy_pool(self, pool: int) -> None:
         self._c.ao_pool_destroy(pool)

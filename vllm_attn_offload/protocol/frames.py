@@ -27,7 +27,7 @@ class FrameFlag(IntFlag):
     for an OUT that does so, too. ``FAILED`` says that the node could not compute what
     the protocol allows. ``ON_HALF``, of a STEP: the worker, which has the same CPUs,
     computes on the first half of them while its layers are attended; the rest is the
-    node's.
+    node's. It counts where memory is shared.
     """
 
     NONE = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 
 import torch
@@ -13,27 +14,25 @@ from vllm_attn_offload.config import AttentionOffloadConfig
 
 
 class HalfTeam:
-    """Context in which the worker computes on the first half of its CPUs.
+    """Context in which a model computes on the first half of the worker's CPUs.
 
     Its node has the same CPUs and is told to attend on the others meanwhile. libgomp
     puts a smaller team's threads on the first CPUs of its list (GOMP_CPU_AFFINITY).
 
     Args:
         model: vLLM's model, loaded.
+        num_cpus: CPUs that the worker and its node share.
 
     Attributes:
-        num_threads: Of each thread that computes in the context.
+        num_threads: OpenMP threads of whoever computes in the context.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._all_threads = torch.get_num_threads()
-        self.num_threads = max(1, self._all_threads // 2)
+    def __init__(self, model: torch.nn.Module, num_cpus: int) -> None:
+        self.num_threads = max(1, min(torch.get_num_threads(), num_cpus // 2))
         self._kernels = SizedKernels(model)
 
     def __enter__(self) -> None:
         self._kernels.are_apart = True
-        # vLLM replaces torch.set_num_threads by a warning.
-        torch._C.set_num_threads(self.num_threads)
 
     def __exit__(
         self,
@@ -41,7 +40,6 @@ class HalfTeam:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        torch._C.set_num_threads(self._all_threads)
         self._kernels.are_apart = False
 
     def uninstall(self) -> None:
@@ -58,6 +56,8 @@ def why_undivided(vllm_config: VllmConfig) -> str | None:
         return "the worker and its memory nodes share one CPU"
     if AttentionOffloadConfig.of_engine(vllm_config).num_local_nodes > 1:
         return "several memory nodes share the worker's CPUs"
+    if "GOMP_CPU_AFFINITY" not in os.environ:
+        return "its OpenMP runtime does not say which thread is on which CPU"
     # What keeps kernels of both numbers of threads apart is not seen by a compiler,
     # and those of quantized weights are kept by other names.
     if vllm_config.compilation_config.mode != CompilationMode.NONE:

@@ -65,11 +65,12 @@ class MicroBatchRunner:
         self._choice = choice
         self._lora = LoraRows(model)
         self._nodes: RemoteAttention | None = None
-        # Both threads compute with as many OpenMP threads; the new one inherits the
-        # CPUs that vLLM bound the process to.
+        # New threads inherit the CPUs that vLLM bound the process to. With half of its
+        # OpenMP threads the model's own thread computes neither part: libgomp would end
+        # the others, and start them again for what follows.
         num_threads = half_team.num_threads if half_team else torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(
-            1,
+        self._threads = ThreadPoolExecutor(
+            2 if half_team else 1,
             "micro-batch",
             # vLLM replaces torch.set_num_threads by a warning.
             initializer=lambda: torch._C.set_num_threads(num_threads),
@@ -85,11 +86,13 @@ class MicroBatchRunner:
         self._model.forward = self._forward
         if self._half_team is not None:
             self._half_team.uninstall()
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     def times(self) -> dict[str, float]:
         """Sums of decode steps since the start, and what was decided."""
-        return self._choice.times()
+        return self._choice.times() | {
+            "divides_cpus": float(self._half_team is not None)
+        }
 
     def _run(self, *args: Any, **inputs: Any) -> Any:
         groups = None if args else _step_of(inputs)
@@ -148,12 +151,15 @@ class MicroBatchRunner:
                 part.on_half = self._half_team is not None
         # Both compute on one stream: a thread starts with another one.
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        later = self._thread.submit(
-            self._run_part, baton, 1, rows_of(inputs, rows[1]), stream
-        )
+        run = self._run_part
+        later = self._threads.submit(run, baton, 1, rows_of(inputs, rows[1]), stream)
         try:
-            own = rows_of(inputs, rows[0])
-            outputs = [self._run_part(baton, 0, own, stream)]
+            first = (baton, 0, rows_of(inputs, rows[0]), stream)
+            outputs = [
+                self._threads.submit(run, *first).result()
+                if self._half_team
+                else run(*first)
+            ]
         finally:
             # Also where the first failed: the second must not outlive the step.
             error = later.exception()

@@ -45,7 +45,12 @@ class SizedKernels:
             vars(module)["cpu_linear"] = linear
 
     def _run(self, linear: _Linear, rows: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return linear(_apart(rows) if self.are_apart else rows, *rest)
+        if not self.are_apart:
+            return linear(rows, *rest)
+        # A row alone has no stride.
+        num_rows = rows.numel() // rows.shape[-1]
+        apart = _apart(rows, max(num_rows, 2))
+        return linear(apart, *rest)[:num_rows].unflatten(0, rows.shape[:-1])
 
 
 def _is_sized(linear: _Linear) -> bool:
@@ -54,9 +59,13 @@ def _is_sized(linear: _Linear) -> bool:
     return any(isinstance(each.cell_contents, CPUDNNLGEMMHandler) for each in cells)
 
 
-def _apart(rows: torch.Tensor) -> torch.Tensor:
-    """Copy rows ``[..., size]`` to others whose last but one stride is larger."""
+def _apart(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Copy rows ``[..., size]`` to ``[num_rows, size]`` with a larger stride.
+
+    What is not copied to is zero.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
-    wide = flat.new_empty(flat.shape[0], flat.shape[1] + _GAP)
-    apart = wide[:, : flat.shape[1]].copy_(flat)
-    return apart.unflatten(0, rows.shape[:-1])
+    wide = flat.new_empty(num_rows, flat.shape[1] + _GAP)
+    wide[: flat.shape[0], : flat.shape[1]] = flat
+    wide[flat.shape[0] :] = 0
+    return wide[:, : flat.shape[1]]

@@ -41,8 +41,10 @@ def wrap_model(model: torch.nn.Module, vllm_config: VllmConfig) -> MicroBatchRun
     if option == 2 and cudagraph_mode.has_piecewise_cudagraphs():
         logger.info("Decode steps in two micro-batches run without CUDA graphs.")
     choice = MicroBatchChoice(option, _agree_with_first)
-    divides = option == "auto" and COMMON_CPUS_VARIABLE in os.environ
-    return MicroBatchRunner(model, choice, HalfTeam(model) if divides else None)
+    half_team = None
+    if option == "auto" and (num_cpus := os.environ.get(COMMON_CPUS_VARIABLE)):
+        half_team = HalfTeam(model, int(num_cpus))
+    return MicroBatchRunner(model, choice, half_team)
 
 
 def _refusal(vllm_config: VllmConfig, option: NumMicroBatches) -> str | None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
 from vllm_attn_offload.native.attention import CpuKernelLibrary
+
+logger = logging.getLogger(__name__)
 
 _SPIN_US = 50
 
@@ -50,7 +53,11 @@ class CppThreads:
     def _half_of(self) -> int:
         with self._creating:
             if not self._half:
-                self._half = self._create(self._half_ids)
+                try:
+                    self._half = self._create(self._half_ids)
+                except OSError as error:
+                    logger.warning("steps use all CPUs of this node: %s", error)
+                    self._half = self._all
             return self._half
 
     def _create(self, cpu_ids: Sequence[int]) -> int:

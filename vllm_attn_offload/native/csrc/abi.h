@@ -275,7 +275,8 @@ AO_EXPORT const char* ao_error_text(int32_t status);
 AO_EXPORT const char* ao_isa_names();
 
 // cpu_ids[0] belongs to the calling threads, which take part in their own jobs; the
-// pool starts num_threads - 1 workers pinned to the others. cpu_ids may be null.
+// pool starts num_threads - 1 workers pinned to the others. cpu_ids may be null. Returns
+// null where the host starts no more threads.
 AO_EXPORT AoPool* ao_pool_create(int32_t num_threads, const int32_t* cpu_ids,
                                  int64_t spin_ns);
 AO_EXPORT void ao_pool_destroy(AoPool* pool);

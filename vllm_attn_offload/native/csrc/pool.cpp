@@ -4,6 +4,8 @@
 #include <sched.h>
 #include <time.h>
 
+#include <exception>
+
 namespace attn_offload {
 
 int64_t now_ns() {
@@ -28,11 +30,18 @@ using attn_offload::spin_until;
 AoPool::AoPool(int num_threads, const int32_t* cpu_ids, int64_t spin_ns)
     : spin_ns_(spin_ns), scratch_(new attn_offload::Scratch[size_t(num_threads)]) {
   workers_.reserve(size_t(num_threads - 1));
-  for (int i = 1; i < num_threads; ++i)
-    workers_.emplace_back(&AoPool::work, this, i, cpu_ids ? cpu_ids[i] : -1);
+  try {
+    for (int i = 1; i < num_threads; ++i)
+      workers_.emplace_back(&AoPool::work, this, i, cpu_ids ? cpu_ids[i] : -1);
+  } catch (...) {  // the host has no more threads
+    stop();
+    throw;
+  }
 }
 
-AoPool::~AoPool() {
+AoPool::~AoPool() { stop(); }
+
+void AoPool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     is_stopping_ = true;
@@ -135,7 +144,11 @@ extern "C" {
 
 AoPool* ao_pool_create(int32_t num_threads, const int32_t* cpu_ids, int64_t spin_ns) {
   if (num_threads < 1) return nullptr;
-  return new AoPool(num_threads, cpu_ids, spin_ns);
+  try {
+    return new AoPool(num_threads, cpu_ids, spin_ns);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 
 void ao_pool_destroy(AoPool* pool) { delete pool; }

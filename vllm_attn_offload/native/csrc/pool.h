@@ -60,6 +60,7 @@ struct AoPool {
 
  private:
   void work(int thread, int cpu_id);
+  void stop();
   bool wait_for_job(uint64_t seen, uint64_t* seen_expected, bool may_spin);
   void wait_for_workers();
 
