@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 
 import torch
@@ -21,7 +20,6 @@ def assert_micro_batches_are_exact(
     *,
     is_shared: bool = False,
     flags: int = 0,
-    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Send both STEP frames before a layer of either.
 
@@ -30,7 +28,6 @@ def assert_micro_batches_are_exact(
         steps: Tokens that each of two requests adds per step, in both micro-batches.
         is_shared: As for `RawSession`.
         flags: Of the STEP frames.
-        after_step: Called when both have their answers.
     """
     geometry = make_geometry()
     batches = [PagedBatch(geometry, NUM_BLOCKS, 2, seed) for seed in (0, 1)]
@@ -57,4 +54,3 @@ def assert_micro_batches_are_exact(
                 exact, _ = batch.expected(torch.float64)
                 found = torch.frombuffer(bytearray(reply), dtype=torch.float32)
                 assert max_error(found.view(exact.shape), exact) < 1e-5
-            after_step()

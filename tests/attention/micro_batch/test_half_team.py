@@ -63,7 +63,7 @@ def test_cut_steps_compute_with_half_of_the_threads(tmp_path: Path) -> None:
     ):
         whole = Engine(node.address, 1, 5)
         cut = Engine(node.address, 2, 5, divides_cpus=True)
-        seen, on_half = [], []
+        seen = []
         pid = cut.control.info.pid
         cut.model.qkv[1].register_forward_pre_hook(
             lambda *_: seen.append((torch.get_num_threads(), free_threads(pid, cpus)))

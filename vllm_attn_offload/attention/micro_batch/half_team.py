@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
@@ -14,7 +15,7 @@ from vllm_attn_offload.config import AttentionOffloadConfig
 
 
 class HalfTeam:
-    """Context in which a model computes on the first half of the worker's CPUs.
+    """Threads that compute on the first half of the worker's CPUs.
 
     Its node has the same CPUs and is told to attend on the others meanwhile. libgomp
     puts a smaller team's threads on the first CPUs of its list (GOMP_CPU_AFFINITY).
@@ -24,23 +25,21 @@ class HalfTeam:
         num_cpus: CPUs that the worker and its node share.
 
     Attributes:
-        num_threads: OpenMP threads of whoever computes in the context.
+        num_threads: OpenMP threads of each thread that computes in the context.
     """
 
     def __init__(self, model: torch.nn.Module, num_cpus: int) -> None:
         self.num_threads = max(1, min(torch.get_num_threads(), num_cpus // 2))
         self._kernels = SizedKernels(model)
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Context in which the model's products are the team's."""
         self._kernels.are_apart = True
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._kernels.are_apart = False
+        try:
+            yield
+        finally:
+            self._kernels.are_apart = False
 
     def uninstall(self) -> None:
         """Leave the model as it was."""

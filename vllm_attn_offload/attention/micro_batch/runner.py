@@ -111,7 +111,8 @@ class MicroBatchRunner:
         if cut is None:
             output = self._forward(**inputs)
         else:
-            with self._half_team or nullcontext():
+            half_team = self._half_team
+            with half_team.computing() if half_team else nullcontext():
                 output = self._run_cut(inputs, groups, cut)
         step_s = time.perf_counter() - started
         # Also a step that lost a node, though it waited for nothing: another rank may
@@ -155,11 +156,11 @@ class MicroBatchRunner:
         later = self._threads.submit(run, baton, 1, rows_of(inputs, rows[1]), stream)
         try:
             first = (baton, 0, rows_of(inputs, rows[0]), stream)
-            outputs = [
+            own = (
                 self._threads.submit(run, *first).result()
                 if self._half_team
                 else run(*first)
-            ]
+            )
         finally:
             # Also where the first failed: the second must not outlive the step.
             error = later.exception()
@@ -168,7 +169,7 @@ class MicroBatchRunner:
         if error is not None:
             raise error
         num_padding = num_rows_of(inputs) - num_tokens
-        return joined([*outputs, later.result()], num_padding)
+        return joined([own, later.result()], num_padding)
 
     def _run_part(
         self,

@@ -82,7 +82,8 @@ int32_t attend(const AoLayerServer& server, const Layer& layer, const char* payl
   input.query_dtype = input.out_dtype = shape.dtype;
   input.k_scale = shape.k_scale;
   input.v_scale = shape.v_scale;
-  return ao_attend(layer.step->pool, layer.step->plans[shape.kind], &input, server.slice_ns);
+  const AoServedStep& step = *layer.step;
+  return ao_attend(step.pool, step.plans[shape.kind], &input, server.slice_ns);
 }
 
 // True if no other session waits, and the worker still does.
