@@ -73,8 +73,7 @@ Geometry make_geometry(const AoGeometryInput& input) {
   const int64_t bytes = element_bytes(input.dtype);
   g.k_tile_bytes = kTile * g.head_size * bytes;
   g.v_tile_bytes = kTile * g.v_columns * bytes;
-  g.k_head_bytes = tiles * g.k_tile_bytes;
-  g.head_bytes = g.k_head_bytes + tiles * g.v_tile_bytes;
+  g.head_bytes = tiles * (g.k_tile_bytes + g.v_tile_bytes);
   g.block_bytes = g.num_kv_heads * g.head_bytes;
   g.block_stride = input.block_stride == 0 ? g.block_bytes : input.block_stride;
   return g;

@@ -133,9 +133,8 @@ void store_tokens(const StoreJob& job, int64_t begin, int64_t end) {
     const char* value =
         static_cast<const char*>(input.value) + token * input.value_stride;
     char* k = static_cast<char*>(input.cache) + block * g.block_stride +
-              tile * g.k_tile_bytes;
-    char* v = static_cast<char*>(input.cache) + block * g.block_stride +
-              g.k_head_bytes + tile * g.v_tile_bytes;
+              tile * (g.k_tile_bytes + g.v_tile_bytes);
+    char* v = k + g.k_tile_bytes;
     for (int32_t head = 0; head < g.num_kv_heads; ++head) {
       Run keys = {key + head * k_row, input.key_stride, k + head * g.head_bytes, first,
                   count};

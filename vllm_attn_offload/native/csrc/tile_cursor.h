@@ -86,11 +86,10 @@ class TileCursor {
     const int64_t head = job_.pieces[piece_].rows.kv_head;
     const int64_t index = token_ / kTile;
     const char* k = static_cast<const char*>(job_.input->cache) +
-                    ref.block * g.block_stride + head * g.head_bytes;
-    const char* v = k + g.k_head_bytes;
-    return {k + index * g.k_tile_bytes, v + index * g.v_tile_bytes,
-            ref.position + token_, clamp(begin_ - token_, 0, kTile),
-            clamp(end_ - token_, 0, kTile)};
+                    ref.block * g.block_stride + head * g.head_bytes +
+                    index * (g.k_tile_bytes + g.v_tile_bytes);
+    return {k, k + g.k_tile_bytes, ref.position + token_,
+            clamp(begin_ - token_, 0, kTile), clamp(end_ - token_, 0, kTile)};
   }
 
   const Job& job_;

@@ -28,9 +28,8 @@ struct Geometry {
   int32_t v_columns;  // v_head_size rounded up to whole panels
   int32_t dtype;
   int64_t k_tile_bytes;
-  int64_t v_tile_bytes;
-  int64_t k_head_bytes;  // one KV head's K tiles within a block; its V tiles follow
-  int64_t head_bytes;
+  int64_t v_tile_bytes;  // a tile's values follow its keys
+  int64_t head_bytes;    // one KV head's tiles within a block
   int64_t block_bytes;
   int64_t block_stride;
 };
