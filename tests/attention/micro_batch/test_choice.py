@@ -8,11 +8,14 @@ import pytest
 from vllm_attn_offload.attention.micro_batch.choice import (
     NUM_SAMPLES,
     NUM_STEPS_DECIDED,
+    NUM_STEPS_NEW,
     MicroBatchChoice,
 )
 
 #: Whole steps, then cut ones and whole ones in turns.
 TRIAL = 3 * NUM_SAMPLES - 1
+#: Three decisions that are confirmed, after each of which the next holds twice as long.
+SETTLING = 7 * NUM_STEPS_NEW + 3 * TRIAL
 
 
 def run(
@@ -49,12 +52,14 @@ def test_auto_keeps_the_faster(
     times = {"whole_s": whole_s, "cut_s": cut_s, "wait_s": wait_s}
     trial = run(choice, TRIAL, **times)
     assert sum(trial) == NUM_SAMPLES
+    settling = run(choice, SETTLING, **times)
+    assert sum(step != gains for step in settling) <= 3 * TRIAL
     later = run(choice, 2 * NUM_STEPS_DECIDED, **times)
     assert sum(step != gains for step in later) <= TRIAL
     reported = choice.times()
     assert reported["is_cut"] == gains
     assert reported["num_micro_batch_changes"] == gains
-    assert reported["num_cut_steps"] == sum(trial) + sum(later)
+    assert reported["num_cut_steps"] == sum(trial + settling + later)
 
 
 def test_auto_tries_nothing_without_waiting() -> None:
@@ -67,12 +72,21 @@ def test_auto_follows_a_change_and_not_noise() -> None:
     choice = MicroBatchChoice("auto")
     run(choice, TRIAL, whole_s=0.13, cut_s=0.08, wait_s=0.08)
     near = {"whole_s": 0.100, "cut_s": 0.102, "wait_s": 0.05}
-    assert all(run(choice, NUM_STEPS_DECIDED, **near))
+    assert all(run(choice, NUM_STEPS_NEW, **near))
     run(choice, TRIAL, **near)
-    assert all(run(choice, NUM_STEPS_DECIDED, **near))
+    assert all(run(choice, 2 * NUM_STEPS_NEW, **near))
     run(choice, TRIAL, whole_s=0.100, cut_s=0.120, wait_s=0.05)
     assert not any(run(choice, 20, whole_s=0.100, cut_s=0.120, wait_s=0.05))
     assert choice.times()["num_micro_batch_changes"] == 2
+
+
+def test_auto_soon_corrects_a_noisy_trial() -> None:
+    """What five samples got wrong does not stand for hundreds of steps."""
+    choice = MicroBatchChoice("auto")
+    run(choice, TRIAL, whole_s=0.13, cut_s=0.20, wait_s=0.08)
+    assert not any(run(choice, NUM_STEPS_NEW, whole_s=0.13, cut_s=0.08, wait_s=0.08))
+    run(choice, TRIAL, whole_s=0.13, cut_s=0.08, wait_s=0.08)
+    assert all(run(choice, NUM_STEPS_NEW, whole_s=0.13, cut_s=0.08, wait_s=0.08))
 
 
 def test_auto_decides_by_size() -> None:

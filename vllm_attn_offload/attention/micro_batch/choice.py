@@ -20,7 +20,10 @@ Agree = Callable[[list[float]], list[float]]
 
 #: Steps that are timed each way before a decision.
 NUM_SAMPLES = 5
-#: Steps after which a decision is tested again.
+#: Steps after which a new decision is tested again: five samples may err where a host
+#: takes CPUs away. Each time it is confirmed it holds twice as long, up to
+#: `NUM_STEPS_DECIDED`.
+NUM_STEPS_NEW = 64
 NUM_STEPS_DECIDED = 512
 #: Share of a step that must be saved for a decision to change.
 MIN_GAIN = 0.05
@@ -49,6 +52,7 @@ class _Regime:
     """Steps of about one size: samples, then a decision that holds for a while.
 
     Attributes:
+        num_held: Steps that the last decision holds; 0: there was none.
         is_tried: Whether steps are worth cutting to see; None: not known yet.
         whole_step_s: Median of the first rank's whole steps, at the decision.
         cut_step_s: Of cut ones; 0: none was tried.
@@ -59,6 +63,7 @@ class _Regime:
     is_decided: bool = False
     is_tried: bool | None = None
     num_steps: int = 0
+    num_held: int = 0
     whole_s: list[float] = field(default_factory=list)
     cut_s: list[float] = field(default_factory=list)
     wait_s: list[float] = field(default_factory=list)
@@ -86,7 +91,7 @@ class _Regime:
         """
         if self.is_decided:
             self.num_steps += 1
-            if self.num_steps >= NUM_STEPS_DECIDED:
+            if self.num_steps >= self.num_held:
                 self.is_decided, self.is_tried, self.num_steps = False, None, 0
                 self.whole_s, self.cut_s, self.wait_s = [], [], []
             return False
@@ -105,6 +110,7 @@ class _Regime:
             share = median(wait / whole for wait, whole in samples)
             self.whole_step_s, self.wait_share = agree([median(self.whole_s), share])
             self.is_tried, self.cut_step_s = self.wait_share >= MIN_WAIT_SHARE, 0.0
+        was_cut = self.is_cut
         if not self.is_tried:
             self.is_cut = False
         elif len(self.cut_s) < NUM_SAMPLES:
@@ -117,6 +123,10 @@ class _Regime:
             self.is_cut = cut <= whole * (
                 1 / (1 - MIN_GAIN) if self.is_cut else 1 - MIN_GAIN
             )
+        is_confirmed = self.num_held > 0 and self.is_cut == was_cut
+        self.num_held = (
+            min(2 * self.num_held, NUM_STEPS_DECIDED) if is_confirmed else NUM_STEPS_NEW
+        )
         self.is_decided = True
         return True
 
