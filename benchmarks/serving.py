@@ -28,7 +28,7 @@ from harness.smollm2 import prepare
 from rich.console import Console
 from rich.table import Table
 
-TABLE_COLUMNS = 120
+TABLE_COLUMNS = 160
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--stock-cpus", default="0-1", metavar="LIST")
     add("--compute-cpus", default="0", metavar="LIST")
     add("--node-cpus", default="1", metavar="LIST")
+    add(
+        "--default",
+        action="store_true",
+        help="the offloading server as it is without options, on CPUs of its choice",
+    )
     add("--remote-nodes", type=int, default=0, metavar="N", help="default: a local one")
     add("--serve-option", action="append", default=[], metavar="--OPTION=VALUE")
     load = parser.add_argument_group("load")
@@ -57,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--output", type=Path, help="write JSON here")
     output.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs here")
     arguments = parser.parse_args()
+    if arguments.default:
+        arguments.compute_cpus = arguments.node_cpus = ""
     if arguments.input_len + arguments.output_len > arguments.max_model_len:
         parser.error(
             f"--input-len {arguments.input_len} and --output-len "
@@ -136,9 +143,8 @@ def start(
     else:
         options += ["--attention-offload-config", json.dumps(offload)]
         cpus = arguments.compute_cpus
-    return MeasuredServer(
-        name, model, options, {"VLLM_CPU_OMP_THREADS_BIND": cpus}, log
-    )
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": cpus} if cpus else {}
+    return MeasuredServer(name, model, options, variables, log)
 
 
 def measure(
@@ -202,6 +208,8 @@ def print_table(
     table = Table(title="Serving: TBT is the time between tokens")
     headings = ["req/s", "engine", "tokens/s", "/ stock", "TBT p50 ms", "TBT p99 ms"]
     headings += [
+        "TPOT p50 ms",
+        "TPOT p99 ms",
         "TTFT p50 ms",
         "TTFT p99 ms",
         "mean batch",
@@ -217,6 +225,7 @@ def print_table(
         table.add_row(
             *(f"{r['rate']:g}", r["engine"], f"{r['output_throughput']:.1f}"),
             *(f"{ratio:.2f}x", f"{r['p50_itl_ms']:.1f}", f"{r['p99_itl_ms']:.1f}"),
+            *(f"{r['p50_tpot_ms']:.1f}", f"{r['p99_tpot_ms']:.1f}"),
             *(f"{r['p50_ttft_ms']:.0f}", f"{r['p99_ttft_ms']:.0f}"),
             *(f"{r['mean_batch']:.1f}", f"{r['kv_use_peak']:.0%}", str(r["failed"])),
             f"{r['identical']}/{r['completed']}",
