@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local attention of prefill chunks on the CPU against the same in float64."""
+"""Local attention of prefill chunks on the CPU against the same in float64.
+
+By torch and by the compiled kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,8 +17,12 @@ from vllm_attn_offload.attention import cpu_scores
 from vllm_attn_offload.attention.cpu_chunk import chunk_of
 from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.layer_attention import LayerAttention
+from vllm_attn_offload.attention.native_prefill import NativePrefill
 from vllm_attn_offload.client.step_partition import Prefill
+from vllm_attn_offload.native.attention import load_cpu_library
 from vllm_attn_offload.protocol.geometry import LayerGeometry
+
+Attend = Callable[..., torch.Tensor]
 
 #: Rows of requests: decodes around and between chunks, chunks longer than a tile.
 ROWS = (1, 200, 2, 1, 1, 64, 65, 7, 129, 1)
@@ -28,6 +36,21 @@ def _one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def native() -> NativePrefill:
+    """Compiled kernels, whose blocks are full of NaN before the first chunk."""
+    library = load_cpu_library()
+    assert library is not None
+    prefill = NativePrefill(library, [min(os.sched_getaffinity(0))])
+    prefill._blocks = torch.full((1 << 24,), 0xFF, dtype=torch.uint8)
+    return prefill
+
+
+@pytest.fixture(params=["torch", "native"])
+def attend(request: pytest.FixtureRequest, native: NativePrefill) -> Attend:
+    return attend_locally if request.param == "torch" else native.attend
 
 
 def _layer(
@@ -75,6 +98,7 @@ def _qkv(
 
 
 def _check(
+    attend: Attend,
     layer: LayerGeometry,
     dtype: torch.dtype = torch.float32,
     rows: tuple[int, ...] = ROWS,
@@ -83,9 +107,11 @@ def _check(
     q, k, v = _qkv(layer, sum(rows), dtype)
     ends = torch.tensor(rows).cumsum(0).tolist()
     spans = [(end - size, end) for end, size in zip(ends, rows, strict=True)]
-    prefills = [Prefill(begin, end, False) for begin, end in spans if end > begin + 1]
+    prefills = tuple(
+        Prefill(begin, end, False) for begin, end in spans if end > begin + 1
+    )
     output = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    lse = attend_locally(q, k, v, output, prefills, _attention(layer))
+    lse = attend(q, k, v, output, prefills, _attention(layer))
     assert lse.dtype == torch.float32
     expected = torch.zeros(q.shape, dtype=torch.float64)
     expected_lse = torch.full(lse.shape, -torch.inf, dtype=torch.float64)
@@ -105,33 +131,35 @@ def _check(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 1, 7, 64, 128, 199, 200, 201, 1000])
 @pytest.mark.parametrize("kind", ["plain", "cap", "slopes", "cap-slopes"])
-def test_window_cap_and_slopes(window: int, kind: str, dtype: torch.dtype) -> None:
+def test_window_cap_and_slopes(
+    attend: Attend, window: int, kind: str, dtype: torch.dtype
+) -> None:
     layer = _layer(
         window=window,
         soft_cap=3.0 if "cap" in kind else 0.0,
         has_slopes="slopes" in kind,
     )
-    _check(layer, dtype)
+    _check(attend, layer, dtype)
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 6), (6, 2), (5, 1)])
-def test_heads(head_size: int, heads: tuple[int, int]) -> None:
+def test_heads(attend: Attend, head_size: int, heads: tuple[int, int]) -> None:
     for window, soft_cap in ((0, 0.0), (20, 0.0), (0, 5.0), (20, 5.0)):
         layer = _layer(*heads, head_size, window=window, soft_cap=soft_cap)
-        _check(layer, rows=(150, 1, 30))
+        _check(attend, layer, rows=(150, 1, 30))
 
 
 @pytest.mark.parametrize("window", [0, 400])
-def test_scores_are_held_in_tiles(window: int) -> None:
+def test_scores_are_held_in_tiles(attend: Attend, window: int) -> None:
     """The tiles of 32 heads are shorter than this chunk."""
     layer = _layer(32, 4, 16, window=window, soft_cap=3.0, has_slopes=True)
     row_bytes = 32 * 2 * (window or 600) * 4
     assert cpu_scores._SCORES_BYTES // row_bytes < 600
-    _check(layer, rows=(600,))
+    _check(attend, layer, rows=(600,))
 
 
-def test_random_chunks() -> None:
+def test_random_chunks(attend: Attend) -> None:
     for _ in range(30):
         rows = torch.randint(1, 150, (4,)).tolist()
         window = int(torch.randint(0, 160, ()))
@@ -140,17 +168,17 @@ def test_random_chunks() -> None:
             has_slopes=bool(torch.randint(0, 2, ())),
             window=window,
         )
-        _check(layer, rows=tuple(rows))
+        _check(attend, layer, rows=tuple(rows))
 
 
-def test_large_scores_stay_finite() -> None:
+def test_large_scores_stay_finite(attend: Attend) -> None:
     """Whole blocks of keys are out of a row's window, or weigh nothing."""
     for options in ({"window": 7}, {"soft_cap": 1e4}, {"has_slopes": True}):
         layer = _layer(**options)
         q, k, v = _qkv(layer, 700, torch.float32)
         output = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-        prefills = [Prefill(0, 700, False)]
-        lse = attend_locally(q * 1e3, k, v, output, prefills, _attention(layer))
+        prefills = (Prefill(0, 700, False),)
+        lse = attend(q * 1e3, k, v, output, prefills, _attention(layer))
         assert output.isfinite().all()
         assert lse.isfinite().all()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_attn_offload.attention.cpu_prefill import attend_locally
 from vllm_attn_offload.attention.kept_kv import KeptKV
 from vllm_attn_offload.attention.layer_attention import LayerAttention
 from vllm_attn_offload.attention.layer_exchange import LayerExchange, Qkv
+from vllm_attn_offload.attention.local_prefill import LocalPrefill
 from vllm_attn_offload.attention.metadata import AttentionOffloadMetadata
 from vllm_attn_offload.client.partial_outputs import apply_sinks, merge_remote
 from vllm_attn_offload.client.remote_attention import RemoteAttention
@@ -25,6 +25,7 @@ class CpuExchange(LayerExchange):
     def __init__(self, nodes: RemoteAttention) -> None:
         self._nodes = nodes
         self._kept = KeptKV(nodes.geometry)
+        self._prefill = LocalPrefill()
 
     def attend(
         self,
@@ -53,12 +54,13 @@ class CpuExchange(LayerExchange):
         lse = None
         if prefills:
             key, value = self._kept.local_kv(metadata, layer, qkv)
-            lse = attend_locally(qkv[0], key, value, output, prefills, attention)
+            rows = (qkv[0], key, value, output)
+            lse = self._prefill.attend(*rows, prefills, attention)
         metadata.let_others_compute()
         self._collect_part(step, layer, output, lse, sinks)
 
     def close(self) -> None:
-        """Do nothing: nothing was started."""
+        """Do nothing: threads end with the object."""
 
     def _collect_all(
         self,
