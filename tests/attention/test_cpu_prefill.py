@@ -6,7 +6,6 @@ By torch and by the compiled kernels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,19 +37,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def native() -> NativePrefill:
-    """Compiled kernels, whose blocks are full of NaN before the first chunk."""
+@pytest.fixture(params=["torch", "native", "native, three threads"], scope="module")
+def attend(request: pytest.FixtureRequest) -> Attend:
+    """Torch, or compiled kernels whose blocks hold NaN before the first chunk."""
+    if request.param == "torch":
+        return attend_locally
     library = load_cpu_library()
     assert library is not None
-    prefill = NativePrefill(library, [min(os.sched_getaffinity(0))])
+    prefill = NativePrefill(library, 1 if request.param == "native" else 3)
     prefill._blocks = torch.full((1 << 24,), 0xFF, dtype=torch.uint8)
-    return prefill
-
-
-@pytest.fixture(params=["torch", "native"])
-def attend(request: pytest.FixtureRequest, native: NativePrefill) -> Attend:
-    return attend_locally if request.param == "torch" else native.attend
+    return prefill.attend
 
 
 def _layer(
@@ -157,6 +153,26 @@ def test_scores_are_held_in_tiles(attend: Attend, window: int) -> None:
     row_bytes = 32 * 2 * (window or 600) * 4
     assert cpu_scores._SCORES_BYTES // row_bytes < 600
     _check(attend, layer, rows=(600,))
+
+
+def test_halves(attend: Attend) -> None:
+    _check(attend, _layer(), torch.float16)
+
+
+def test_values_of_another_size(attend: Attend) -> None:
+    """As capped and biased layers may have them in torch."""
+    layer = _layer(soft_cap=3.0)
+    q, k, v = _qkv(layer, 150, torch.float32)
+    v = torch.randn(150, 2, 24)
+    output = torch.full((150, 4, 24), torch.nan)
+    prefills = (Prefill(0, 100, False), Prefill(101, 150, True))
+    attend(q, k, v, output, prefills, _attention(layer))
+    for prefill in prefills:
+        part = slice(prefill.begin, prefill.end)
+        positions = torch.arange(part.stop - part.start)
+        expected, _ = exact_attention(layer, q[part], k[part], v[part], positions)
+        torch.testing.assert_close(output[part].double(), expected, atol=2e-5, rtol=0)
+    assert (output[100] == 0).all()
 
 
 def test_random_chunks(attend: Attend) -> None:

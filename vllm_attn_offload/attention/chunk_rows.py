@@ -8,8 +8,8 @@ import numpy as np
 from vllm_attn_offload.client.step_partition import Prefill
 from vllm_attn_offload.native.kernel_inputs import PlanInput
 
-#: Tokens of a block: what the kernels read before they update the softmax.
-BLOCK_SIZE = 64
+#: Tokens of a block: one tile of the kernels, of which a chunk's last is padded.
+BLOCK_SIZE = 16
 
 
 class ChunkRows:
@@ -22,8 +22,8 @@ class ChunkRows:
         num_tokens: Rows of the step.
 
     Attributes:
-        prefills: As given, like ``num_tokens``.
-        num_tokens: See there.
+        prefills: As given.
+        num_tokens: As given.
         num_blocks: Blocks of all chunks.
         slots: int64 ``[num_tokens]``, -1 between chunks.
     """

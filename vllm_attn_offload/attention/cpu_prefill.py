@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of prefill chunks over their own tokens, on the compute node's CPU."""
+"""Attention of prefill chunks over their own tokens by torch.
+
+`LocalPrefill` takes it where the compiled kernels are slower or lack something.
+"""
 
 from __future__ import annotations
 

@@ -35,15 +35,21 @@ class NativePrefill:
 
     Args:
         library: The built library.
-        cpu_ids: CPUs of the worker's threads, that of the calling one first.
+        num_threads: Threads that work on a layer, that of the caller included.
+        cpu_ids: One CPU per thread, that of the calling one first; None: any.
 
     Raises:
         OSError: The host starts no more threads.
     """
 
-    def __init__(self, library: CpuKernelLibrary, cpu_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        library: CpuKernelLibrary,
+        num_threads: int,
+        cpu_ids: Sequence[int] | None = None,
+    ) -> None:
         self._library = library
-        self._threads = library.create_pool(len(cpu_ids), cpu_ids)
+        self._threads = library.create_pool(num_threads, cpu_ids)
         weakref.finalize(self, library.destroy_pool, self._threads).atexit = False
         self._plans: dict[_Kind, _KindPlan] = {}
         self._rows = ChunkRows((), 1)
@@ -72,7 +78,9 @@ class NativePrefill:
             ``[num_tokens, num_heads]`` fp32 natural log-sum-exp; -inf in other rows.
 
         Raises:
-            ValueError: The kernels do not support the head sizes.
+            KeyError: The kernels do not support the dtype.
+            ValueError: They do not support the head sizes.
+            MemoryError: No memory for the plan.
         """
         query, key, value = map(_with_whole_tokens, (query, key, value))
         plan = self._plan(query, key, value, attention.sliding_window, prefills)
@@ -85,11 +93,11 @@ class NativePrefill:
             slot_mapping=self._rows.slots.ctypes.data,
             key_stride=_stride_bytes(key),
             value_stride=_stride_bytes(value),
-            num_tokens=key.shape[0],
+            num_tokens=self._rows.num_tokens,
             source_dtype=DTYPES[_name(key.dtype)],
         )
         self._library.store(self._threads, plan.cache, store)
-        lse = torch.empty(query.shape[:2])
+        lse = torch.empty(query.shape[:2], dtype=torch.float32)
         slopes = attention.alibi_slopes
         call = AttendInput(
             cache=blocks,
@@ -123,8 +131,12 @@ class NativePrefill:
         if rows.prefills != prefills or rows.num_tokens != num_tokens:
             rows = self._rows = ChunkRows(prefills, num_tokens)
         kind = _Kind(
-            *(query.shape[1], key.shape[1], query.shape[2], value.shape[2]),
-            *(_name(key.dtype), sliding_window),
+            num_query_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_size=query.shape[2],
+            v_head_size=value.shape[2],
+            dtype=_name(key.dtype),
+            sliding_window=sliding_window,
         )
         plan = self._plans.get(kind)
         if plan is None:

@@ -55,7 +55,7 @@ def test_auto_keeps_the_faster(
     settling = run(choice, SETTLING, **times)
     assert sum(step != gains for step in settling) <= 3 * TRIAL
     later = run(choice, 2 * NUM_STEPS_DECIDED, **times)
-    assert sum(step != gains for step in later) <= TRIAL
+    assert 0 < sum(step != gains for step in later) <= TRIAL
     reported = choice.times()
     assert reported["is_cut"] == gains
     assert reported["num_micro_batch_changes"] == gains
@@ -76,8 +76,10 @@ def test_auto_follows_a_change_and_not_noise() -> None:
     run(choice, TRIAL, **near)
     assert all(run(choice, 2 * NUM_STEPS_NEW, **near))
     run(choice, TRIAL, whole_s=0.100, cut_s=0.120, wait_s=0.05)
-    assert not any(run(choice, 20, whole_s=0.100, cut_s=0.120, wait_s=0.05))
+    far = {"whole_s": 0.100, "cut_s": 0.120, "wait_s": 0.05}
+    assert not any(run(choice, NUM_STEPS_NEW, **far))
     assert choice.times()["num_micro_batch_changes"] == 2
+    assert sum(run(choice, TRIAL, **far)) == NUM_SAMPLES
 
 
 def test_auto_soon_corrects_a_noisy_trial() -> None:
@@ -87,6 +89,17 @@ def test_auto_soon_corrects_a_noisy_trial() -> None:
     assert not any(run(choice, NUM_STEPS_NEW, whole_s=0.13, cut_s=0.08, wait_s=0.08))
     run(choice, TRIAL, whole_s=0.13, cut_s=0.08, wait_s=0.08)
     assert all(run(choice, NUM_STEPS_NEW, whole_s=0.13, cut_s=0.08, wait_s=0.08))
+
+
+def test_a_growing_batch_is_tested_less_and_less() -> None:
+    """Its decision was confirmed at other sizes."""
+    choice, num_cut = MicroBatchChoice("auto"), 0
+    for step in range(4):
+        size, times = (16, 16, 1024 << step), {"whole_s": 0.13, "cut_s": 0.08}
+        run(choice, TRIAL, **times, wait_s=0.08, size=size)
+        steps = run(choice, NUM_STEPS_NEW << step, **times, wait_s=0.08, size=size)
+        num_cut += sum(steps)
+    assert num_cut == 15 * NUM_STEPS_NEW
 
 
 def test_auto_decides_by_size() -> None:

@@ -21,9 +21,9 @@ Agree = Callable[[list[float]], list[float]]
 #: Steps that are timed each way before a decision.
 NUM_SAMPLES = 5
 #: Steps after which a new decision is tested again: five samples may err where a host
-#: takes CPUs away. Each time it is confirmed it holds twice as long, up to
-#: `NUM_STEPS_DECIDED`.
+#: takes CPUs away. Each time it is confirmed it holds twice as long.
 NUM_STEPS_NEW = 64
+#: Most steps that a decision holds.
 NUM_STEPS_DECIDED = 512
 #: Share of a step that must be saved for a decision to change.
 MIN_GAIN = 0.05
@@ -172,7 +172,8 @@ class MicroBatchChoice:
             return False
         key = (int(2 * math.log2(num_rows)), int(2 * math.log2(num_tokens)))
         if key not in self._regimes:
-            self._regimes[key] = _Regime(self._regime.is_cut)
+            last = self._regime
+            self._regimes[key] = _Regime(last.is_cut, num_held=last.num_held)
         self._regime = self._regimes[key]
         return self._regime.wants_cut()
 
