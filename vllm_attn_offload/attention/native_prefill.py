@@ -85,7 +85,6 @@ class NativePrefill:
         query, key, value = map(_with_whole_tokens, (query, key, value))
         plan = self._plan(query, key, value, attention.sliding_window, prefills)
         blocks = self._blocks_of(plan)
-        dtype = DTYPES[_name(query.dtype)]
         store = StoreInput(
             cache=blocks,
             key=key.data_ptr(),
@@ -109,7 +108,7 @@ class NativePrefill:
             out_stride=_stride_bytes(output),
             softmax_scale=attention.softmax_scale,
             soft_cap=attention.soft_cap,
-            query_dtype=dtype,
+            query_dtype=DTYPES[_name(query.dtype)],
             out_dtype=DTYPES[_name(output.dtype)],
             k_scale=attention.k_scale,
             v_scale=attention.v_scale,
@@ -125,7 +124,7 @@ class NativePrefill:
         sliding_window: int,
         prefills: tuple[Prefill, ...],
     ) -> _KindPlan:
-        """Plan the step for layers like this one, unless another one has."""
+        """Plan the step for layers like this one, unless one of them has."""
         num_tokens = query.shape[0]
         rows = self._rows
         if rows.prefills != prefills or rows.num_tokens != num_tokens:
