@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -24,10 +25,6 @@ class LocalPrefill:
     Threads start with the first chunk: those of OpenMP have their CPUs by then.
     """
 
-    def __init__(self) -> None:
-        self._is_chosen = False
-        self._native: NativePrefill | None = None
-
     def attend(
         self,
         query: torch.Tensor,
@@ -38,12 +35,14 @@ class LocalPrefill:
         attention: LayerAttention,
     ) -> torch.Tensor:
         """Causal attention of every prefill over its own rows: see `attend_locally`."""
-        if not self._is_chosen:
-            self._native, self._is_chosen = _native_prefill(), True
         rows = (query, key, value, output, prefills, attention)
         if self._native is not None and _has_kernels(query, value, output):
             return self._native.attend(*rows)
         return attend_locally(*rows)
+
+    @functools.cached_property
+    def _native(self) -> NativePrefill | None:
+        return _native_prefill()
 
 
 def _native_prefill() -> NativePrefill | None:
